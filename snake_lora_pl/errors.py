@@ -1,0 +1,11 @@
+"""The one exception that stands for a mistake of the user's.
+
+Every room may raise it; only the command line catches it. It prints the message as one line and exits with code 2.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says where, what was found and what to do, on one line.
+
+    Messages that report several rows at once may hold further lines, one a row.
+    """

@@ -1,0 +1,131 @@
+"""Where files go. Nobody else joins the path names of a run or of the cache.
+
+A run lies where upstream's extensions put their models, so that its tools find it::
+
+    ROOT/logs/extensions/models/grid-size-{N}/llm_finetune_v0.03_{YYYYmmdd_HHMMSS}/{adapter_name}/
+        config.yaml  metrics.csv  checkpoints/  lora_adapters/model_artifacts/  ...
+
+The cache holds what can be made again: base models, generated data sets, encoded rows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import platformdirs
+
+EXTENSION_TYPE = "llm_finetune"
+EXTENSION_VERSION = "0.03"
+TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
+CACHE_ENV = "SNAKE_LORA_PL_CACHE"
+
+
+def get_model_path(
+    extension_type: str,
+    version: str,
+    grid_size: int,
+    algorithm: str,
+    timestamp: str,
+    root: str | os.PathLike[str] = ".",
+) -> Path:
+    """Directory of one trained model, by upstream's convention.
+
+    Args:
+        extension_type: Kind of extension, here ``llm_finetune``.
+        version: Version of the convention without the ``v``, here ``0.03``.
+        grid_size: Cells along one side of the board.
+        algorithm: Name of the model in that run, here the adapter's name.
+        timestamp: Start of the run as ``YYYYmmdd_HHMMSS``.
+        root: Directory that holds ``logs/``.
+
+    Returns:
+        ``ROOT/logs/extensions/models/grid-size-{N}/{type}_v{version}_{timestamp}/{algorithm}``.
+    """
+    run = f"{extension_type}_v{version}_{timestamp}"
+    return Path(root) / "logs" / "extensions" / "models" / f"grid-size-{grid_size}" / run / algorithm
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Every place of one run, derived from the directory ``{adapter_name}/`` that holds it."""
+
+    run_dir: Path
+
+    @classmethod
+    def new(
+        cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str, timestamp: str | None = None
+    ) -> RunPaths:
+        """The places of a run that starts now, or at ``timestamp``; nothing is created."""
+        timestamp = timestamp or datetime.now().strftime(TIMESTAMP_FORMAT)
+        return cls(get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, timestamp, root))
+
+    @classmethod
+    def latest(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths | None:
+        """The newest run under ``root`` that has a checkpoint to go on from, or None."""
+        pattern = get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, "*", root)
+        runs = [cls(p) for p in Path(root).glob(str(pattern.relative_to(root)))]
+        runs = [run for run in runs if run.last_checkpoint_path.is_file()]
+        return max(runs, key=lambda run: run.run_dir.parent.name, default=None)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint_path: str | os.PathLike[str]) -> RunPaths | None:
+        """The run that a checkpoint file lies in, or None where it does not lie in a run's ``checkpoints/``."""
+        directory = Path(checkpoint_path).absolute().parent
+        return cls(directory.parent) if directory.name == "checkpoints" else None
+
+    @classmethod
+    def of_adapter(cls, adapter_dir: str | os.PathLike[str]) -> RunPaths | None:
+        """The run that an adapter directory lies in, or None where it was moved out of one."""
+        directory = Path(adapter_dir).absolute()
+        inside = directory.name == "model_artifacts" and directory.parent.name == "lora_adapters"
+        return cls(directory.parent.parent) if inside else None
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """The adapter: weights, config, metadata, tokenizer files, model card."""
+        return self.run_dir / "lora_adapters" / "model_artifacts"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Resumable trainer state, without base weights."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def last_checkpoint_path(self) -> Path:
+        """The newest resumable state."""
+        return self.checkpoints_dir / "last.ckpt"
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config of the run."""
+        return self.run_dir / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Every logged metric, a row a step."""
+        return self.run_dir / "metrics.csv"
+
+
+def cache_dir() -> Path:
+    """Root of the cache: ``$SNAKE_LORA_PL_CACHE``, or the user's cache directory of the platform."""
+    override = os.environ.get(CACHE_ENV)
+    return Path(override).expanduser() if override else platformdirs.user_cache_path("snake_lora_pl", appauthor=False)
+
+
+def base_model_cache_dir(short_name: str) -> Path:
+    """Where the base model of a short name is kept as a Hugging Face directory."""
+    return cache_dir() / "base_models" / short_name
+
+
+def generated_data_path(grid_size: int, teacher: str, style: str, num_games: int, seed: int) -> Path:
+    """Where a generated data set is kept; its name says how it was made."""
+    name = f"{teacher}_games-{num_games}_seed-{seed}.jsonl"
+    return cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
+
+
+def encoded_rows_dir(key: str) -> Path:
+    """Where the encoded rows of one data set are kept, by the hash of all that made them."""
+    return cache_dir() / "encoded_rows" / key
