@@ -1,0 +1,38 @@
+"""Snake itself: rules, players that search, and the text of boards and moves. Imports the standard library alone."""
+
+from snake_lora_pl.game.board import Board, Cell, End, Game, Move
+from snake_lora_pl.game.teachers import TEACHERS, Teacher, get_teacher, register_teacher
+from snake_lora_pl.game.text import (
+    STYLES,
+    PromptState,
+    Style,
+    get_style,
+    read_board,
+    read_grid_size,
+    read_move,
+    read_state,
+    register_style,
+    starts_new_game,
+)
+
+__all__ = [
+    "STYLES",
+    "TEACHERS",
+    "Board",
+    "Cell",
+    "End",
+    "Game",
+    "Move",
+    "PromptState",
+    "Style",
+    "Teacher",
+    "get_style",
+    "get_teacher",
+    "read_board",
+    "read_grid_size",
+    "read_move",
+    "read_state",
+    "register_style",
+    "register_teacher",
+    "starts_new_game",
+]

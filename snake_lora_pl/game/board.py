@@ -1,0 +1,257 @@
+"""The rules of Snake, and the state of a game. Knows nothing of players, text or models.
+
+Coordinates: a cell is ``(x, y)`` on a square grid of ``size`` cells a side. ``(0, 0)`` is the bottom-left corner and
+``(size - 1, size - 1)`` the top-right one; x grows to the right and y grows upwards, so UP is ``y + 1`` and RIGHT is
+``x + 1``. A body lists its cells from head to tail.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from itertools import pairwise
+from typing import TypeAlias
+
+Cell: TypeAlias = tuple[int, int]
+
+MIN_GRID_SIZE = 2
+
+
+class Move(Enum):
+    """One step of the head. Members come in board order: UP, RIGHT, DOWN, LEFT."""
+
+    UP = (0, 1)
+    RIGHT = (1, 0)
+    DOWN = (0, -1)
+    LEFT = (-1, 0)
+
+    def __init__(self, dx: int, dy: int) -> None:
+        """Name the parts of the value."""
+        self.dx = dx
+        self.dy = dy
+
+
+class End(Enum):
+    """Why a game is over."""
+
+    WALL = "WALL"
+    """The head left the grid."""
+    SELF = "SELF"
+    """The head ran into the body."""
+    WIN = "WIN"
+    """The snake fills the board."""
+    STARVED = "STARVED"
+    """Too many steps without an apple."""
+    MAX_STEPS = "MAX_STEPS"
+    """Too many steps altogether."""
+    NO_VALID_ANSWER = "NO_VALID_ANSWER"
+    """The player named no move, or the reversal into the neck, which is not a move."""
+
+
+# Unpacked once: reading an Enum's attributes in the inner loop costs more than the rules themselves.
+_MOVES_IN_BOARD_ORDER = tuple((move, move.dx, move.dy) for move in Move)
+_set_field = object.__setattr__
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """One position: a snake and an apple on a grid. Immutable, so boards may be kept, hashed and shared.
+
+    Attributes:
+        size: Cells along one side of the grid.
+        body: The snake's cells from head to tail, each beside the one before it.
+        apple: The apple's cell, or None where there is none, as on a full board.
+    """
+
+    size: int
+    body: tuple[Cell, ...]
+    apple: Cell | None
+
+    def __post_init__(self) -> None:
+        """Check the position.
+
+        Raises:
+            ValueError: If it cannot occur in a game.
+        """
+        if self.size < MIN_GRID_SIZE:
+            raise ValueError(f"a grid has at least {MIN_GRID_SIZE} cells a side (found: {self.size})")
+        if not self.body:
+            raise ValueError("a snake has at least a head (found: an empty body)")
+        for cell in self.body if self.apple is None else (*self.body, self.apple):
+            if not self.contains(cell):
+                raise ValueError(f"cell {cell} lies outside the {self.size}x{self.size} grid")
+        if len(set(self.body)) != len(self.body):
+            raise ValueError(f"the snake overlaps itself: {list(self.body)}")
+        if self.apple in self.body:
+            raise ValueError(f"the apple {self.apple} lies under the snake: {list(self.body)}")
+        for (x, y), (next_x, next_y) in pairwise(self.body):
+            if abs(x - next_x) + abs(y - next_y) != 1:
+                raise ValueError(f"the snake is torn between {(x, y)} and {(next_x, next_y)}: {list(self.body)}")
+
+    @classmethod
+    def _unchecked(cls, size: int, body: tuple[Cell, ...], apple: Cell | None) -> Board:
+        """A board whose validity follows from the rules; checking it again would halve the speed of a game."""
+        board = object.__new__(cls)
+        _set_field(board, "size", size)
+        _set_field(board, "body", body)
+        _set_field(board, "apple", apple)
+        return board
+
+    @property
+    def head(self) -> Cell:
+        """The cell that moves."""
+        return self.body[0]
+
+    @property
+    def length(self) -> int:
+        """Cells of the snake, its head included: one more than the apples eaten."""
+        return len(self.body)
+
+    def contains(self, cell: Cell) -> bool:
+        """Whether a cell lies inside the grid."""
+        return 0 <= cell[0] < self.size and 0 <= cell[1] < self.size
+
+    def target(self, move: Move) -> Cell:
+        """The cell a move leads the head to, inside the grid or not."""
+        x, y = self.body[0]
+        return x + move.dx, y + move.dy
+
+    def free_cells(self) -> list[Cell]:
+        """Cells without snake, the apple's among them, row by row from the bottom-left."""
+        taken = set(self.body)
+        return [cell for cell in _cells(self.size) if cell not in taken]
+
+    def legal_moves(self) -> list[Move]:
+        """Moves that neither end the game nor reverse into the neck, in board order: UP, RIGHT, DOWN, LEFT.
+
+        The tail's cell is free, because the tail leaves it in the same step. It would stay where the snake eats on that
+        move, but no apple lies under the snake.
+        """
+        body = self.body
+        x, y = body[0]
+        size = self.size
+        # A snake of two reverses into its neck, which is also its tail.
+        blocked = body if len(body) == 2 else body[:-1]
+        return [
+            move
+            for move, dx, dy in _MOVES_IN_BOARD_ORDER
+            if 0 <= x + dx < size and 0 <= y + dy < size and (x + dx, y + dy) not in blocked
+        ]
+
+    def after(self, move: Move) -> Board | End:
+        """The position after a move, or the end the move brings.
+
+        Returns:
+            The next board, without an apple where the snake ate it; or ``End.NO_VALID_ANSWER`` for the reversal into
+            the neck, ``End.WALL`` or ``End.SELF``.
+        """
+        body = self.body
+        target = self.target(move)
+        if len(body) > 1 and target == body[1]:
+            return End.NO_VALID_ANSWER
+        if not self.contains(target):
+            return End.WALL
+        if target == self.apple:
+            return Board._unchecked(self.size, (target, *body), None)
+        rest = body[:-1]
+        if target in rest:
+            return End.SELF
+        return Board._unchecked(self.size, (target, *rest), self.apple)
+
+    def with_apple(self, apple: Cell) -> Board:
+        """The same snake with the apple elsewhere.
+
+        Raises:
+            ValueError: If the cell lies outside the grid or under the snake.
+        """
+        return Board(self.size, self.body, apple)
+
+
+class Game:
+    """A running game: a board, the generator that draws its apples, and the counts that may end it.
+
+    The same size, seed and moves give the same game. Whoever plays with chance draws from ``rng`` too, so that the seed
+    covers the whole game.
+    """
+
+    def __init__(
+        self, size: int = 10, seed: int = 0, max_steps: int | None = None, max_steps_without_apple: int | None = None
+    ) -> None:
+        """Start a game: a snake of length 1 in the middle, without a direction, and the first apple.
+
+        Args:
+            size: Cells along one side of the grid.
+            seed: Seed of the game's generator; not negative, because Python seeds with the absolute value.
+            max_steps: Steps after which the game ends with MAX_STEPS; None for no limit.
+            max_steps_without_apple: Steps without an apple after which the game ends with STARVED; None for no limit.
+                A player that circles would never end without either limit.
+
+        Raises:
+            ValueError: If the size or the seed is out of range.
+        """
+        if seed < 0:
+            raise ValueError(f"the seed of a game must not be negative (found: {seed})")
+        self.rng = random.Random(seed)
+        self.max_steps = max_steps
+        self.max_steps_without_apple = max_steps_without_apple
+        self.num_steps = 0
+        self.num_steps_without_apple = 0
+        self.end: End | None = None
+        start = Board(size, ((size // 2, size // 2),), None)
+        self.board = start.with_apple(self._draw_apple(start))
+
+    @property
+    def num_apples(self) -> int:
+        """Apples eaten so far."""
+        return self.board.length - 1
+
+    def play(self, move: Move | None) -> End | None:
+        """Play one move; None stands for a player that named none.
+
+        The board stays as it was before a move that ends the game in death, so it can be shown.
+
+        Returns:
+            Why the game is over now, or None while it goes on.
+
+        Raises:
+            ValueError: If the game was over before.
+        """
+        if self.end is not None:
+            raise ValueError(f"the game is over ({self.end.value}); start a new one")
+        outcome = End.NO_VALID_ANSWER if move is None else self.board.after(move)
+        if isinstance(outcome, End):
+            self.end = outcome
+            return outcome
+        self.num_steps += 1
+        self.num_steps_without_apple += 1
+        if outcome.length > self.board.length:
+            self.num_steps_without_apple = 0
+            if outcome.length == outcome.size**2:
+                self.end = End.WIN
+            else:
+                outcome = outcome.with_apple(self._draw_apple(outcome))
+        self.board = outcome
+        if self.end is None:
+            if self.max_steps is not None and self.num_steps >= self.max_steps:
+                self.end = End.MAX_STEPS
+            elif (
+                self.max_steps_without_apple is not None
+                and self.num_steps_without_apple >= self.max_steps_without_apple
+            ):
+                self.end = End.STARVED
+        return self.end
+
+    def _draw_apple(self, board: Board) -> Cell:
+        """A free cell, drawn uniformly.
+
+        Python promises the same ``random()`` in every version, and promises that of no other method.
+        """
+        free = board.free_cells()
+        return free[int(self.rng.random() * len(free))]
+
+
+@lru_cache(maxsize=16)
+def _cells(size: int) -> tuple[Cell, ...]:
+    return tuple((x, y) for y in range(size) for x in range(size))

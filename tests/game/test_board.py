@@ -1,0 +1,214 @@
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from board_strategies import boards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snake_lora_pl.game import Board, End, Game, Move
+
+# A cycle through the 2x2 grid from its start in the top-right corner.
+CYCLE_2X2 = [Move.LEFT, Move.DOWN, Move.RIGHT, Move.UP]
+
+
+def play_at_random(game: Game, rng: random.Random, num_moves: int) -> None:
+    for _ in range(num_moves):
+        moves = game.board.legal_moves()
+        if game.end is not None or not moves:
+            return
+        game.play(rng.choice(moves))
+
+
+@given(size=st.integers(2, 7), seed=st.integers(0, 2**40), num_moves=st.integers(0, 400))
+def test_a_snake_is_as_long_as_its_apples_never_overlaps_and_never_hides_the_apple(size, seed, num_moves):
+    game = Game(size, seed)
+    num_apples = 0
+    for _ in range(num_moves):
+        moves = game.board.legal_moves()
+        if not moves or game.end is not None:
+            break
+        move = game.rng.choice(moves)
+        num_apples += game.board.target(move) == game.board.apple
+        game.play(move)
+        board = game.board
+        assert board.length == 1 + num_apples == 1 + game.num_apples
+        assert len(set(board.body)) == board.length
+        assert board.apple not in board.body
+        assert (board.apple is None) == (game.end is End.WIN)
+        # A board that plays on is one that could be built from scratch.
+        assert Board(board.size, board.body, board.apple) == board
+
+
+@given(boards())
+def test_legal_moves_are_those_that_end_nothing_in_board_order(board):
+    survivable = [m for m in (Move.UP, Move.RIGHT, Move.DOWN, Move.LEFT) if isinstance(board.after(m), Board)]
+    assert board.legal_moves() == survivable
+
+
+@given(boards())
+def test_every_move_is_judged_as_the_rules_say(board):
+    for move in Move:
+        target = (board.head[0] + move.dx, board.head[1] + move.dy)
+        after = board.after(move)
+        if board.length > 1 and target == board.body[1]:
+            assert after is End.NO_VALID_ANSWER
+        elif not all(0 <= coordinate < board.size for coordinate in target):
+            assert after is End.WALL
+        elif target in board.body and target != board.body[-1]:
+            assert after is End.SELF
+        else:
+            eats = target == board.apple
+            assert after.body == (target, *board.body)[: board.length + eats]
+            assert after.apple == (None if eats else board.apple)
+
+
+def test_coordinates_grow_to_the_right_and_upwards():
+    assert [(m.name, m.dx, m.dy) for m in Move] == [("UP", 0, 1), ("RIGHT", 1, 0), ("DOWN", 0, -1), ("LEFT", -1, 0)]
+
+
+def test_a_game_starts_in_the_middle_with_length_1_and_every_direction_open():
+    board = Game(10, seed=3).board
+    assert board.body == ((5, 5),)
+    assert board.legal_moves() == list(Move)
+
+
+def test_the_tail_cell_is_free_because_the_tail_leaves_it():
+    square = Board(3, ((0, 0), (1, 0), (1, 1), (0, 1)), (2, 2))
+    assert square.legal_moves() == [Move.UP]
+    assert square.after(Move.UP).body == ((0, 1), (0, 0), (1, 0), (1, 1))
+
+
+def test_a_snake_of_two_cannot_turn_into_its_tail_which_is_its_neck():
+    board = Board(3, ((1, 1), (1, 0)), (2, 2))
+    assert board.legal_moves() == [Move.UP, Move.RIGHT, Move.LEFT]
+    assert board.after(Move.DOWN) is End.NO_VALID_ANSWER
+
+
+@given(size=st.integers(2, 8), seed=st.integers(0, 2**40))
+def test_the_same_seed_and_moves_give_the_same_game(size, seed):
+    games = [Game(size, seed), Game(size, seed)]
+    for game in games:
+        play_at_random(game, random.Random(seed), 200)
+    assert games[0].board == games[1].board
+    assert games[0].num_steps == games[1].num_steps
+
+
+def test_different_seeds_give_different_games():
+    assert len({Game(10, seed).board.apple for seed in range(40)}) > 20
+
+
+def test_apples_do_not_change_from_one_version_of_the_project_to_the_next():
+    # Seeds name games in results that were reported: whoever changes this changes them all.
+    assert [Game(10, seed).board.apple for seed in range(5)] == [(4, 8), (3, 1), (5, 9), (3, 2), (3, 2)]
+
+
+def test_the_apple_is_drawn_uniformly_over_the_free_cells():
+    num_games = 8_000
+    counts = Counter(Game(3, seed).board.apple for seed in range(num_games))
+    assert len(counts) == 8
+    # Binomial with p = 1/8: five standard deviations.
+    assert all(abs(count - num_games / 8) < 5 * (num_games * 7 / 64) ** 0.5 for count in counts.values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_filling_the_board_wins(seed):
+    game = Game(2, seed)
+    while game.end is None:
+        game.play(CYCLE_2X2[game.num_steps % 4])
+    assert game.end is End.WIN
+    assert game.board.length == 4
+    assert game.board.apple is None
+    assert game.board.legal_moves() == [CYCLE_2X2[game.num_steps % 4]], "only the tail's cell is left"
+
+
+def test_leaving_the_grid_ends_the_game_and_keeps_the_board_before_it():
+    game = Game(2, seed=0)
+    board = game.board
+    assert game.play(Move.UP) is End.WALL
+    assert game.board == board
+    assert game.end is End.WALL
+
+
+def test_running_into_the_body_ends_the_game():
+    hook = Board(4, ((1, 1), (1, 2), (2, 2), (2, 1), (2, 0)), (0, 0))
+    assert hook.after(Move.RIGHT) is End.SELF
+
+
+def test_naming_no_move_ends_the_game():
+    assert Game(10).play(None) is End.NO_VALID_ANSWER
+
+
+def test_limits_end_a_game_that_goes_nowhere():
+    game = Game(10, seed=0, max_steps_without_apple=6)
+    circle = [Move.UP, Move.LEFT, Move.DOWN, Move.RIGHT]
+    apples = {(5, 5), (5, 6), (4, 6), (4, 5)}
+    assert game.board.apple not in apples
+    while game.end is None:
+        game.play(circle[game.num_steps % 4])
+    assert (game.end, game.num_steps) == (End.STARVED, 6)
+
+    game = Game(10, seed=0, max_steps=3)
+    while game.end is None:
+        game.play(circle[game.num_steps % 4])
+    assert (game.end, game.num_steps) == (End.MAX_STEPS, 3)
+
+
+def test_an_apple_resets_the_hunger():
+    game = Game(2, seed=0, max_steps_without_apple=4)
+    while game.end is None:
+        before = game.num_apples
+        game.play(CYCLE_2X2[game.num_steps % 4])
+        assert (game.num_steps_without_apple == 0) == (game.num_apples > before)
+    assert game.end is End.WIN
+
+
+def test_a_finished_game_takes_no_more_moves():
+    game = Game(10)
+    game.play(None)
+    with pytest.raises(ValueError, match=r"the game is over \(NO_VALID_ANSWER\)"):
+        game.play(Move.UP)
+
+
+@pytest.mark.parametrize(
+    ("size", "body", "apple", "message"),
+    [
+        (1, ((0, 0),), None, "at least 2 cells a side"),
+        (3, (), (0, 0), "at least a head"),
+        (3, ((3, 0),), (0, 0), r"\(3, 0\) lies outside the 3x3 grid"),
+        (3, ((0, 0),), (0, -1), r"\(0, -1\) lies outside the 3x3 grid"),
+        (3, ((0, 0), (0, 1), (0, 0)), (2, 2), "overlaps itself"),
+        (3, ((0, 0), (0, 1)), (0, 1), "lies under the snake"),
+        (3, ((0, 0), (1, 1)), (2, 2), r"torn between \(0, 0\) and \(1, 1\)"),
+    ],
+)
+def test_a_position_that_cannot_occur_is_refused(size, body, apple, message):
+    with pytest.raises(ValueError, match=message):
+        Board(size, body, apple)
+
+
+def test_a_negative_seed_is_refused_because_it_would_repeat_a_positive_one():
+    with pytest.raises(ValueError, match="must not be negative"):
+        Game(10, seed=-1)
+
+
+def test_the_game_imports_no_torch():
+    code = "import sys, snake_lora_pl.game; print(*[m for m in ('torch', 'numpy', 'lightning') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_one_core_plays_100_000_random_moves_a_second():
+    num_moves, seed, start = 0, 0, time.perf_counter()
+    while num_moves < 200_000:
+        game = Game(10, seed)
+        seed += 1
+        while game.end is None:
+            moves = game.board.legal_moves()
+            game.play(moves[int(game.rng.random() * len(moves))] if moves else None)
+            num_moves += 1
+    assert num_moves / (time.perf_counter() - start) > 100_000
