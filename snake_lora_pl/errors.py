@@ -4,8 +4,9 @@ Every room may raise it; only the command line catches it. It prints the message
 """
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend: the message says where, what was found and what to do, on one line.
 
-    Messages that report several rows at once may hold further lines, one a row.
+    Messages that report several rows at once may hold further lines, one a row. It is a ValueError so that Python
+    callers need not know this class.
     """

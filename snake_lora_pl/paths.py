@@ -10,12 +10,16 @@ The cache holds what can be made again: base models, generated data sets, encode
 
 from __future__ import annotations
 
+import difflib
 import os
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import platformdirs
+
+from snake_lora_pl.errors import UserError
 
 EXTENSION_TYPE = "llm_finetune"
 EXTENSION_VERSION = "0.03"
@@ -63,6 +67,25 @@ class RunPaths:
         return cls(get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, timestamp, root))
 
     @classmethod
+    def claim(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths:
+        """Create the directory of a run that starts now; two runs never get the same one.
+
+        Raises:
+            UserError: If the directory cannot be created.
+        """
+        while True:
+            run = cls.new(root, grid_size, adapter_name)
+            try:
+                run.run_dir.mkdir(parents=True)
+                return run
+            except FileExistsError:
+                time.sleep(0.2)  # the name is of this second
+            except OSError as error:
+                raise UserError(
+                    f"--root {root}: {run.run_dir} cannot be created ({error.strerror}). Choose a writable directory."
+                ) from error
+
+    @classmethod
     def latest(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths | None:
         """The newest run under ``root`` that has a checkpoint to go on from, or None."""
         pattern = get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, "*", root)
@@ -82,6 +105,15 @@ class RunPaths:
         directory = Path(adapter_dir).absolute()
         inside = directory.name == "model_artifacts" and directory.parent.name == "lora_adapters"
         return cls(directory.parent.parent) if inside else None
+
+    @classmethod
+    def predictions_path(cls, adapter_dir: str | os.PathLike[str] | None, prompts_path: str) -> Path:
+        """A new file for completions: in the adapter's run, or in the working directory where it has none."""
+        run = cls.of_adapter(adapter_dir) if adapter_dir is not None else None
+        stem = Path(prompts_path).name.split(".jsonl")[0].replace("*", "")
+        timestamp = datetime.now().strftime(TIMESTAMP_FORMAT)
+        directory = run.run_dir / "predictions" if run is not None else Path(".")
+        return directory / f"{stem}_{timestamp}.predictions.jsonl"
 
     @property
     def artifacts_dir(self) -> Path:
@@ -107,6 +139,42 @@ class RunPaths:
     def metrics_path(self) -> Path:
         """Every logged metric, a row a step."""
         return self.run_dir / "metrics.csv"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by file name: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    for directory in (package / "configs", package.parent / "configs"):
+        if directory.is_dir():
+            return {path.name: path for path in sorted(directory.glob("*.yaml"))}
+    return {}
+
+
+def find_config(name: str) -> Path:
+    """A config file by path, else among those shipped.
+
+    Raises:
+        UserError: If it is neither; the message lists the shipped ones.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(name, [*shipped, *(n.removesuffix(".yaml") for n in shipped)], n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0].removesuffix('.yaml')}.yaml?" if near else ""
+    raise UserError(
+        f"--config {name}: no such file in {Path.cwd()}, nor among the shipped ones: {', '.join(shipped)}.{hint}"
+    )
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a person would type it: relative where it lies below the working directory."""
+    path = Path(path)
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def cache_dir() -> Path:

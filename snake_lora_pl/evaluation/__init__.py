@@ -1,0 +1,1 @@
+"""Any policy plays or answers -> figures. Knows the game, not how a policy was trained."""

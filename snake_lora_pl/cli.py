@@ -1,0 +1,327 @@
+"""LightningCLI: wires data, training and evaluation together, and says where everything lies. Nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from snake_lora_pl.__main__ import LIGHTNING_VERBS, PROG, help_path
+from snake_lora_pl.data.datamodule import SnakeJSONLDataModule, peek_grid_size
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
+from snake_lora_pl.paths import RunPaths, find_config, shown
+from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
+from snake_lora_pl.training.module import LoRALightningModule
+from snake_lora_pl.training.progress import RunProgress
+from snake_lora_pl.training.throughput import ThroughputMonitor
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GRID_SIZE = 10
+# Processes that a launcher starts for one run inherit it, so that all write to one place.
+RUN_DIR_ENV = "SNAKE_LORA_PL_RUN_DIR"
+_HELP_WIDTH = "100"
+
+
+class ShippedConfigFile(ActionConfigFile):
+    """``--config NAME``: a path, else the name of a config that comes with the package."""
+
+    def __call__(self, parser: Any, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        """Find the file, then let jsonargparse read it."""
+        super().__call__(parser, cfg, str(find_config(values)), option_string)
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line that names the nearest valid key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing a usage of a hundred lines.
+
+        Raises:
+            UserError: Always.
+        """
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(self._one_line(message)) from ex
+
+    def _one_line(self, message: str) -> str:
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+        text = " ".join(lines)[:600]
+        for found in re.findall(r"""["']([\w.]+)["']|--([\w.]+)""", text):
+            key = found[0] or found[1]
+            known = self._known_keys()
+            if key in known:
+                continue
+            # The last part may come alone: jsonargparse names a key relative to its group.
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
+                k for k in known for m in difflib.get_close_matches(key, [k.rsplit(".", 1)[-1]], n=1) if m
+            ]
+            if near:
+                return f"{text.rstrip('.')}. Did you mean '{near[0]}'?"
+        return text
+
+    def _known_keys(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest and action.dest != "help"]
+
+
+class SnakeCLI(LightningCLI):
+    """The verbs fit, validate and predict over one module and one data module."""
+
+    run_paths: RunPaths | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and which arguments of the trainer's methods are not the user's to give."""
+        # Checkpoints are always read without pickles, so `weights_only` is no choice; an adapter is given by --adapter.
+        evaluation = {"model", "dataloaders", "datamodule", "ckpt_path", "verbose", "weights_only"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": evaluation,
+            "predict": evaluation | {"return_predictions"},
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that finds shipped configs."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ShippedConfigFile, help="Config by path or shipped name; several compose."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Keys of the run itself, the callbacks, and values that two parts need."""
+        parser.add_argument("--root", type=str, default=".", help="Directory whose logs/ holds the runs.")
+        parser.add_argument("--adapter_name", type=str, default="snake_reasoning", help="Name of the run's directory.")
+        parser.add_argument(
+            "--adapter", type=str | None, default=None, help="Adapter directory to start from or to evaluate."
+        )
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.set_defaults(
+            {
+                "early_stopping.monitor": "val/loss",
+                "early_stopping.patience": 5,
+                "model.text_metrics": {"class_path": "snake_lora_pl.evaluation.metrics.SnakeMoveMetrics"},
+            }
+        )
+        parser.link_arguments("adapter", "model.adapter_path")
+        for key in ("base_model", "revision", "trust_remote_code"):
+            parser.link_arguments(f"model.{key}", f"data.{key}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyper-parameters inside a checkpoint override ``--model.*`` silently."""
+
+    # ------------------------------------------------------------------ where files go
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's directory before anything is built."""
+        config = self.config[self.subcommand]
+        if not re.fullmatch(r"[\w][\w.-]*", config.adapter_name):
+            raise UserError(f"--adapter_name '{config.adapter_name}': use letters, digits, '.', '_' and '-' only.")
+        if self.subcommand == "fit":
+            self.run_paths = self._resolve_run(config)
+            config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.run_paths.checkpoints_dir)
+            config.checkpoint.adapter_dir = config.checkpoint.adapter_dir or str(self.run_paths.artifacts_dir)
+
+    def _resolve_run(self, config: Namespace) -> RunPaths:
+        grid_size = config.data.grid_size
+        if grid_size is None:
+            grid_size = peek_grid_size(config.data.train_path) or DEFAULT_GRID_SIZE
+        if config.ckpt_path == "last":
+            run = RunPaths.latest(config.root, grid_size, config.adapter_name)
+            if run is None:
+                raise UserError(
+                    f"--ckpt_path last: no run of '{config.adapter_name}' on a {grid_size}x{grid_size} grid with a "
+                    f"checkpoint under {shown(config.root)}. Leave the flag out to start one, or set --root."
+                )
+            config.ckpt_path = str(run.last_checkpoint_path)
+            return run
+        if config.ckpt_path is not None:
+            if not Path(config.ckpt_path).is_file():
+                raise UserError(f"--ckpt_path {config.ckpt_path}: no such file. 'last' takes the newest run's.")
+            run = RunPaths.of_checkpoint(config.ckpt_path)
+            if run is not None:
+                return run
+        if (inherited := os.environ.get(RUN_DIR_ENV)) is not None:
+            return RunPaths(Path(inherited))
+        run = RunPaths.claim(config.root, grid_size, config.adapter_name)
+        os.environ[RUN_DIR_ENV] = str(run.run_dir)
+        return run
+
+    # ------------------------------------------------------------------ the trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the logger and the callbacks that the verb needs."""
+        config = self.config_init[self.subcommand]
+        trainer_config = {**config.trainer, **kwargs}
+        callbacks: list[Any] = []
+        if trainer_config["enable_progress_bar"] is not False:
+            callbacks.append(RunProgress())
+        if self.subcommand == "fit":
+            callbacks += [ThroughputMonitor(), config.early_stopping]
+            if trainer_config["enable_checkpointing"] is not False:
+                callbacks.append(config.checkpoint)
+            trainer_config["logger"] = self._loggers(trainer_config["logger"])
+        else:
+            trainer_config["logger"] = False
+            trainer_config["enable_checkpointing"] = False
+        if self.subcommand == "predict":
+            self.prediction_writer = PredictionWriter(self._predictions_path(config))
+            callbacks.append(self.prediction_writer)
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        trainer_config["enable_model_summary"] = False
+        return self._instantiate_trainer(trainer_config, callbacks)
+
+    def _loggers(self, configured: Any) -> list[Any]:
+        assert self.run_paths is not None
+        if configured is None or isinstance(configured, bool):
+            configured = []
+        extra = configured if isinstance(configured, list) else [configured]
+        return [MetricsCSVLogger(str(self.run_paths.run_dir)), *extra]
+
+    def _predictions_path(self, config: Namespace) -> Path:
+        if config.data.predict_path is None:
+            raise UserError("predict needs --data.predict_path FILE.jsonl, rows with a 'prompt'.")
+        first = config.data.predict_path if isinstance(config.data.predict_path, str) else config.data.predict_path[0]
+        return RunPaths.predictions_path(config.adapter, first)
+
+    # ------------------------------------------------------------------ the verbs
+
+    def after_fit(self) -> None:
+        """Say where everything lies and what comes next."""
+        if not self.trainer.is_global_zero or self.run_paths is None or self.trainer.fast_dev_run:
+            return
+        configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
+        run_dir, adapter = shown(self.run_paths.run_dir), shown(self.run_paths.artifacts_dir)
+        print(
+            f"Everything lies in {run_dir} (adapter: {adapter}). "
+            f"Next: {PROG} validate {configs}{' ' if configs else ''}--adapter {adapter}"
+        )
+
+    def after_predict(self) -> None:
+        """Say where the completions are."""
+        if self.trainer.is_global_zero:
+            print(f"{self.prediction_writer.num_rows} completions written to {shown(self.prediction_writer.path)}")
+
+    def validate(self, **kwargs: Any) -> None:
+        """Run the validation without Lightning's table; the progress bar prints the metrics."""
+        self.trainer.validate(**kwargs, verbose=False)
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name} {float(value):.6g}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write completions as they come; nothing is kept in memory."""
+        self.trainer.predict(**kwargs, return_predictions=False)
+
+    def _config_names(self) -> list[str]:
+        from snake_lora_pl.paths import shipped_configs
+
+        given = [Path(str(path)) for path in self.config[self.subcommand].get("config") or []]
+        shipped = {path.resolve(): name for name, path in shipped_configs().items()}
+        return [shipped.get(path.resolve(), str(path)) for path in given]
+
+
+def run(arguments: list[str]) -> int:
+    """Run a Lightning verb.
+
+    Args:
+        arguments: The verb and its options.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: If the user can mend it.
+    """
+    _quiet_libraries()
+    inherited = os.environ.get(RUN_DIR_ENV)
+    try:
+        _build(arguments)
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    finally:
+        if inherited is None:
+            os.environ.pop(RUN_DIR_ENV, None)
+    return 0
+
+
+def _build(arguments: list[str]) -> SnakeCLI:
+    argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns about arguments that come from both
+    try:
+        return SnakeCLI(
+            LoRALightningModule,
+            SnakeJSONLDataModule,
+            args=arguments,
+            parser_class=OneLineParser,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            # A run's directory belongs to one run; a resumed run writes its config again.
+            save_config_kwargs={"overwrite": True},
+            load_from_checkpoint_support=False,
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
+            | {verb: {"description": text, "prog": f"{PROG} {verb}"} for verb, text in LIGHTNING_VERBS.items()},
+        )
+    finally:
+        sys.argv = argv
+
+
+def _quiet_libraries() -> None:
+    """Let this package speak and the libraries only where something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Memory-mapped rows need no worker processes; Lightning cannot know.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def help_text(verb: str) -> str:
+    """The help of a verb as its parser prints it, 100 columns wide."""
+    with _environment(COLUMNS=_HELP_WIDTH, NO_COLOR="1"), contextlib.redirect_stdout(io.StringIO()) as text:
+        with contextlib.suppress(SystemExit):
+            _build([verb, "--help"])
+        return text.getvalue()
+
+
+def write_help() -> None:
+    """Write the help texts that ``__main__`` prints without importing Lightning."""
+    for verb in LIGHTNING_VERBS:
+        path = help_path(verb)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(help_text(verb), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,139 @@
+"""Files and directories that are whole or absent, whenever the process dies.
+
+New content goes to a temporary name beside its place, is flushed to the disk and renamed: a reader, and a run that
+goes on after a kill, sees the old content or the new, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_OLD_SUFFIX = ".old"
+
+
+@contextlib.contextmanager
+def open_durably(path: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None) -> Iterator[IO]:
+    """Open a file for writing that takes ``path``'s place only when the block ends without an exception.
+
+    Args:
+        path: The file's final place; its directory is created.
+        mode: ``wb`` or ``w``.
+        encoding: Text encoding for ``w``.
+
+    Yields:
+        The open temporary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        # mkstemp makes files only their owner can read; what lands in a shared directory follows the umask.
+        os.chmod(temporary, 0o666 & ~_umask())
+        with os.fdopen(handle, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a directory that takes ``path``'s place as a whole when the block ends without an exception.
+
+    Args:
+        path: The directory's final place; a directory that stands there is replaced and removed.
+
+    Yields:
+        The temporary directory to fill.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            _exchange(temporary, path)
+        else:
+            os.rename(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        # After an exchange this is the old directory.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_directory(path: str | os.PathLike[str]) -> None:
+    """Bring back a directory whose replacement was killed between two renames.
+
+    Only a file system that cannot exchange two directories in one step leaves such a state.
+    """
+    path = Path(path)
+    old = path.with_name(f".{path.name}{_OLD_SUFFIX}")
+    if not path.exists() and old.exists():
+        os.rename(old, path)
+
+
+def remove_leftovers(directory: str | os.PathLike[str], name: str) -> None:
+    """Remove the temporary files and directories of ``name`` that killed writers left in ``directory``."""
+    for leftover in Path(directory).glob(f".{name}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Flush a directory's entries, so that a rename outlives a power cut."""
+    _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories.
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(new: Path, current: Path) -> None:
+    """Swap two directories; in one step where the system can, else in two that ``recover_directory`` can mend."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2"):
+            names = os.fsencode(new), os.fsencode(current)
+            if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+                return
+            if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(code, os.strerror(code), str(current))
+    old = current.with_name(f".{current.name}{_OLD_SUFFIX}")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(current, old)
+    os.rename(new, current)
+    os.rename(old, new)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

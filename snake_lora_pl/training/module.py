@@ -1,0 +1,436 @@
+"""LoRALightningModule: one optimisation step of an adapter on a frozen causal language model.
+
+It knows nothing of Snake: what reads moves reaches it as ``text_metrics``. It never reads a file of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+from torchmetrics.aggregation import MeanMetric
+
+from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import choose_dtype, load_base_model, load_tokenizer, resolve_base_model
+from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+
+class LoRALightningModule(pl.LightningModule):
+    """Trains an adapter on prompt/completion batches; the loss covers completions only.
+
+    Args:
+        base_model: Short name, local directory or hub id of the model underneath.
+        adapter_type: Kind of adapter, as registered in ``AdapterFactory``.
+        lora: Rank, scale, dropout and layers of the adapter.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay of AdamW on the adapter's parameters.
+        betas: Decay rates of AdamW's two moments.
+        warmup_steps: Optimiser steps over which the learning rate rises linearly; at most a tenth of the run is used.
+        final_learning_rate_fraction: Share of the peak that the cosine ends on. It runs over the steps of the run, or
+            over ``trainer.max_time`` where that ends first.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.5 times slower.
+        dtype: Type of the frozen base: ``auto`` (bfloat16 where the hardware computes it fast, else float32),
+            ``float32``, ``bfloat16`` or ``float16``. The adapter itself stays in float32.
+        adapter_path: Adapter directory to start from instead of a fresh adapter; ``adapter_type`` and ``lora`` are
+            then read from it.
+        revision: Commit, branch or tag of a hub model.
+        trust_remote_code: Whether code that comes with a hub model may run.
+        max_new_tokens: Longest completion that ``predict`` writes, in tokens.
+        loss_chunk_tokens: Target tokens whose logits are alive at a time.
+        text_metrics: Metrics that read text: ``update(prompts, targets, predictions)`` takes three lists of strings
+            and ``compute()`` returns a dict of scalars, logged as ``val/NAME``; a NaN says that nothing could be read.
+    """
+
+    def __init__(
+        self,
+        base_model: str = "smollm2-135m",
+        adapter_type: str = "lora",
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - jsonargparse reads the default; it is copied below
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 20,
+        final_learning_rate_fraction: float = 0.1,
+        gradient_checkpointing: bool = False,
+        dtype: str = "auto",
+        adapter_path: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        max_new_tokens: int = 192,
+        loss_chunk_tokens: int = 512,
+        text_metrics: Metric | None = None,
+    ) -> None:
+        super().__init__()
+        _check_settings(learning_rate, weight_decay, warmup_steps, final_learning_rate_fraction, adapter_type)
+        self.base_model = base_model
+        self.adapter_type = adapter_type
+        self.lora = lora
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_steps = warmup_steps
+        self.final_learning_rate_fraction = final_learning_rate_fraction
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dtype_name = dtype
+        self.adapter_path = adapter_path
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.max_new_tokens = max_new_tokens
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.text_metrics = text_metrics
+
+        self.model: PeftModel | None = None
+        self.tokenizer: Any = None
+        self.val_loss = MeanMetric()
+        self.val_token_accuracy = MeanMetric()
+        self.val_exact_match = MeanMetric()
+        # Adapter checkpoints hold no base weights; on_load_checkpoint checks that every adapter key is there.
+        self.strict_loading = False
+        self._step_losses: list[Tensor] = []
+        self._step_num_targets: list[Tensor] = []
+        self._step_sources: list[list[str]] = []
+
+    # ------------------------------------------------------------------ the model
+
+    def configure_model(self) -> None:
+        """Load the base and put the adapter on it, once; every process calls this after the data is prepared."""
+        if self.model is not None:
+            return
+        options = {
+            "dtype": self.dtype_name if self.dtype_name != "auto" else self._auto_dtype_name(),
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        self.tokenizer = load_tokenizer(
+            self.base_model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if self.adapter_path is not None:
+            metadata = store.read_metadata(self.adapter_path)
+            self.adapter_type = metadata.adapter_type
+            self.model = AdapterFactory.load(self.adapter_path, self.base_model, is_trainable=True, **options)
+        else:
+            base = load_base_model(self.base_model, **options)
+            self.model = AdapterFactory.create(self.adapter_type, base, self.lora)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The frozen embedding's output needs a gradient, or a checkpointed layer has no input that does and its
+            # adapter stays untrained.
+            self.model.enable_input_require_grads()
+        # Weights load in eval mode; Lightning keeps the mode it finds.
+        self.model.train()
+        self._check_head()
+
+    def _auto_dtype_name(self) -> str:
+        device_type = self.trainer.strategy.root_device.type if self._trainer is not None else None
+        return str(choose_dtype("auto", device_type)).removeprefix("torch.")
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The wrapped model; there once ``configure_model`` has run."""
+        if self.model is None:
+            raise RuntimeError("The model is loaded by configure_model(); call it, or let a Trainer call it, first.")
+        return self.model
+
+    def _check_head(self) -> None:
+        """Refuse a model whose logits are not its output head applied to its last hidden state.
+
+        A few architectures scale or cap their logits on the way; training past that would optimise another function.
+        """
+        model = self.peft_model
+        was_training = model.training
+        model.eval()
+        ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+        with torch.no_grad(), self._compute_context():
+            own = self._head(self._hidden(ids))
+            whole = model(input_ids=ids, use_cache=False).logits
+        model.train(was_training)
+        if not torch.allclose(own.float(), whole.float(), rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"model.base_model {self.base_model}: {type(model.get_base_model()).__name__} changes its logits after "
+                "the output head (a soft cap or a scale), which this trainer does not support. Choose another base."
+            )
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.peft_model.get_base_model().get_output_embeddings()
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden state, shape (batch, length, hidden_size).
+
+        No attention mask goes in: rows are padded on the right and attention is causal, so no real token can see
+        padding, and without a mask scaled-dot-product attention stays on its fast causal path.
+        """
+        return self.peft_model.get_base_model().base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    @contextlib.contextmanager
+    def _compute_context(self) -> Iterator[None]:
+        """Compute in the base's type while the adapter's weights stay in float32."""
+        from peft.helpers import disable_input_dtype_casting
+
+        dtype = self._head.weight.dtype
+        if dtype == torch.float32:
+            yield
+            return
+        # Without autocast PEFT would cast every adapter's input to float32 and its product back.
+        with (
+            torch.autocast(self._head.weight.device.type, dtype=dtype),
+            disable_input_dtype_casting(self.peft_model),
+        ):
+            yield
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the *sum* of the loss over the micro-batch's target tokens; ``on_before_optimizer_step`` divides."""
+        targets = select_targets(batch["labels"])
+        with self._compute_context():
+            hidden = self._hidden(batch["input_ids"])[:, :-1][targets.mask]  # (num_targets, hidden_size)
+            loss = completion_loss(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
+        self._step_losses.append(loss.detach())
+        self._step_num_targets.append(targets.mask.sum())
+        self._step_sources.append(batch["sources"])
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn summed gradients into the mean over every target token of this optimiser step, on all ranks.
+
+        Runs before gradient clipping. Lightning has divided by the number of accumulated batches and the strategy by
+        the number of ranks; both are taken back.
+
+        Raises:
+            UserError: If the loss or a gradient is not finite; the message names the rows.
+        """
+        sums = torch.stack([torch.stack(self._step_losses).sum(), torch.stack(self._step_num_targets).sum().float()])
+        loss_sum, num_targets = self.trainer.strategy.reduce(sums.double(), reduce_op="sum")
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_targets.float()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        gradient_norm = nn.utils.get_total_norm(gradients)
+        self._check_finite(loss_sum, gradient_norm)
+        self._clear_step()
+        self.log("train/loss", (loss_sum / num_targets).float(), prog_bar=True, batch_size=1)
+        self.log("train/gradient_norm", gradient_norm, batch_size=1)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def _clear_step(self) -> None:
+        self._step_losses.clear()
+        self._step_num_targets.clear()
+        self._step_sources.clear()
+
+    def _check_finite(self, loss_sum: Tensor, gradient_norm: Tensor) -> None:
+        if torch.isfinite(loss_sum) and torch.isfinite(gradient_norm):
+            return
+        bad = [
+            source
+            for loss, sources in zip(self._step_losses, self._step_sources, strict=True)
+            if not torch.isfinite(loss)
+            for source in sources
+        ]
+        what = "loss" if not torch.isfinite(loss_sum) else "gradient"
+        rows = bad or [source for sources in self._step_sources for source in sources]
+        raise UserError(
+            f"step {self.trainer.global_step}: the {what} is not finite in a batch of the rows {', '.join(rows)}. "
+            "Look at these rows, lower model.learning_rate, or set trainer.gradient_clip_val."
+        )
+
+    def on_train_start(self) -> None:
+        """Drop what an interrupted step left behind."""
+        self._clear_step()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the adapter's parameters; linear warm-up, then a cosine."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
+        total_steps = self.trainer.estimated_stepping_batches
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+
+        def factor(step: int) -> float:
+            return self._learning_rate_factor(step, total_steps, _elapsed_share(timer))
+
+        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _learning_rate_factor(self, step: int, total_steps: float, elapsed_share: float) -> float:
+        """Share of the peak learning rate at an optimiser step.
+
+        Args:
+            step: Steps done.
+            total_steps: Steps of the run, or infinity.
+            elapsed_share: Share of the time limit that is used up; 0 without one.
+        """
+        warmup_steps = min(self.warmup_steps, math.ceil(0.1 * total_steps) if math.isfinite(total_steps) else math.inf)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        by_steps = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = min(1.0, max(by_steps, elapsed_share))
+        floor = self.final_learning_rate_fraction
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Teacher-forced metrics: at each target, what the model would have said after the true text before it."""
+        targets = select_targets(batch["labels"])
+        with self._compute_context():
+            hidden = self._hidden(batch["input_ids"])[:, :-1][targets.mask]
+            losses, predicted = completion_predictions(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
+        row_sizes = targets.mask.sum(dim=1).tolist()
+        hits = predicted == targets.token_ids
+        self.val_loss.update(losses)
+        self.val_token_accuracy.update(hits.float())
+        self.val_exact_match.update(torch.stack([row.all() for row in hits.split(row_sizes) if row.numel()]).float())
+        if self.text_metrics is not None:
+            prompts = [
+                self._decode(ids[: int(mask.nonzero()[0, 0]) + 1])
+                for ids, mask in zip(batch["input_ids"], targets.mask, strict=True)
+                if mask.any()
+            ]
+            sizes = [size for size in row_sizes if size]
+            self.text_metrics.update(
+                prompts,
+                [self._decode(ids) for ids in targets.token_ids.split(sizes)],
+                [self._decode(ids) for ids in predicted.split(sizes)],
+            )
+
+    def _decode(self, token_ids: Tensor | Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the epoch's batches add up to, weighted by token or row and over all ranks."""
+        loss = self.val_loss.compute()
+        values = {
+            "val/loss": loss,
+            "val/perplexity": loss.exp(),
+            "val/token_accuracy": self.val_token_accuracy.compute(),
+            "val/exact_match": self.val_exact_match.compute(),
+        }
+        metrics: list[Metric] = [self.val_loss, self.val_token_accuracy, self.val_exact_match]
+        if self.text_metrics is not None:
+            # torchmetrics' default sync makes every rank hold the same value; a NaN is then dropped on all of them.
+            read = self.text_metrics.compute()
+            values |= {f"val/{name}": value for name, value in read.items() if not torch.isnan(value)}
+            metrics.append(self.text_metrics)
+        self.log_dict(values, batch_size=1)
+        for metric in metrics:
+            metric.reset()
+
+    # ------------------------------------------------------------------ prediction
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Greedy completions for a batch of prompts.
+
+        Args:
+            batch: ``prompt_ids`` (a list of lists of token ids), ``prompts`` and ``sources``, one entry a row.
+            batch_idx: Not used.
+
+        Returns:
+            A dict with ``prompt``, ``completion`` and ``source`` for each row.
+        """
+        width = max(len(ids) for ids in batch["prompt_ids"])
+        pad_id = self.tokenizer.pad_token_id
+        # Left padding: generation goes on from the last position of every row.
+        ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in batch["prompt_ids"]])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch["prompt_ids"]])
+        with torch.no_grad(), self._compute_context():
+            output = self.peft_model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=pad_id,
+            )
+        completions = [self._decode(row[width:]) for row in output]
+        return [
+            {"prompt": prompt, "completion": completion, "source": source}
+            for prompt, completion, source in zip(batch["prompts"], completions, batch["sources"], strict=True)
+        ]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def adapter_metadata(self) -> store.AdapterMetadata:
+        """What is known here of the adapter; step, metrics and data are the caller's to add."""
+        source = resolve_base_model(self.base_model, revision=self.revision)
+        trainable, total = self.peft_model.get_nb_trainable_parameters()
+        return store.AdapterMetadata(
+            adapter_type=self.adapter_type,
+            base_model=source.canonical_id,
+            base_model_name=self.base_model,
+            base_revision=source.revision,
+            base_sha256=source.sha256,
+            trainable_parameters=trainable,
+            total_parameters=total,
+        )
+
+    def _adapter_keys(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapter's weights only: every checkpoint of this module is a few megabytes."""
+        keys = self._adapter_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint holds exactly this adapter.
+
+        Raises:
+            UserError: If a key is missing, unknown or of another shape.
+        """
+        saved = checkpoint["state_dict"]
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        different = sorted(saved.keys() ^ own.keys()) or sorted(k for k in own if saved[k].shape != own[k].shape)
+        if different:
+            raise UserError(
+                f"The checkpoint does not hold this adapter: {len(different)} parameters differ, such as "
+                f"{different[0]}. Use the config it was trained with (config.yaml in its run directory)."
+            )
+
+
+def _elapsed_share(timer: Timer | None) -> float:
+    """Share of ``trainer.max_time`` that training has used up."""
+    if timer is None or timer._duration is None:
+        return 0.0
+    return timer.time_elapsed() / timer._duration
+
+
+def _check_settings(
+    learning_rate: float, weight_decay: float, warmup_steps: int, final_fraction: float, adapter_type: str
+) -> None:
+    problems = []
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        problems.append(f"model.learning_rate must be a number above 0, not {learning_rate}")
+    if not weight_decay >= 0:
+        problems.append(f"model.weight_decay must be at least 0, not {weight_decay}")
+    if warmup_steps < 0:
+        problems.append(f"model.warmup_steps must be at least 0, not {warmup_steps}")
+    if not 0 <= final_fraction <= 1:
+        problems.append(f"model.final_learning_rate_fraction must lie in [0, 1], not {final_fraction}")
+    if adapter_type not in AdapterFactory.registered():
+        known = ", ".join(AdapterFactory.registered())
+        problems.append(f"model.adapter_type must be one of {known}, not '{adapter_type}'")
+    if problems:
+        raise UserError("; ".join(problems) + ".")

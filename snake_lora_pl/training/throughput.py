@@ -1,0 +1,88 @@
+"""Tokens per second and peak memory, as the user's clock sees them: waiting for data counts, validation does not."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+_WINDOW_STEPS = 20
+
+
+class ThroughputMonitor(Callback):
+    """Logs ``perf/tokens_per_second``, ``perf/target_tokens_per_second`` and ``perf/peak_memory_gib``.
+
+    Rates are of all processes together, over the last 20 optimiser steps. Padding counts for nothing. Memory is the
+    device's peak of allocated tensors on a GPU, else the process's peak resident set.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._targets = 0
+        self._seconds = 0.0
+        self._clock = 0.0
+        self._window: list[tuple[int, int, float]] = []
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._clock = time.perf_counter()
+        self._last_step = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the validation's time out."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        """Count a micro-batch; log at the end of an optimiser step."""
+        now = time.perf_counter()
+        self._seconds += now - self._clock
+        self._clock = now
+        tokens, targets = count_tokens(batch["labels"])
+        self._tokens += tokens
+        self._targets += targets
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        self._window = [*self._window[-_WINDOW_STEPS + 1 :], (self._tokens, self._targets, self._seconds)]
+        self._tokens, self._targets, self._seconds = 0, 0, 0.0
+        tokens, targets = sum(w[0] for w in self._window), sum(w[1] for w in self._window)
+        seconds = sum(w[2] for w in self._window)
+        pl_module.log_dict(
+            {
+                "perf/tokens_per_second": tokens * trainer.world_size / seconds,
+                "perf/target_tokens_per_second": targets * trainer.world_size / seconds,
+                "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
+            },
+            batch_size=1,
+        )
+
+
+def count_tokens(labels: Tensor) -> tuple[int, int]:
+    """Real tokens and target tokens of a right-padded batch.
+
+    Args:
+        labels: int64 of shape (batch, length); the last label of a row is its last token, padding comes after it.
+
+    Returns:
+        Number of tokens without padding, and of tokens that carry loss.
+    """
+    is_target = labels != -100
+    ends = torch.arange(1, labels.shape[1] + 1, device=labels.device) * is_target
+    return int(ends.amax(dim=1).sum()), int(is_target.sum())
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on a GPU, resident set of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
