@@ -1,0 +1,34 @@
+"""Fine-tune a causal language model with LoRA to play Snake from written heuristics, and prove it by playing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snake_lora_pl.adapters.config import LoRAConfig
+    from snake_lora_pl.adapters.factory import AdapterFactory
+    from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+    from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+    from snake_lora_pl.training.module import LoRALightningModule
+
+# Name -> module. Imported when asked for: the package itself must not import torch.
+_EXPORTS = {
+    "AdapterCheckpoint": "snake_lora_pl.training.adapter_checkpoint",
+    "AdapterFactory": "snake_lora_pl.adapters.factory",
+    "LoRAConfig": "snake_lora_pl.adapters.config",
+    "LoRALightningModule": "snake_lora_pl.training.module",
+    "SnakeJSONLDataModule": "snake_lora_pl.data.datamodule",
+}
+
+__all__ = ["AdapterCheckpoint", "AdapterFactory", "LoRAConfig", "LoRALightningModule", "SnakeJSONLDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'snake_lora_pl' has no attribute '{name}'")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
