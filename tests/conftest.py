@@ -29,7 +29,7 @@ def _no_leaked_environment() -> Iterator[None]:
     yield
     leaked = {k for k in os.environ if os.environ.get(k) != before.get(k)} - {"PYTEST_CURRENT_TEST"}
     # Libraries set these at their first import, whichever test happens to import them.
-    leaked -= {k for k in leaked if k.startswith(("KMP_", "OMP_", "TORCH", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_"))}
+    leaked -= {k for k in leaked if k.startswith(("PL_", "KMP_", "OMP_", "TORCH", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_"))}
     assert not leaked, f"environment variables leaked: {sorted(leaked)}"
 
 

@@ -25,6 +25,7 @@ from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import choose_dtype, load_base_model, load_tokenizer, resolve_base_model
 from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
+from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -253,8 +254,16 @@ class LoRALightningModule(pl.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Drop what an interrupted step left behind."""
+        """Drop what an interrupted step left behind, here and in the metrics file."""
         self._clear_step()
+        for run_logger in self.loggers:
+            if isinstance(run_logger, MetricsCSVLogger):
+                run_logger.rewind(self.trainer.global_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let a run that ends in the middle of an epoch end with a validation."""
+        if self.trainer.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the adapter's parameters; linear warm-up, then a cosine."""

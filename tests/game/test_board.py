@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 import pytest
-from board_strategies import boards
+from tests.game.board_strategies import boards
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from board_strategies import boards
+from tests.game.board_strategies import boards
 from hypothesis import given
 
 from snake_lora_pl.game import TEACHERS, Board, Game, Move, get_teacher, read_board, register_teacher

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from board_strategies import boards
+from tests.game.board_strategies import boards
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory, build_lora
+from snake_lora_pl.errors import UserError
+
+
+@pytest.fixture
+def llama(tiny_llama_dir: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+
+
+@pytest.fixture
+def _registry() -> Iterator[None]:
+    before = dict(AdapterFactory._builders)
+    yield
+    AdapterFactory._builders.clear()
+    AdapterFactory._builders.update(before)
+
+
+def adapted_layers(model: PeftModel) -> set[str]:
+    return {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+def test_only_the_adapter_of_the_four_attention_projections_is_trained(llama: LlamaForCausalLM) -> None:
+    model = AdapterFactory.create("lora", llama, LoRAConfig())
+    assert adapted_layers(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_adds_scaled_b_a(llama: LlamaForCausalLM) -> None:
+    weight = llama.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model = AdapterFactory.create("lora", llama, LoRAConfig(rank=4, alpha=8, dropout=0.0))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(3, weight.shape[1])
+    assert torch.equal(layer(x), x @ weight.T)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    merged = weight + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer(x), x @ merged.T)
+
+
+def test_a_base_model_may_be_given_by_name(tiny_llama_dir: Path) -> None:
+    assert isinstance(AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig()), PeftModel)
+
+
+def test_an_unknown_type_is_a_value_error_that_lists_the_known_ones(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"unknown type 'lorra'\. Known: .*lora.*Did you mean 'lora'"):
+        AdapterFactory.create("lorra", llama, LoRAConfig())
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_registered_kind_is_built_by_its_own_builder(llama: LlamaForCausalLM) -> None:
+    seen = []
+
+    def build(base_model: LlamaForCausalLM, config: LoRAConfig) -> PeftModel:
+        seen.append(config.rank)
+        return build_lora(base_model, config)
+
+    AdapterFactory.register("mine", build)
+    assert "mine" in AdapterFactory.registered()
+    assert isinstance(AdapterFactory.create("mine", llama, LoRAConfig(rank=3)), PeftModel)
+    assert seen == [3]
+    with pytest.raises(ValueError, match="registered already"):
+        AdapterFactory.register("mine", build)
+
+
+def test_the_default_layers_follow_the_architecture(gpt2: GPT2LMHeadModel) -> None:
+    assert adapted_layers(AdapterFactory.create("lora", gpt2, LoRAConfig())) == {"c_attn"}
+
+
+def test_all_linear_takes_every_linear_layer_but_the_head(llama: LlamaForCausalLM) -> None:
+    model = AdapterFactory.create("lora", llama, LoRAConfig(target_modules="all-linear"))
+    assert adapted_layers(model) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_a_pattern_is_matched_against_full_names(llama: LlamaForCausalLM) -> None:
+    model = AdapterFactory.create("lora", llama, LoRAConfig(target_modules=r".*\.layers\.1\..*\.v_proj"))
+    names = [name for name, _ in model.named_parameters() if ".lora_A" in name]
+    assert len(names) == 1
+    assert ".layers.1.self_attn.v_proj." in names[0]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "qproj"], ["c_attn"]], ids=["one of two", "the only one"])
+def test_a_layer_that_does_not_exist_is_an_error_that_names_those_that_do(
+    llama: LlamaForCausalLM, targets: list[str]
+) -> None:
+    with pytest.raises(UserError, match=rf"'{targets[-1]}' matches no layer of LlamaForCausalLM.*down_proj.*v_proj"):
+        AdapterFactory.create("lora", llama, LoRAConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("nothing.*", "matches no layer"), ("(", "no regular expression")])
+def test_a_pattern_without_a_match_is_an_error(llama: LlamaForCausalLM, pattern: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AdapterFactory.create("lora", llama, LoRAConfig(target_modules=pattern))
