@@ -9,17 +9,9 @@ from __future__ import annotations
 import difflib
 import sys
 from importlib import metadata
-from pathlib import Path
 
 from snake_lora_pl.errors import UserError
-
-PROG = "python -m snake_lora_pl"
-
-LIGHTNING_VERBS = {
-    "fit": "train an adapter; the run's directory holds the adapter, metrics and checkpoints",
-    "validate": "teacher-forced metrics of an adapter on held-out rows",
-    "predict": "completions of an adapter for prompts",
-}
+from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
 
 EXIT_USER_ERROR = 2
 
@@ -59,11 +51,6 @@ def _dispatch(arguments: list[str]) -> int:
     from snake_lora_pl.cli import run
 
     return run(arguments)
-
-
-def help_path(verb: str) -> Path:
-    """The help text of a verb that needs Lightning, made ahead by ``snake_lora_pl.cli.write_help``."""
-    return Path(__file__).parent / "help" / f"{verb}.txt"
 
 
 def _overview() -> str:

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from snake_lora_pl.__main__ import LIGHTNING_VERBS, PROG, help_path
-from snake_lora_pl.data.datamodule import SnakeJSONLDataModule, peek_grid_size
+from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
 from snake_lora_pl.paths import RunPaths, find_config, shown
@@ -30,10 +30,10 @@ from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.progress import RunProgress
 from snake_lora_pl.training.throughput import ThroughputMonitor
+from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GRID_SIZE = 10
 # Processes that a launcher starts for one run inherit it, so that all write to one place.
 RUN_DIR_ENV = "SNAKE_LORA_PL_RUN_DIR"
 _HELP_WIDTH = "100"
@@ -143,9 +143,8 @@ class SnakeCLI(LightningCLI):
             config.checkpoint.adapter_dir = config.checkpoint.adapter_dir or str(self.run_paths.artifacts_dir)
 
     def _resolve_run(self, config: Namespace) -> RunPaths:
-        grid_size = config.data.grid_size
-        if grid_size is None:
-            grid_size = peek_grid_size(config.data.train_path) or DEFAULT_GRID_SIZE
+        data = SnakeJSONLDataModule(train_path=config.data.train_path, grid_size=config.data.grid_size)
+        grid_size = data.resolved_grid_size  # reads the first row
         if config.ckpt_path == "last":
             run = RunPaths.latest(config.root, grid_size, config.adapter_name)
             if run is None:
@@ -293,8 +292,15 @@ def _quiet_libraries() -> None:
     logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Memory-mapped rows need no worker processes; Lightning cannot know.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    for message in (
+        ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
+        ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
+        ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def help_text(verb: str) -> str:

@@ -15,22 +15,26 @@ SAMPLE_DIR = Path(__file__).parent / "data" / "heuristics_v0.04"
 
 
 @pytest.fixture(autouse=True)
-def _isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep every test away from the user's cache and from model hubs."""
-    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-
-
-@pytest.fixture(autouse=True)
 def _no_leaked_environment() -> Iterator[None]:
     """Fail a test that leaves an environment variable behind."""
     before = dict(os.environ)
     yield
     leaked = {k for k in os.environ if os.environ.get(k) != before.get(k)} - {"PYTEST_CURRENT_TEST"}
     # Libraries set these at their first import, whichever test happens to import them.
-    leaked -= {k for k in leaked if k.startswith(("PL_", "KMP_", "OMP_", "TORCH", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_"))}
+    leaked -= {
+        k for k in leaked if k.startswith(("PL_", "KMP_", "OMP_", "TORCH", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_"))
+    }
     assert not leaked, f"environment variables leaked: {sorted(leaked)}"
+
+
+@pytest.fixture(autouse=True)
+def _isolated_cache(
+    _no_leaked_environment: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep every test away from the user's cache and from model hubs."""
+    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
 
 
 @pytest.fixture(scope="session")

@@ -350,17 +350,17 @@ class LoRALightningModule(pl.LightningModule):
         """Greedy completions for a batch of prompts.
 
         Args:
-            batch: ``prompt_ids`` (a list of lists of token ids), ``prompts`` and ``sources``, one entry a row.
+            batch: ``input_ids`` (a list of lists of token ids), ``prompts`` and ``sources``, one entry a row.
             batch_idx: Not used.
 
         Returns:
             A dict with ``prompt``, ``completion`` and ``source`` for each row.
         """
-        width = max(len(ids) for ids in batch["prompt_ids"])
+        width = max(len(ids) for ids in batch["input_ids"])
         pad_id = self.tokenizer.pad_token_id
         # Left padding: generation goes on from the last position of every row.
-        ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in batch["prompt_ids"]])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch["prompt_ids"]])
+        ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in batch["input_ids"]])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch["input_ids"]])
         with torch.no_grad(), self._compute_context():
             output = self.peft_model.generate(
                 input_ids=ids.to(self.device),

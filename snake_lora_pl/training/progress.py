@@ -116,6 +116,7 @@ class RunProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar."""
+        self.has_dataloader_changed(dataloader_idx)  # tells the base class which loader the total is of
         total = self.total_val_batches_current_dataloader
         self._show((batch_idx + 1) / total, f"batch {batch_idx + 1} of {total}")
 
@@ -144,6 +145,7 @@ class RunProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar."""
+        self.has_dataloader_changed(dataloader_idx)  # tells the base class which loader the total is of
         total = self.total_predict_batches_current_dataloader
         self._show((batch_idx + 1) / total, f"batch {batch_idx + 1} of {total}")
 

@@ -24,9 +24,7 @@ VAL_ROWS = make_rows(4, seed=5)
 def fit(
     module: pl.LightningModule, root: Path, checkpoint: AdapterCheckpoint, ckpt_path: str | None = None, **settings: Any
 ) -> pl.Trainer:
-    trainer = make_trainer(
-        root, enable_checkpointing=True, callbacks=[checkpoint], num_sanity_val_steps=0, **settings
-    )
+    trainer = make_trainer(root, enable_checkpointing=True, callbacks=[checkpoint], num_sanity_val_steps=0, **settings)
     trainer.fit(module, make_loader(ROWS, 4), make_loader(VAL_ROWS, 4), ckpt_path=ckpt_path)
     return trainer
 

@@ -222,7 +222,7 @@ def test_predict_writes_greedy_completions_whatever_the_padding(make_module, tmp
     module.configure_model()
     module.eval()
     prompts = [ids for ids, _ in make_rows(3)]
-    batch = {"prompt_ids": prompts, "prompts": ["a", "b", "c"], "sources": ["f:1", "f:2", "f:3"]}
+    batch = {"input_ids": prompts, "prompts": ["a", "b", "c"], "sources": ["f:1", "f:2", "f:3"]}
     together = module.predict_step(batch, 0)
     for i, ids in enumerate(prompts):
         text = []

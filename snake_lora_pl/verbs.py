@@ -1,0 +1,18 @@
+"""The commands there are. Read by the front end, which imports nothing heavy, and by the command line behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROG = "python -m snake_lora_pl"
+
+LIGHTNING_VERBS = {
+    "fit": "train an adapter; the run's directory holds the adapter, metrics and checkpoints",
+    "validate": "teacher-forced metrics of an adapter on held-out rows",
+    "predict": "completions of an adapter for prompts",
+}
+
+
+def help_path(verb: str) -> Path:
+    """The help text of a verb that needs Lightning, made ahead by ``snake_lora_pl.cli.write_help``."""
+    return Path(__file__).parent / "help" / f"{verb}.txt"
