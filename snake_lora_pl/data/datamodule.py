@@ -156,7 +156,10 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         if stage == "predict":
             return
         if self._needs_train_rows(stage):
-            self._open(self._prepare_train_paths())
+            paths = self._train_paths()
+            if self.train_path is None:
+                logger.info("no data.train_path: training on generated rows, %s", paths[0])
+            self._open(paths)
         if self.val_path is not None:
             self._open(expand_paths(self.val_path))
 
@@ -170,7 +173,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         stage = stage or "fit"
         if stage == "predict":
             self._prompts = self._read_prompts()
-        elif stage != "test" and self._val is None:
+        elif stage != "test" and (self._train if self._needs_train_rows(stage) else self._val) is None:
             self._setup_rows(stage)
 
     def _setup_rows(self, stage: str) -> None:
@@ -204,26 +207,18 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     def _needs_train_rows(self, stage: str) -> bool:
         return stage == "fit" or self.val_path is None
 
-    def _prepare_train_paths(self) -> list[Path]:
+    def _train_paths(self) -> list[Path]:
         if self.train_path is not None:
             return expand_paths(self.train_path)
         path = self._generated_path()
         if not path.exists():
             with report_cache_errors():
+                size = self._generated_grid_size()
                 num_rows = write_dataset(
-                    path,
-                    self.generated_games,
-                    self._generated_grid_size(),
-                    GENERATED_TEACHER,
-                    GENERATED_STYLE,
-                    self.seed,
+                    path, self.generated_games, size, GENERATED_TEACHER, GENERATED_STYLE, self.seed
                 )
-            logger.info("no data.train_path: generated %d games, %d rows", self.generated_games, num_rows)
-        logger.info("no data.train_path: training on the generated rows %s", path)
+            logger.info("generated %d games, %d rows on a %dx%d grid", self.generated_games, num_rows, size, size)
         return [path]
-
-    def _train_paths(self) -> list[Path]:
-        return self._prepare_train_paths() if self.train_path is None else expand_paths(self.train_path)
 
     def _generated_path(self) -> Path:
         return generated_data_path(
@@ -257,7 +252,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     def _check_settings(self) -> None:
         check_choice("data.on_bad_row", self.on_bad_row, OnBadRow)
-        least = {"batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0}
+        least = {"batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0, "generated_games": 1}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"data.{name} must be at least {minimum} (found: {getattr(self, name)})")

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snake_lora_pl.data.encoding import TOO_LONG, Encoder, Example, Refusal
-from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, describe_counts, read_rows
+from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, describe_counts, read_rows, unreadable
 from snake_lora_pl.durable import directory_durably, open_durably, remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game.text import PromptState, read_move, read_state, starts_new_game
@@ -205,9 +205,12 @@ def hash_file(path: Path) -> str:
             return remembered
     now = time.time()
     digest = hashlib.blake2b(digest_size=32)
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise unreadable(path, error) from error
     _check_unchanged(path, before)
     if now - max(before.st_mtime, before.st_ctime) > _STAMPS_SETTLE_S:
         with report_cache_errors(), open_durably(memory, "w", encoding="ascii") as file:
@@ -466,4 +469,5 @@ def _hash_prompt(prompt: str) -> int:
 
 
 def _hash_text(*parts: str) -> str:
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    # A file's name may be any bytes; Python carries those that are not UTF-8 as lone surrogates.
+    return hashlib.blake2b("\0".join(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()

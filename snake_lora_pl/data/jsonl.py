@@ -212,6 +212,11 @@ def read_rows(
         logger.warning("skipped %s", complaints)
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The error for a file of rows that the system does not let be read."""
+    return UserError(f"{path}: cannot be read ({_reason(error)}). Check the file and its permissions.")
+
+
 def peek_row(spec: PathSpec, *, require_completion: bool = True) -> Row | None:
     """The first good row of some files, read without looking at the rest; None where there is none."""
     return next(read_rows(expand_paths(spec), "skip", require_completion=require_completion), None)
@@ -245,7 +250,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             f"{path}: cannot be decompressed ({error}). Compress the file again, or copy it anew."
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}). Check the file and its permissions.") from error
+        raise unreadable(path, error) from error
 
 
 def _split_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes | None]]:

@@ -80,6 +80,14 @@ def test_validation_alone_needs_no_training_rows_where_there_is_a_val_path(make,
     assert not generated_data_path(10, "bfs", "bfs-512", 200, 0).exists()
 
 
+def test_fitting_after_validating_alone_opens_the_training_rows(make, rows_path, write_rows):
+    val_path = write_rows([position(7, 7, "UP")], "val.jsonl")
+    datamodule = make(rows_path, val_path=str(val_path))
+    datamodule.setup("validate")
+    datamodule.setup("fit")
+    assert (datamodule.num_train_rows, datamodule.num_val_rows) == (41, 1)
+
+
 def test_fit_and_validate_have_the_same_validation_rows(make, rows_path):
     fit, validate = (set_up(make(rows_path), stage) for stage in ("fit", "validate"))
     assert sources(fit.val_dataloader()) == sources(validate.val_dataloader())
@@ -186,7 +194,7 @@ def test_without_a_train_path_rows_are_generated_once_and_it_is_said_where(make,
     with caplog.at_level(logging.INFO):
         datamodule = set_up(make(generated_games=3, grid_size=6))
     path = generated_data_path(6, "bfs", "bfs-512", 3, 0)
-    assert f"training on the generated rows {path}" in caplog.text
+    assert f"no data.train_path: training on generated rows, {path}" in caplog.text
     assert "generated 3 games" in caplog.text
     assert all(source.startswith(f"{path}:") for source in sources(datamodule.train_dataloader()))
     assert (datamodule.resolved_grid_size, datamodule.prompt_format) == (6, "bfs-512")
@@ -233,6 +241,7 @@ def test_a_grid_size_that_the_rows_contradict_is_an_error(make, rows_path):
         ({"pad_to_multiple_of": 0}, "data.pad_to_multiple_of must be at least 1"),
         ({"val_fraction": 1.0}, "data.val_fraction must be at least 0 and below 1"),
         ({"seed": -1}, "data.seed must be at least 0"),
+        ({"generated_games": 0}, "data.generated_games must be at least 1"),
         ({"on_bad_row": "ignore"}, "unknown data.on_bad_row 'ignore'. Choose one of error, skip"),
         ({"on_overflow": "cut"}, "unknown data.on_overflow 'cut'"),
         ({"template": "alpaca"}, "unknown data.template 'alpaca'"),

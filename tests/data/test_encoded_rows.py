@@ -135,6 +135,11 @@ def test_a_file_of_another_name_and_the_same_bytes_is_not_encoded_again(encoder,
     assert len(count_builds) == 1
 
 
+def test_a_file_name_may_be_any_bytes(encoder, write_rows):
+    path = write_rows(games_of_steps(3), os.fsdecode(b"\xff.jsonl"))
+    assert len(open_encoded_rows(expand_paths(str(path.parent / "*.jsonl")), encoder)) == 3
+
+
 def test_one_more_shard_leaves_the_others_as_they_are(encoder, write_rows, count_builds):
     a, b = (write_rows(games_of_steps(steps), f"{steps}.jsonl") for steps in (3, 4))
     open_encoded_rows([a], encoder)
@@ -172,6 +177,17 @@ def test_the_hash_of_a_settled_file_is_remembered(write_rows, monkeypatch):
 def test_the_hash_of_a_fresh_file_is_not_remembered_since_its_time_stamps_prove_nothing(write_rows):
     hash_file(write_rows(games_of_steps(3)))
     assert not encoded_rows_dir("content_hashes").exists()
+
+
+def test_a_file_that_cannot_be_hashed_is_an_error(write_rows, monkeypatch):
+    path = write_rows(games_of_steps(1))
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(UserError, match=r"rows.jsonl: cannot be read \(Permission denied\)"):
+        hash_file(path)
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(encoder, write_rows, monkeypatch):
