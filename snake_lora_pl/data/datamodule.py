@@ -455,7 +455,7 @@ class _RowSubset(Dataset):
         return self.rows.lengths()[self.indices]
 
     def num_games(self) -> int:
-        return len(np.unique(self.rows.games()[self.indices]))
+        return int(np.count_nonzero(np.bincount(self.rows.games()[self.indices])))
 
 
 class _PromptBatches(Dataset):
