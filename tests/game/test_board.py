@@ -5,11 +5,11 @@ import time
 from collections import Counter
 
 import pytest
-from tests.game.board_strategies import boards
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snake_lora_pl.game import Board, End, Game, Move
+from tests.game.board_strategies import boards
 
 # A cycle through the 2x2 grid from its start in the top-right corner.
 CYCLE_2X2 = [Move.LEFT, Move.DOWN, Move.RIGHT, Move.UP]

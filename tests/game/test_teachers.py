@@ -3,10 +3,10 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from tests.game.board_strategies import boards
 from hypothesis import given
 
 from snake_lora_pl.game import TEACHERS, Board, Game, Move, get_teacher, read_board, register_teacher
+from tests.game.board_strategies import boards
 
 REPOSITORY_DIR = Path(__file__).parents[2]
 SAMPLE_DIR = REPOSITORY_DIR / "tests" / "data" / "heuristics_v0.04"
