@@ -15,7 +15,8 @@ def test_a_step_that_takes_its_memory_again_faults_no_pages_in() -> None:
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            activations = [torch.empty(2**20).fill_(1.0) for _ in range(20)]  # 4 MiB each
+            # 40 MiB each: past 32 MiB glibc never keeps a block of its own accord.
+            activations = [torch.empty(10 * 2**20).fill_(1.0) for _ in range(6)]
             del activations
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
