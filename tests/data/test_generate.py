@@ -65,7 +65,7 @@ def test_a_teacher_that_walks_in_circles_starves(monkeypatch):
         last = clockwise[last]
         return last
 
-    monkeypatch.setitem(TEACHERS, "circle", circle)
+    monkeypatch.setitem(TEACHERS, "circle", lambda seed: circle)
     rows = list(generate_rows(num_games=1, grid_size=6, teacher="circle"))
     assert read_state(rows[-1]["prompt"]).length == 1
     assert len(rows) == STARVATION_BOARDS * 36

@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.game.board_strategies import boards
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from snake_lora_pl.game import (
     register_style,
     starts_new_game,
 )
+from tests.game.board_strategies import boards
 
 REPOSITORY_DIR = Path(__file__).parents[2]
 SAMPLE_DIR = REPOSITORY_DIR / "tests" / "data" / "heuristics_v0.04"
