@@ -25,7 +25,6 @@ UPSTREAM = " (upstream's rules)"
 # were measured under is not known.
 REFERENCE_APPLES = {
     "random_legal": 4.6,
-    f"random_legal{UPSTREAM}": 4.6,
     f"bfs{UPSTREAM}": 19.6,
     "bfs": 28.6,
     "safe_greedy": 98.0,
@@ -80,7 +79,7 @@ def main() -> None:
     for column in ("apples", "SD", "median", "reference", "ratio", "wins", "steps", "reference", "ratio", "CPU s"):
         table.add_column(column, justify="right")
     table.add_column("ends")
-    for name in [*TEACHERS, f"bfs{UPSTREAM}", f"random_legal{UPSTREAM}"]:
+    for name in [*TEACHERS, f"bfs{UPSTREAM}"]:
         result = play(
             name.removesuffix(UPSTREAM), num_games, arguments.starvation, upstream_rules=name.endswith(UPSTREAM)
         )

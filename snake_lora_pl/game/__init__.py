@@ -12,6 +12,7 @@ from snake_lora_pl.game.teachers import (
 )
 from snake_lora_pl.game.text import (
     STYLES,
+    BoardReader,
     PromptState,
     Style,
     get_style,
@@ -28,6 +29,7 @@ __all__ = [
     "SYMMETRIES",
     "TEACHERS",
     "Board",
+    "BoardReader",
     "Cell",
     "End",
     "Game",
