@@ -94,7 +94,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, bfs512_sample_path:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tiny_llama_dir: Path):  # noqa: ANN201
+def tiny_tokenizer(tiny_llama_dir: Path):
     """The tokenizer of the tiny Llama."""
     from transformers import AutoTokenizer
 

@@ -73,9 +73,7 @@ def test_an_exception_keeps_the_old_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["directory"]
 
 
-def test_a_directory_killed_between_two_renames_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_killed_between_two_renames_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "directory"
     with directory_durably(path) as directory:
         (directory / "good").write_text("")

@@ -1,0 +1,1 @@
+"""JSONL rows become batches. Importing this room is cheap; ``datamodule`` and ``batching`` import torch."""

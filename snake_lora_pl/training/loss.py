@@ -1,7 +1,7 @@
 """Completion-only cross-entropy over the rows of hidden state that predict a target, a chunk at a time.
 
-A causal model spends a large share of its memory on logits: tokens x vocabulary, in float32. Prompt and padding carry no
-loss, so their logits are never computed; the others are computed in chunks of which only one is alive.
+A causal model spends a large share of its memory on logits: tokens x vocabulary, in float32. Prompt and padding carry
+no loss, so their logits are never computed; the others are computed in chunks of which only one is alive.
 
 The loss is a *sum* over target tokens. What it is divided by, the number of targets in the whole optimiser step, is
 known only when the step's last micro-batch has been seen; ``LoRALightningModule`` divides the gradients then. A mean of

@@ -24,6 +24,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import choose_dtype, load_base_model, load_tokenizer, resolve_base_model
+from snake_lora_pl.training.allocator import keep_freed_memory
 from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 
@@ -253,6 +254,11 @@ class LoRALightningModule(pl.LightningModule):
             "Look at these rows, lower model.learning_rate, or set trainer.gradient_clip_val."
         )
 
+    def on_fit_start(self) -> None:
+        """Settle the process for training on a CPU."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
     def on_train_start(self) -> None:
         """Drop what an interrupted step left behind, here and in the metrics file."""
         self._clear_step()
@@ -301,6 +307,8 @@ class LoRALightningModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Teacher-forced metrics: at each target, what the model would have said after the true text before it."""
         targets = select_targets(batch["labels"])
+        if targets.token_ids.numel() == 0:  # a rank may have no row left
+            return
         with self._compute_context():
             hidden = self._hidden(batch["input_ids"])[:, :-1][targets.mask]
             losses, predicted = completion_predictions(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
@@ -308,7 +316,7 @@ class LoRALightningModule(pl.LightningModule):
         hits = predicted == targets.token_ids
         self.val_loss.update(losses)
         self.val_token_accuracy.update(hits.float())
-        self.val_exact_match.update(torch.stack([row.all() for row in hits.split(row_sizes) if row.numel()]).float())
+        self.val_exact_match.update(torch.stack([row.all() for row in hits.split(row_sizes)]).float())
         if self.text_metrics is not None:
             prompts = [
                 self._decode(ids[: int(mask.nonzero()[0, 0]) + 1])

@@ -41,7 +41,7 @@ def make_loader(rows: list[tuple[list[int], int]], batch_size: int) -> DataLoade
 
 
 @pytest.fixture
-def make_module(tiny_llama_dir: Path):  # noqa: ANN201
+def make_module(tiny_llama_dir: Path):
     def make(**settings: Any) -> LoRALightningModule:
         pl.seed_everything(7, verbose=False)
         defaults: dict[str, Any] = {

@@ -1,0 +1,86 @@
+"""Which rows train and which validate: whole games apart, and no prompt on both sides.
+
+Neighbouring positions of one game are near copies of each other, so a split by row would measure memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from snake_lora_pl.errors import UserError
+
+
+class Split(NamedTuple):
+    """Indices of rows, ascending.
+
+    Attributes:
+        train: Rows to train on.
+        val: Rows to validate on.
+        num_duplicates: Rows that are in neither, since their prompt is also one of ``val``.
+    """
+
+    train: npt.NDArray[np.integer[Any]]
+    val: npt.NDArray[np.integer[Any]]
+    num_duplicates: int
+
+
+def split_by_game(
+    games: npt.NDArray[np.integer[Any]],
+    prompt_hashes: npt.NDArray[np.uint64],
+    val_fraction: float,
+    seed: int,
+) -> Split:
+    """Set games aside for validation, in a seeded order, until they make up a share of the rows.
+
+    At least one game validates and at least one trains. With a share of 0 all rows train.
+
+    Args:
+        games: The game of each row.
+        prompt_hashes: A hash of each row's prompt; training rows whose prompt also validates are left out.
+        val_fraction: Share of the rows that is to validate, from 0 to below 1.
+        seed: Seed of the order.
+
+    Raises:
+        UserError: If the share is out of range, or there is only one game and it is to be split.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"data.val_fraction must be at least 0 and below 1 (found: {val_fraction})")
+    if val_fraction == 0:
+        return Split(np.arange(len(games)), np.arange(0), 0)
+    rows_per_game = np.bincount(games)
+    shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(rows_per_game))
+    if len(shuffled) < 2:
+        raise UserError(
+            "the training rows are all of one game, so no game can be set aside for validation. "
+            "Give more games, name other rows in data.val_path, or set data.val_fraction=0 to train without validation."
+        )
+    wanted = val_fraction * len(games)
+    num_val_games = int(np.searchsorted(np.cumsum(rows_per_game[shuffled]), wanted)) + 1
+    is_val_game = np.zeros(len(rows_per_game), bool)
+    is_val_game[shuffled[: min(num_val_games, len(shuffled) - 1)]] = True
+    is_val = is_val_game[games]
+    val, train = np.flatnonzero(is_val), np.flatnonzero(~is_val)
+    kept = leave_out_duplicates(train, prompt_hashes, prompt_hashes[val])
+    return Split(kept, val, len(train) - len(kept))
+
+
+def leave_out_duplicates(
+    train: npt.NDArray[np.integer[Any]],
+    prompt_hashes: npt.NDArray[np.uint64],
+    val_prompt_hashes: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.integer[Any]]:
+    """Those of the training rows whose prompt does not validate.
+
+    Raises:
+        UserError: If none are left.
+    """
+    kept = train[~np.isin(prompt_hashes[train], val_prompt_hashes)]
+    if len(kept) == 0:
+        raise UserError(
+            "no training row is left: every prompt is also one of the validation rows, and those are removed from "
+            "training. Name other rows in data.val_path or data.train_path."
+        )
+    return kept
