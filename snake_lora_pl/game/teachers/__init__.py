@@ -9,7 +9,9 @@ from snake_lora_pl.game.teachers.hamiltonian import hamiltonian, hamiltonian_sho
 from snake_lora_pl.game.teachers.random_legal import random_legal
 from snake_lora_pl.game.teachers.registry import (
     TEACHERS,
+    SeededTeacher,
     Teacher,
+    get_seeded_teacher,
     get_teacher,
     register_seeded_teacher,
     register_teacher,
@@ -19,9 +21,11 @@ from snake_lora_pl.game.teachers.towards_apple import astar, bfs, greedy
 
 __all__ = [
     "TEACHERS",
+    "SeededTeacher",
     "Teacher",
     "astar",
     "bfs",
+    "get_seeded_teacher",
     "get_teacher",
     "greedy",
     "hamiltonian",

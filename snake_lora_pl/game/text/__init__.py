@@ -6,6 +6,7 @@ a prompt, so that templates around it do not matter. Importing this package regi
 
 # Importing a style's module registers it; in this order they are looked for in a text.
 from snake_lora_pl.game.text.bfs_512 import Bfs512
+from snake_lora_pl.game.text.claims import Claims, check_claims, check_completion, read_claims
 from snake_lora_pl.game.text.compact import Compact
 from snake_lora_pl.game.text.drawn import DrawnStyle
 from snake_lora_pl.game.text.reading import (
@@ -22,12 +23,16 @@ __all__ = [
     "STYLES",
     "Bfs512",
     "BoardReader",
+    "Claims",
     "Compact",
     "DrawnStyle",
     "PromptState",
     "Style",
+    "check_claims",
+    "check_completion",
     "get_style",
     "read_board",
+    "read_claims",
     "read_grid_size",
     "read_move",
     "read_state",
