@@ -43,12 +43,26 @@ class ShippedConfigFile(ActionConfigFile):
     """``--config NAME``: a path, else the name of a config that comes with the package."""
 
     def __call__(self, parser: Any, cfg: Namespace, values: str, option_string: str | None = None) -> None:
-        """Find the file, then let jsonargparse read it."""
-        super().__call__(parser, cfg, str(find_config(values)), option_string)
+        """Find the file, then let jsonargparse read it.
+
+        Raises:
+            UserError: If it is nowhere or cannot be read; the message names it.
+        """
+        path = find_config(values)
+        try:
+            super().__call__(parser, cfg, str(path), option_string)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from error
 
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line that names the nearest valid key."""
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
+        """As jsonargparse does, without what can only be given from Python."""
+        if theclass is SnakeJSONLDataModule:
+            kwargs["skip"] = {"tokenizer"}
+        return super().add_class_arguments(theclass, nested_key, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing a usage of a hundred lines.
@@ -80,7 +94,8 @@ class OneLineParser(LightningArgumentParser):
         return text
 
     def _known_keys(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest and action.dest != "help"]
+        verbs = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+        return [a.dest for parser in [self, *verbs] for a in parser._actions if a.dest and a.dest != "help"]
 
 
 class SnakeCLI(LightningCLI):
@@ -101,7 +116,8 @@ class SnakeCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that finds shipped configs."""
-        parser = self.parser_class(**kwargs)
+        # An abbreviated flag would be a mistyped one that goes unnoticed.
+        parser = self.parser_class(**kwargs, allow_abbrev=False)
         parser.add_argument(
             "-c", "--config", action=ShippedConfigFile, help="Config by path or shipped name; several compose."
         )
@@ -189,7 +205,14 @@ class SnakeCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
         trainer_config["enable_model_summary"] = False
-        return self._instantiate_trainer(trainer_config, callbacks)
+        try:
+            return self._instantiate_trainer(trainer_config, callbacks)
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            chosen = ", ".join(f"{k}={trainer_config[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
+            raise UserError(
+                f"these trainer settings do not fit this machine ({chosen}): {' '.join(str(error).split())} "
+                "--trainer.accelerator=auto --trainer.devices=auto --trainer.strategy=auto work everywhere."
+            ) from error
 
     def _loggers(self, configured: Any) -> list[Any]:
         assert self.run_paths is not None
@@ -208,7 +231,8 @@ class SnakeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything lies and what comes next."""
-        if not self.trainer.is_global_zero or self.run_paths is None or self.trainer.fast_dev_run:
+        fast_dev_run = self.config[self.subcommand].trainer.fast_dev_run
+        if not self.trainer.is_global_zero or self.run_paths is None or fast_dev_run:
             return
         configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
         run_dir, adapter = shown(self.run_paths.run_dir), shown(self.run_paths.artifacts_dir)
@@ -280,7 +304,10 @@ def _build(arguments: list[str]) -> SnakeCLI:
             load_from_checkpoint_support=False,
             trainer_defaults={"use_distributed_sampler": False},
             parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
-            | {verb: {"description": text, "prog": f"{PROG} {verb}"} for verb, text in LIGHTNING_VERBS.items()},
+            | {
+                verb: {"description": text, "usage": f"{PROG} {verb} [options]"}
+                for verb, text in LIGHTNING_VERBS.items()
+            },
         )
     finally:
         sys.argv = argv
@@ -297,6 +324,7 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for message in (
         ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
+        ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know
         ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
         ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
     ):

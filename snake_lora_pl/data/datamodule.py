@@ -407,6 +407,10 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         return {
             "data_hash": train.rows.content_hash,
             "split_hash": digest.hexdigest(),
+            "grid_size": self.resolved_grid_size,
+            "prompt_format": self.prompt_format,
+            "template": self.template,
+            "max_length": self.max_length,
             "num_rows": len(train.rows),
             "num_games": train.rows.num_games,
             "num_train_rows": len(train),

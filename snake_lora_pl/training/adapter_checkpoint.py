@@ -113,7 +113,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the state if it is among the best, write the adapter if it is the best, and write ``last.ckpt``."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or _is_rehearsal(trainer):
             return
         candidates = self._monitor_candidates(trainer)
         if self.monitor is not None and self.monitor not in candidates:
@@ -127,7 +127,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a checkpoint and an adapter behind, however the run was cut."""
-        if trainer.fast_dev_run:
+        if _is_rehearsal(trainer):
             return
         if self._last_global_step_saved != trainer.global_step:
             self._save_last(trainer)
@@ -142,14 +142,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
     def _save_last(self, trainer: pl.Trainer) -> None:
-        if not trainer.fast_dev_run:
+        if not _is_rehearsal(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapter directory from the weights in memory."""
         from snake_lora_pl.training.module import LoRALightningModule
 
-        if trainer.fast_dev_run or not isinstance(pl_module, LoRALightningModule):
+        if _is_rehearsal(trainer) or not isinstance(pl_module, LoRALightningModule):
             return
         assert self.adapter_dir is not None
         if trainer.is_global_zero:
@@ -165,10 +165,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("AdapterCheckpoint")
 
 
+def _is_rehearsal(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def _describe(trainer: pl.Trainer, pl_module: LoRALightningModule) -> store.AdapterMetadata:
     # A data module may say what its rows are; any other data works, it is just not described.
-    describe_data = getattr(getattr(trainer, "datamodule", None), "adapter_metadata", None)
-    data: dict[str, Any] = describe_data() if describe_data is not None else {}
+    summarise_data = getattr(getattr(trainer, "datamodule", None), "summary", None)
+    data: dict[str, Any] = summarise_data() if summarise_data is not None else {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return dataclasses.replace(
         pl_module.adapter_metadata(),

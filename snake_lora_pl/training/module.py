@@ -117,7 +117,7 @@ class LoRALightningModule(pl.LightningModule):
         """Load the base and put the adapter on it, once; every process calls this after the data is prepared."""
         if self.model is not None:
             return
-        options = {
+        options: dict[str, Any] = {
             "dtype": self.dtype_name if self.dtype_name != "auto" else self._auto_dtype_name(),
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
@@ -172,7 +172,7 @@ class LoRALightningModule(pl.LightningModule):
             )
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> Any:
         return self.peft_model.get_base_model().get_output_embeddings()
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
@@ -262,6 +262,9 @@ class LoRALightningModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Drop what an interrupted step left behind, here and in the metrics file."""
         self._clear_step()
+        # A checkpoint written during validation holds the loggers' step before it was counted on, so that a resumed
+        # run would log its first step under the number of the last.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         for run_logger in self.loggers:
             if isinstance(run_logger, MetricsCSVLogger):
                 run_logger.rewind(self.trainer.global_step)
@@ -271,7 +274,7 @@ class LoRALightningModule(pl.LightningModule):
         if self.trainer.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW on the adapter's parameters; linear warm-up, then a cosine."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

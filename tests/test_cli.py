@@ -1,0 +1,354 @@
+"""The commands as a user gives them, in this process, with the tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.adapters import store
+from snake_lora_pl.paths import RunPaths, shipped_configs
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+RUN_PATTERN = "logs/extensions/models/grid-size-10/llm_finetune_v0.03_*/snake_reasoning"
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_llama_dir: Path, bfs512_sample_path: Path) -> list[str]:
+    """What makes a run small."""
+    return [
+        f"--model.base_model={tiny_llama_dir}",
+        f"--data.train_path={bfs512_sample_path}",
+        "--data.max_length=1200",
+        "--data.batch_size=4",
+        "--model.max_new_tokens=4",
+        "--model.dtype=float32",
+        "--trainer.limit_val_batches=2",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory that a fit of three steps was run in, and what it printed."""
+    import contextlib
+    import io
+
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
+        patch.chdir(directory)
+        code = main(
+            ["fit", "--config", "balanced.yaml", "--config", "quickstart.yaml", *flags, "--trainer.max_steps=3"]
+        )
+    assert code == 0
+    return directory, out.getvalue()
+
+
+@pytest.fixture
+def run_dir(finished_run: tuple[Path, str]) -> Path:
+    (run_dir,) = finished_run[0].glob(RUN_PATTERN)
+    return run_dir
+
+
+@pytest.fixture
+def adapter_dir(run_dir: Path) -> Path:
+    return RunPaths(run_dir).artifacts_dir
+
+
+@pytest.fixture
+def complain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command that must fail as a user's mistake does; return its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        code = main(list(arguments))
+        output = capfd.readouterr()
+        _, *errors = re.split(r"^(?=error: )", output.err, flags=re.MULTILINE)
+        assert code == 2, output
+        assert "Traceback" not in output.err
+        assert len(errors) == 1, output.err
+        assert not list(tmp_path.glob("logs/**/checkpoints")), "a failed start left a run behind"
+        return errors[0].strip()
+
+    return run
+
+
+# ---------------------------------------------------------------------- fit
+
+
+def test_fit_writes_the_run_where_the_convention_says(run_dir: Path) -> None:
+    names = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
+    artifacts = "lora_adapters/model_artifacts"
+    assert {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/last.ckpt",
+        f"{artifacts}/adapter_model.safetensors",
+        f"{artifacts}/adapter_config.json",
+        f"{artifacts}/adapter_metadata.json",
+        f"{artifacts}/tokenizer.json",
+        f"{artifacts}/README.md",
+    } <= names
+
+
+def test_fit_ends_with_one_line_that_says_where_everything_lies_and_what_comes_next(
+    finished_run: tuple[Path, str], run_dir: Path, adapter_dir: Path
+) -> None:
+    directory, printed = finished_run
+    last = printed.strip().splitlines()[-1]
+    adapter = adapter_dir.relative_to(directory)
+    assert f"Everything lies in {run_dir.relative_to(directory)}" in last
+    assert last.endswith(
+        f"python -m snake_lora_pl validate --config balanced.yaml --config quickstart.yaml --adapter {adapter}"
+    )
+
+
+def test_metadata_says_what_was_trained_on_what(adapter_dir: Path, tiny_llama_dir: Path) -> None:
+    metadata = json.loads((adapter_dir / store.METADATA_FILE).read_text())
+    assert metadata["adapter_type"] == "lora"
+    assert metadata["base_model"] == str(tiny_llama_dir)
+    assert metadata["grid_size"] == 10
+    assert metadata["step"] == 3
+    assert metadata["peft_config"]["r"] == 16
+    assert metadata["data"]["prompt_format"] == "bfs-512"
+    assert metadata["data"]["template"] == "instruction"
+    assert metadata["data"]["num_games"] == 4
+    assert set(metadata["data"]) >= {"data_hash", "split_hash"}
+    assert metadata["metrics"]["val/loss"] > 0
+
+
+def test_metrics_file_holds_every_metric_that_teacher_forcing_gives(run_dir: Path) -> None:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    logged = {name for row in rows for name, value in row.items() if value}
+    assert {
+        "train/loss", "val/loss", "val/perplexity", "val/token_accuracy", "val/exact_match", "val/move_accuracy",
+        "val/legal_move_rate", "perf/tokens_per_second", "perf/target_tokens_per_second", "perf/peak_memory_gib",
+    } <= logged  # fmt: skip
+    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
+
+
+def test_saved_config_is_the_resolved_one_and_fits_again(run_dir: Path, flags: list[str], tmp_path: Path) -> None:
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert saved["model"]["lora"]["rank"] == 16
+    assert (
+        saved["model"]["learning_rate"]
+        == yaml.safe_load(shipped_configs()["quickstart.yaml"].read_text())["model"]["learning_rate"]
+    )
+    again = ["fit", "--config", str(run_dir / "config.yaml"), f"--root={tmp_path}"]
+    again += ["--checkpoint.dirpath=null", "--checkpoint.adapter_dir=null", "--trainer.max_steps=1"]
+    assert main(again) == 0
+    assert len(list(tmp_path.glob(RUN_PATTERN))) == 1
+
+
+def test_flags_win_over_configs_and_later_configs_over_earlier_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {lora: {rank: 3}, learning_rate: 0.5}")
+    arguments = ["fit", "--config", "balanced.yaml", "--config", str(tmp_path / "mine.yaml"), "--print_config"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--model.learning_rate", "0.25"])
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["model"]["lora"] == {**resolved["model"]["lora"], "rank": 3, "alpha": 32}
+    assert resolved["model"]["learning_rate"] == 0.25
+    assert resolved["trainer"]["max_epochs"] == 100
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_parses_and_opens_with_the_command_that_runs_it(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first_line = shipped_configs()[name].read_text().splitlines()[0]
+    command = first_line.removeprefix("# python -m snake_lora_pl ").split()
+    assert first_line != " ".join(command)
+    assert name in command
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["adapter_type"]
+
+
+def test_last_resumes_the_newest_run_in_its_own_directory(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--config", "balanced.yaml", *flags]
+    assert main([*fit, "--trainer.max_steps=2"]) == 0
+    assert main([*fit, "--trainer.max_steps=4", "--ckpt_path=last"]) == 0
+    (run_dir,) = tmp_path.glob(RUN_PATTERN)
+    with open(run_dir / "metrics.csv", newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == ["0", "1", "2", "3"]
+    assert store.read_metadata(RunPaths(run_dir).artifacts_dir).step >= 2
+
+
+def test_two_runs_that_start_in_one_second_get_two_directories(tmp_path: Path) -> None:
+    runs = {RunPaths.claim(tmp_path, 10, "a").run_dir for _ in range(2)}
+    assert len(runs) == 2
+
+
+def test_validation_follows_the_split_of_the_run(
+    adapter_dir: Path, flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    arguments = ["validate", "--config", "balanced.yaml", "--config", "quickstart.yaml", *flags]
+    assert main([*arguments, "--adapter", str(adapter_dir)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
+    metadata = store.read_metadata(adapter_dir)
+    assert float(printed["val/loss"]) == pytest.approx(metadata.metrics["val/loss"], rel=1e-4)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_predict_writes_a_completion_for_each_prompt(
+    adapter_dir: Path, flags: list[str], bfs512_sample_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in bfs512_sample_path.read_text().splitlines()[:5]]
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    arguments = ["predict", "--config", "balanced.yaml", *flags, "--adapter", str(adapter_dir)]
+    assert main([*arguments, f"--data.predict_path={prompts}"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    path = Path(re.fullmatch(r"5 completions written to (.*)", last).group(1))  # type: ignore[union-attr]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    assert [row["source"] for row in written] == [f"{prompts}:{i}" for i in range(1, 6)]
+    assert all(isinstance(row["completion"], str) for row in written)
+
+
+def test_without_a_train_path_a_seeded_data_set_is_generated_and_said_so(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path / "cache"))
+    without = [flag for flag in flags if "train_path" not in flag]
+    arguments = ["fit", "--config", "balanced.yaml", *without, "--trainer.max_steps=1", "--data.generated_games=3"]
+    with caplog.at_level("INFO", logger="snake_lora_pl"):
+        assert main([*arguments, "--data.on_overflow=drop"]) == 0
+    (path,) = (tmp_path / "cache").rglob("*.jsonl")
+    assert any(str(path) in message for message in caplog.messages)
+    assert "bfs-512" in str(path)
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def test_unknown_command_names_the_nearest(complain: Callable[..., str]) -> None:
+    assert "unknown command 'fti'. Commands: fit, validate, predict. Did you mean 'fit'?" in complain("fti")
+
+
+def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> None:
+    message = complain("fit", "--config", "balnced.yaml")
+    assert all(name in message for name in shipped_configs())
+    assert message.endswith("Did you mean balanced.yaml?")
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        ("--model.learning_rte=1", "model.learning_rate"),
+        ("--data.trainpath=x.jsonl", "data.train_path"),
+        ("--model.lora.rnk=3", "model.lora.rank"),
+        ("--trainer.max_step=3", "trainer.max_steps"),
+    ],
+)
+def test_unknown_flag_names_the_nearest(complain: Callable[..., str], flag: str, nearest: str) -> None:
+    assert f"Did you mean '{nearest}'?" in complain("fit", "--config", "balanced.yaml", flag)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("model: {learning_rte: 1}", "learning_rate"),
+        ("modle: {learning_rate: 1}", "model"),
+        ("model: {lora: {rank: many}}", "rank"),
+        ("model: [", "bad.yaml"),
+        ("just text", "bad.yaml"),
+    ],
+)
+def test_mistakes_inside_a_config_are_one_line(
+    complain: Callable[..., str], tmp_path: Path, content: str, part: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    assert part in complain("fit", "--config", "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--data.train_path=nowhere.jsonl", "nowhere.jsonl"),
+        ("--model.lora.rank=0", "rank must be at least 1"),
+        ("--model.lora.target_modules=[qproj]", "'qproj' matches no layer"),
+        ("--model.adapter_type=lorra", "adapter_type"),
+        ("--model.learning_rate=-1", "model.learning_rate must be a number above 0"),
+        ("--model.base_model=nothing-like-it", "smollm2-135m"),
+        ("--data.batch_size=0", "data.batch_size"),
+        ("--data.val_fraction=2", "data.val_fraction"),
+        ("--data.template=chatty", "data.template"),
+        ("--data.max_length=40", "data.max_length"),
+        ("--checkpoint.monitor=val/los", "no metric 'val/los'"),
+        ("--ckpt_path=last", "no run of 'snake_reasoning'"),
+        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such file"),
+        ("--adapter=nowhere", "nowhere: no such directory"),
+        ("--adapter_name=../up", "--adapter_name"),
+        ("--trainer.devices=0", "devices"),
+        ("--trainer.accelerator=gpu", "accelerator"),
+        ("--model.dtype=float8", "float8"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(
+    complain: Callable[..., str], flags: list[str], flag: str, part: str
+) -> None:
+    assert part in complain("fit", "--config", "balanced.yaml", *flags, "--trainer.max_steps=1", flag)
+
+
+def test_bad_rows_are_listed_all_at_once(
+    flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\nnot json\n')
+    assert main(["fit", "--config", "balanced.yaml", *flags, f"--data.train_path={path}"]) == 2
+    errors = capfd.readouterr().err
+    assert f"{path}:2: " in errors
+    assert f"{path}:3: " in errors
+    assert "Traceback" not in errors
+
+
+def test_an_adapter_of_another_base_is_refused(
+    complain: Callable[..., str], adapter_dir: Path, flags: list[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: w * 2 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    message = complain(
+        "validate", "--config", "balanced.yaml", *flags, f"--model.base_model={other}", "--adapter", str(adapter_dir)
+    )
+    assert f"trained on {tiny_llama_dir}, not on {other}" in message
+
+
+def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == overview
+    assert all(verb in overview for verb in ("fit", "validate", "predict"))
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_nothing_of_a_run_stays_in_the_environment(finished_run: tuple[Path, str]) -> None:
+    assert "SNAKE_LORA_PL_RUN_DIR" not in os.environ

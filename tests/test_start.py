@@ -1,0 +1,57 @@
+"""What answers before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import lightning
+import pytest
+
+from snake_lora_pl.verbs import LIGHTNING_VERBS, help_path
+
+HEAVY = {"torch", "lightning", "transformers", "peft"}
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}}, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import snake_lora_pl",
+        "import snake_lora_pl.game, snake_lora_pl.game.text, snake_lora_pl.game.teachers",
+        "import snake_lora_pl.models",
+        "import snake_lora_pl.data.generate",
+        "from snake_lora_pl.__main__ import main; main(['--help'])",
+        "from snake_lora_pl.__main__ import main; main(['fit', '--help'])",
+        "from snake_lora_pl.__main__ import main; assert main(['fitt']) == 2",
+    ],
+)
+def test_nothing_heavy_is_imported(code: str) -> None:
+    assert not modules_after(code) & HEAVY
+
+
+def test_exports_are_there_when_asked_for() -> None:
+    import snake_lora_pl
+
+    for name in snake_lora_pl.__all__:
+        assert getattr(snake_lora_pl, name).__name__ == name
+    assert dir(snake_lora_pl) == sorted(snake_lora_pl.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = snake_lora_pl.nothing
+
+
+@pytest.mark.skipif(
+    not lightning.__version__.startswith("2.6."), reason="the help texts are those of Lightning 2.6's options"
+)
+@pytest.mark.parametrize("verb", LIGHTNING_VERBS)
+def test_the_help_made_ahead_is_what_the_parser_prints(verb: str) -> None:
+    # In a process of its own: the help lists every subclass that is loaded, those of other tests too.
+    script = f"from snake_lora_pl.cli import help_text; print(help_text({verb!r}), end='')"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    remake = "python -c 'from snake_lora_pl.cli import write_help; write_help()'"
+    assert help_path(verb).read_text() == printed, f"outdated; run {remake}"
