@@ -85,9 +85,7 @@ def test_lengths_are_those_of_training(bfs512_sample_path, tiny_tokenizer):
     assert tokens.histogram[0][0] == tokens.min_tokens
     assert tokens.histogram[-1][0] <= tokens.max_tokens <= tokens.histogram[-1][1]
     assert tokens.min_tokens <= tokens.median_tokens <= tokens.max_tokens
-    assert all(
-        last + 1 == first for (_, last, _), (first, *_) in zip(tokens.histogram, tokens.histogram[1:], strict=False)
-    )
+    assert all(last + 1 == first for (_, last, _), (first, *_) in pairwise(tokens.histogram))
     short = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=tokens.max_tokens - 1)).tokens
     assert 0 < short.num_over_max_length < 20
     assert short.histogram == tokens.histogram
