@@ -53,6 +53,8 @@ class End(Enum):
 
 # Unpacked once: reading an Enum's attributes in the inner loop costs more than the rules themselves.
 _MOVES_IN_BOARD_ORDER = tuple((move, move.dx, move.dy) for move in Move)
+_MOVE_BY_LETTER = {move.name[0]: move for move in Move}
+_LETTER_BY_STEP = {(move.dx, move.dy): move.name[0] for move in Move}
 _set_field = object.__setattr__
 
 
@@ -99,6 +101,28 @@ class Board:
         _set_field(board, "body", body)
         _set_field(board, "apple", apple)
         return board
+
+    @classmethod
+    def from_trail(cls, size: int, head: Cell, trail: str, apple: Cell | None) -> Board:
+        """A board whose body is told by the steps that lead from its head to its tail, as ``trail`` writes them.
+
+        Raises:
+            ValueError: If a letter stands for no move, or the position cannot occur in a game.
+        """
+        x, y = head
+        body = [head]
+        for letter in trail:
+            move = _MOVE_BY_LETTER.get(letter)
+            if move is None:
+                raise ValueError(f"no move begins with {letter!r}")
+            x, y = x + move.dx, y + move.dy
+            body.append((x, y))
+        return cls(size, tuple(body), apple)
+
+    @property
+    def trail(self) -> str:
+        """The steps that lead from the head to the tail, a letter each: ``U`` for the next cell above."""
+        return "".join([_LETTER_BY_STEP[x - prev_x, y - prev_y] for (prev_x, prev_y), (x, y) in pairwise(self.body)])
 
     @property
     def head(self) -> Cell:

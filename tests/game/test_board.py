@@ -240,3 +240,18 @@ def test_one_core_plays_100_000_random_moves_a_second():
             game.play(moves[int(game.rng.random() * len(moves))] if moves else None)
             num_moves += 1
     assert num_moves / (time.perf_counter() - start) > 100_000
+
+
+@given(boards())
+def test_head_and_trail_tell_the_body(board):
+    assert len(board.trail) == board.length - 1
+    assert Board.from_trail(board.size, board.head, board.trail, board.apple) == board
+
+
+@pytest.mark.parametrize(
+    ("trail", "message"),
+    [("UX", "no move begins with 'X'"), ("UD", "overlaps itself"), ("LLL", r"lies outside"), ("U", "under the snake")],
+)
+def test_a_trail_that_leads_nowhere_is_refused(trail, message):
+    with pytest.raises(ValueError, match=message):
+        Board.from_trail(4, (1, 1), trail, (1, 2))

@@ -8,28 +8,25 @@ decides itself at once, and four of them can be compared in one forward pass.
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
-from snake_lora_pl.game.board import Board, Cell, Move
+from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.senses import Sense, sense
 from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of, register_style
 
 _PATTERN = re.compile(
     rf"Snake(?P<size>{NUMBER});(?P<head_x>{NUMBER}),(?P<head_y>{NUMBER});"
-    rf"(?P<apple_x>{NUMBER}),(?P<apple_y>{NUMBER});(?P<body>[URDL]*)\n",
+    rf"(?P<apple_x>{NUMBER}),(?P<apple_y>{NUMBER});(?P<trail>[URDL]*)\n",
     re.ASCII,
 )
-_MOVE_OF_LETTER = {move.name[0]: move for move in Move}
-_LETTER_OF_STEP = {(move.dx, move.dy): move.name[0] for move in Move}
 
 
 class Compact:
     """The position in one line, the senses of each direction in a word and a number or two, and the bare move.
 
-    The first line is ``Snake{size};{head};{apple};{body}``, the body as the steps that lead from the head to the tail:
-    ``U`` for the next cell above. A direction is blocked by a ``wall`` or by the ``body``, or it is open: ``apple`` and
-    the steps to it, ``bait`` in its place where the snake would shut itself in by eating; ``tail`` and the steps to it,
-    or ``trap`` and the room that is left where the tail is cut off.
+    The first line is ``Snake{size};{head};{apple};{trail}``, the last being ``Board.trail``. A direction is blocked by
+    a ``wall`` or by the ``body``, or it is open: ``apple`` and the steps to it, ``bait`` in its place where the snake
+    would shut itself in by eating; ``tail`` and the steps to it, or ``trap`` and the room that is left where the tail
+    is cut off.
     """
 
     name = "compact"
@@ -42,9 +39,8 @@ class Compact:
         """
         apple_x, apple_y = apple_of(board)
         head_x, head_y = board.head
-        body = "".join([_LETTER_OF_STEP[x - prev_x, y - prev_y] for (prev_x, prev_y), (x, y) in pairwise(board.body)])
         senses = [f"{move.name} {_describe(sensed)}" for move, sensed in sense(board).items()]
-        return "\n".join([f"Snake{board.size};{head_x},{head_y};{apple_x},{apple_y};{body}", *senses])
+        return "\n".join([f"Snake{board.size};{head_x},{head_y};{apple_x},{apple_y};{board.trail}", *senses])
 
     def write_completion(self, board: Board, move: Move) -> str:
         """The move."""
@@ -59,20 +55,16 @@ class Compact:
         match = _PATTERN.search(text)
         if match is None:
             raise ValueError(f"no {self.name} prompt in the text: {text[:80]!r}")
-        x, y = int(match["head_x"]), int(match["head_y"])
-        body: list[Cell] = [(x, y)]
-        for letter in match["body"]:
-            move = _MOVE_OF_LETTER[letter]
-            x, y = x + move.dx, y + move.dy
-            body.append((x, y))
-        return Board(int(match["size"]), tuple(body), (int(match["apple_x"]), int(match["apple_y"])))
+        head = (int(match["head_x"]), int(match["head_y"]))
+        apple = (int(match["apple_x"]), int(match["apple_y"]))
+        return Board.from_trail(int(match["size"]), head, match["trail"], apple)
 
     def read_state(self, text: str) -> PromptState | None:
         """Grid size, head and length of a prompt of this style; None where the text holds none."""
         match = _PATTERN.search(text)
         if match is None:
             return None
-        return PromptState(int(match["size"]), (int(match["head_x"]), int(match["head_y"])), len(match["body"]) + 1)
+        return PromptState(int(match["size"]), (int(match["head_x"]), int(match["head_y"])), len(match["trail"]) + 1)
 
 
 def _describe(sensed: Sense) -> str:
