@@ -7,13 +7,18 @@ text or a mistyped verb answers at once.
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
 import sys
 from importlib import metadata
 
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
+from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG, help_path
 
 EXIT_USER_ERROR = 2
+# As shells have it: 128 and the number of the signal.
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # Who read the output, ``head`` say, has seen enough. Python would complain once more on closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -41,10 +53,14 @@ def _dispatch(arguments: list[str]) -> int:
     if verb == "--version":
         print(metadata.version("snake_lora_pl"))
         return 0
+    if verb in LIGHT_VERBS:
+        command = importlib.import_module(f"snake_lora_pl.commands.{verb}")
+        return command.run(arguments[1:])
     if verb not in LIGHTNING_VERBS:
-        near = difflib.get_close_matches(verb, LIGHTNING_VERBS, n=1)
+        verbs = [*LIGHTNING_VERBS, *LIGHT_VERBS]
+        near = difflib.get_close_matches(verb, verbs, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"unknown command '{verb}'. Commands: {', '.join(LIGHTNING_VERBS)}.{hint}")
+        raise UserError(f"unknown command '{verb}'. Commands: {', '.join(verbs)}.{hint}")
     if arguments[1:] and arguments[-1] in ("-h", "--help"):
         print(help_path(verb).read_text(encoding="utf-8"), end="")
         return 0
@@ -54,8 +70,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, LIGHTNING_VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in LIGHTNING_VERBS.items())
+    texts = LIGHTNING_VERBS | LIGHT_VERBS
+    width = max(map(len, texts))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in texts.items())
     return (
         f"usage: {PROG} VERB [options]\n\n{verbs}\n\n"
         f"{PROG} VERB --help lists a verb's options.\n"

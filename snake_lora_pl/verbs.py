@@ -12,6 +12,11 @@ LIGHTNING_VERBS = {
     "predict": "completions of an adapter for prompts",
 }
 
+LIGHT_VERBS = {
+    "generate": "write seeded games of a teacher as rows to train on",
+    "audit": "say what is in a data set, before any training",
+}
+
 
 def help_path(verb: str) -> Path:
     """The help text of a verb that needs Lightning, made ahead by ``snake_lora_pl.cli.write_help``."""

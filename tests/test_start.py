@@ -26,6 +26,7 @@ def modules_after(code: str) -> set[str]:
         "import snake_lora_pl.game, snake_lora_pl.game.text, snake_lora_pl.game.teachers",
         "import snake_lora_pl.models",
         "import snake_lora_pl.data.generate",
+        "from snake_lora_pl.__main__ import main; assert main(['generate']) == 2",
         "from snake_lora_pl.__main__ import main; main(['--help'])",
         "from snake_lora_pl.__main__ import main; main(['fit', '--help'])",
         "from snake_lora_pl.__main__ import main; assert main(['fitt']) == 2",

@@ -1,13 +1,29 @@
 """Snake itself: rules, players that search, and the text of boards and moves. Imports the standard library alone."""
 
-from snake_lora_pl.game.board import Board, Cell, End, Game, Move
-from snake_lora_pl.game.teachers import TEACHERS, Teacher, get_teacher, register_teacher
+from snake_lora_pl.game.board import Board, Cell, End, Move
+from snake_lora_pl.game.game import Game
+from snake_lora_pl.game.search import apple_distance, shortest_moves
+from snake_lora_pl.game.symmetry import SYMMETRIES, Symmetry
+from snake_lora_pl.game.teachers import (
+    TEACHERS,
+    SeededTeacher,
+    Teacher,
+    get_seeded_teacher,
+    get_teacher,
+    register_seeded_teacher,
+    register_teacher,
+)
 from snake_lora_pl.game.text import (
     STYLES,
+    BoardReader,
+    Claims,
     PromptState,
     Style,
+    check_claims,
+    check_completion,
     get_style,
     read_board,
+    read_claims,
     read_grid_size,
     read_move,
     read_state,
@@ -17,22 +33,34 @@ from snake_lora_pl.game.text import (
 
 __all__ = [
     "STYLES",
+    "SYMMETRIES",
     "TEACHERS",
     "Board",
+    "BoardReader",
     "Cell",
+    "Claims",
     "End",
     "Game",
     "Move",
     "PromptState",
+    "SeededTeacher",
     "Style",
+    "Symmetry",
     "Teacher",
+    "apple_distance",
+    "check_claims",
+    "check_completion",
+    "get_seeded_teacher",
     "get_style",
     "get_teacher",
     "read_board",
+    "read_claims",
     "read_grid_size",
     "read_move",
     "read_state",
+    "register_seeded_teacher",
     "register_style",
     "register_teacher",
+    "shortest_moves",
     "starts_new_game",
 ]

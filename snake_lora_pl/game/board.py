@@ -1,4 +1,4 @@
-"""The rules of Snake, and the state of a game. Knows nothing of players, text or models.
+"""The rules of Snake: positions and what a move makes of them. Knows nothing of players, text or models.
 
 Coordinates: a cell is ``(x, y)`` on a square grid of ``size`` cells a side. ``(0, 0)`` is the bottom-left corner and
 ``(size - 1, size - 1)`` the top-right one; x grows to the right and y grows upwards, so UP is ``y + 1`` and RIGHT is
@@ -7,7 +7,6 @@ Coordinates: a cell is ``(x, y)`` on a square grid of ``size`` cells a side. ``(
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -48,10 +47,14 @@ class End(Enum):
     """Too many steps altogether."""
     NO_VALID_ANSWER = "NO_VALID_ANSWER"
     """The player named no move, or the reversal into the neck, which is not a move."""
+    NO_PATH = "NO_PATH"
+    """Under upstream's rules alone: no path leads to the apple."""
 
 
 # Unpacked once: reading an Enum's attributes in the inner loop costs more than the rules themselves.
 _MOVES_IN_BOARD_ORDER = tuple((move, move.dx, move.dy) for move in Move)
+_MOVE_BY_LETTER = {move.name[0]: move for move in Move}
+_LETTER_BY_STEP = {(move.dx, move.dy): move.name[0] for move in Move}
 _set_field = object.__setattr__
 
 
@@ -99,6 +102,28 @@ class Board:
         _set_field(board, "apple", apple)
         return board
 
+    @classmethod
+    def from_trail(cls, size: int, head: Cell, trail: str, apple: Cell | None) -> Board:
+        """A board whose body is told by the steps that lead from its head to its tail, as ``trail`` writes them.
+
+        Raises:
+            ValueError: If a letter stands for no move, or the position cannot occur in a game.
+        """
+        x, y = head
+        body = [head]
+        for letter in trail:
+            move = _MOVE_BY_LETTER.get(letter)
+            if move is None:
+                raise ValueError(f"no move begins with {letter!r}")
+            x, y = x + move.dx, y + move.dy
+            body.append((x, y))
+        return cls(size, tuple(body), apple)
+
+    @property
+    def trail(self) -> str:
+        """The steps that lead from the head to the tail, a letter each: ``U`` for the next cell above."""
+        return "".join([_LETTER_BY_STEP[x - prev_x, y - prev_y] for (prev_x, prev_y), (x, y) in pairwise(self.body)])
+
     @property
     def head(self) -> Cell:
         """The cell that moves."""
@@ -140,6 +165,10 @@ class Board:
             if 0 <= x + dx < size and 0 <= y + dy < size and (x + dx, y + dy) not in blocked
         ]
 
+    def doomed_move(self) -> Move:
+        """The first move in board order that does not reverse: how a player dies that has no legal move left."""
+        return next(move for move in Move if self.after(move) is not End.NO_VALID_ANSWER)
+
     def after(self, move: Move) -> Board | End:
         """The position after a move, or the end the move brings.
 
@@ -167,89 +196,6 @@ class Board:
             ValueError: If the cell lies outside the grid or under the snake.
         """
         return Board(self.size, self.body, apple)
-
-
-class Game:
-    """A running game: a board, the generator that draws its apples, and the counts that may end it.
-
-    The same size, seed and moves give the same game. Whoever plays with chance draws from ``rng`` too, so that the seed
-    covers the whole game.
-    """
-
-    def __init__(
-        self, size: int = 10, seed: int = 0, max_steps: int | None = None, max_steps_without_apple: int | None = None
-    ) -> None:
-        """Start a game: a snake of length 1 in the middle, without a direction, and the first apple.
-
-        Args:
-            size: Cells along one side of the grid.
-            seed: Seed of the game's generator; not negative, because Python seeds with the absolute value.
-            max_steps: Steps after which the game ends with MAX_STEPS; None for no limit.
-            max_steps_without_apple: Steps without an apple after which the game ends with STARVED; None for no limit.
-                A player that circles would never end without either limit.
-
-        Raises:
-            ValueError: If the size or the seed is out of range.
-        """
-        if seed < 0:
-            raise ValueError(f"the seed of a game must not be negative (found: {seed})")
-        self.rng = random.Random(seed)
-        self.max_steps = max_steps
-        self.max_steps_without_apple = max_steps_without_apple
-        self.num_steps = 0
-        self.num_steps_without_apple = 0
-        self.end: End | None = None
-        start = Board(size, ((size // 2, size // 2),), None)
-        self.board = start.with_apple(self._draw_apple(start))
-
-    @property
-    def num_apples(self) -> int:
-        """Apples eaten so far."""
-        return self.board.length - 1
-
-    def play(self, move: Move | None) -> End | None:
-        """Play one move; None stands for a player that named none.
-
-        The board stays as it was before a move that ends the game in death, so it can be shown.
-
-        Returns:
-            Why the game is over now, or None while it goes on.
-
-        Raises:
-            ValueError: If the game was over before.
-        """
-        if self.end is not None:
-            raise ValueError(f"the game is over ({self.end.value}); start a new one")
-        outcome = End.NO_VALID_ANSWER if move is None else self.board.after(move)
-        if isinstance(outcome, End):
-            self.end = outcome
-            return outcome
-        self.num_steps += 1
-        self.num_steps_without_apple += 1
-        if outcome.length > self.board.length:
-            self.num_steps_without_apple = 0
-            if outcome.length == outcome.size**2:
-                self.end = End.WIN
-            else:
-                outcome = outcome.with_apple(self._draw_apple(outcome))
-        self.board = outcome
-        if self.end is None:
-            if self.max_steps is not None and self.num_steps >= self.max_steps:
-                self.end = End.MAX_STEPS
-            elif (
-                self.max_steps_without_apple is not None
-                and self.num_steps_without_apple >= self.max_steps_without_apple
-            ):
-                self.end = End.STARVED
-        return self.end
-
-    def _draw_apple(self, board: Board) -> Cell:
-        """A free cell, drawn uniformly.
-
-        Python promises the same ``random()`` in every version, and promises that of no other method.
-        """
-        free = board.free_cells()
-        return free[int(self.rng.random() * len(free))]
 
 
 @lru_cache(maxsize=16)

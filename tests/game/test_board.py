@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snake_lora_pl.game import Board, End, Game, Move
+from snake_lora_pl.game import Board, End, Game, Move, get_teacher
+from snake_lora_pl.game.search import apple_distance
 from tests.game.board_strategies import boards
 
 # A cycle through the 2x2 grid from its start in the top-right corner.
@@ -166,6 +167,33 @@ def test_an_apple_resets_the_hunger():
     assert game.end is End.WIN
 
 
+def test_upstreams_rules_end_a_game_where_no_path_leads_to_the_apple():
+    reasons = Counter()
+    for seed in range(80):
+        game = Game(6, seed, upstream_rules=True)
+        bfs = get_teacher("bfs")
+        while game.end is None:
+            assert apple_distance(game.board) is not None
+            game.play(bfs(game.board))
+        assert game.end in (End.NO_PATH, End.WIN)
+        reasons["apple under the head" if game.board.apple is None else "no path"] += 1
+    assert min(reasons["apple under the head"], reasons["no path"]) >= 10
+
+
+def test_the_same_seed_draws_the_same_first_apple_under_either_rules():
+    assert [Game(10, seed).board for seed in range(20)] == [
+        Game(10, seed, upstream_rules=True).board for seed in range(20)
+    ]
+
+
+@given(boards())
+def test_a_player_without_a_legal_move_dies_by_one_that_is_no_reversal(board):
+    if not board.legal_moves():
+        assert board.after(board.doomed_move()) in (End.WALL, End.SELF)
+    else:
+        assert board.after(board.doomed_move()) is not End.NO_VALID_ANSWER
+
+
 def test_a_finished_game_takes_no_more_moves():
     game = Game(10)
     game.play(None)
@@ -212,3 +240,18 @@ def test_one_core_plays_100_000_random_moves_a_second():
             game.play(moves[int(game.rng.random() * len(moves))] if moves else None)
             num_moves += 1
     assert num_moves / (time.perf_counter() - start) > 100_000
+
+
+@given(boards())
+def test_head_and_trail_tell_the_body(board):
+    assert len(board.trail) == board.length - 1
+    assert Board.from_trail(board.size, board.head, board.trail, board.apple) == board
+
+
+@pytest.mark.parametrize(
+    ("trail", "message"),
+    [("UX", "no move begins with 'X'"), ("UD", "overlaps itself"), ("LLL", r"lies outside"), ("U", "under the snake")],
+)
+def test_a_trail_that_leads_nowhere_is_refused(trail, message):
+    with pytest.raises(ValueError, match=message):
+        Board.from_trail(4, (1, 1), trail, (1, 2))

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from snake_lora_pl.game import (
     STYLES,
     Board,
+    BoardReader,
     Move,
     PromptState,
     get_style,
@@ -19,12 +21,15 @@ from snake_lora_pl.game import (
     register_style,
     starts_new_game,
 )
+from snake_lora_pl.game.text.drawn import read_drawing
 from tests.game.board_strategies import boards
 
 REPOSITORY_DIR = Path(__file__).parents[2]
 SAMPLE_DIR = REPOSITORY_DIR / "tests" / "data" / "heuristics_v0.04"
 SHARED_DIR = REPOSITORY_DIR.parent / "shared" / "data" / "heuristics_v0.04"
 BFS_512 = get_style("bfs-512")
+COMPACT = get_style("compact")
+DRAWN_STYLES = ["bfs-1024", "bfs-2048", "bfs-4096", "bfs-safe-greedy-4096"]
 
 real_files = pytest.mark.parametrize("root", [SAMPLE_DIR, SHARED_DIR], ids=["sample", "shared"])
 
@@ -61,6 +66,116 @@ def test_every_real_bfs_512_row_is_written_again_byte_for_byte(root):
 
 
 @real_files
+@pytest.mark.parametrize("name", DRAWN_STYLES)
+def test_every_real_row_with_a_drawn_board_is_written_again_byte_for_byte(root, name):
+    # Played from the first row on: the body's order, which drawings lack, follows from the heads of the rows before.
+    teacher, style = get_teacher("bfs"), get_style(name)
+    for path in paths_under(root, f"*/{name}/*.jsonl"):
+        lines = path.read_bytes().split(b"\n")
+        assert lines.pop() == b""
+        reader = BoardReader()
+        for number, line in enumerate(lines, start=1):
+            board = reader.read(json.loads(line)["prompt"])
+            row = {
+                "prompt": style.write_prompt(board),
+                "completion": style.write_completion(board, teacher(board)),
+            }
+            assert json.dumps(row).encode() == line, f"{path}:{number}"
+
+
+@real_files
+def test_no_real_file_and_no_real_row_is_passed_over(root):
+    names = {path.parent.name for path in paths_under(root, "*/*/*.jsonl")}
+    assert names == {"bfs-512", *DRAWN_STYLES}
+
+
+@real_files
+def test_a_drawing_alone_tells_the_board_where_the_body_can_lie_in_one_way_only(root):
+    num_told, num_rows = 0, 0
+    for path in (path for path in paths_under(root, "*/*/*.jsonl") if path.parent.name in DRAWN_STYLES):
+        reader = BoardReader()
+        for line in path.read_text(encoding="utf-8").splitlines():
+            prompt = json.loads(line)["prompt"]
+            board, told = reader.read(prompt), read_board(prompt)
+            num_rows += 1
+            num_told += told is not None
+            assert told in (board, None)
+    assert num_told > 0.8 * num_rows
+
+
+@given(boards(max_size=6))
+def test_a_drawing_is_never_read_as_another_board(board):
+    prompt = get_style("bfs-1024").write_prompt(board)
+    drawing = read_drawing(prompt)
+    assert (drawing.size, drawing.head, drawing.apple) == (board.size, board.head, board.apple)
+    assert drawing.body == set(board.body)
+    assert read_board(prompt) in (board, None)
+    assert read_state(prompt) == PromptState(board.size, board.head, board.length)
+
+
+def test_a_body_that_can_lie_in_two_ways_is_told_by_the_row_before_alone():
+    square = Board(3, ((0, 0), (1, 0), (1, 1), (0, 1)), (2, 2))
+    prompt = get_style("bfs-4096").write_prompt(square)
+    with pytest.raises(ValueError, match="can lie in several ways"):
+        get_style("bfs-4096").read_prompt(prompt)
+    assert read_board(prompt) is None
+    before = Board(3, ((1, 0), (1, 1), (0, 1), (0, 2)), (2, 2))
+    reader = BoardReader()
+    assert reader.read(get_style("bfs-512").write_prompt(before)) == before
+    assert reader.read(prompt) == square
+    # Nothing is known after a row that tells nothing.
+    assert reader.read("Hello") is None
+    assert reader.read(prompt) is None
+
+
+def test_a_tangle_is_refused_in_time():
+    corridors = [(x, y) for y in range(13) for x in (range(13) if y % 2 == 0 else range(12, -1, -1))]
+    tangle = Board(14, tuple(corridors[84:] + corridors[:0]), (13, 13))
+    start = time.perf_counter()
+    assert read_board(get_style("bfs-1024").write_prompt(tangle)) in (tangle, None)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("name", DRAWN_STYLES)
+def test_moves_off_the_shortest_path_are_not_praised(name):
+    style = get_style(name)
+    towards = Board(5, ((2, 2),), (2, 4))
+    assert "hortest path to apple\n" in style.write_completion(towards, Move.UP)
+    assert "Rationale: No step of a shortest path\n" in style.write_completion(towards, Move.LEFT)
+    walled_off = Board(3, ((0, 1), (1, 1), (1, 0)), (0, 0))
+    assert "(1 steps)" in style.write_completion(walled_off, Move.DOWN)
+    far = Board(3, ((1, 2), (0, 2), (0, 1), (1, 1), (1, 0)), (0, 0))
+    assert ": Found no path to apple\n" in style.write_completion(far, Move.RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("S H .", "S H S", "does not show the head, apple and length"),
+        ("Head: [1, 1]", "Head: [1, 2]", "does not show the head, apple and length"),
+        ("Length: 3", "Length: 4", "does not show the head, apple and length"),
+        ("S H .\n", "S H\n", "is not 3x3"),
+        ("Choose", ". . .\nChoose", "is not 3x3"),
+        ("Board", "Bored", "no drawn board"),
+        ("S H .\nS . .", "S H .\n. S .", "can lie in no way"),
+    ],
+)
+def test_a_drawing_that_contradicts_itself_is_refused(old, new, message):
+    prompt = get_style("bfs-1024").write_prompt(Board(3, ((1, 1), (0, 1), (0, 0)), (2, 2)))
+    assert old in prompt
+    broken = prompt.replace(old, new)
+    with pytest.raises(ValueError, match=message):
+        get_style("bfs-1024").read_prompt(broken)
+    assert read_board(broken) is None
+
+
+def test_compact_says_what_lies_in_each_direction():
+    board = Board(4, ((1, 0), (1, 1), (0, 1), (0, 2), (1, 2), (2, 2), (3, 2)), (0, 0))
+    assert COMPACT.write_prompt(board) == ("Snake4;1,0;0,0;ULURRR\nUP body\nRIGHT tail2\nDOWN wall\nLEFT bait0 trap0")
+    assert COMPACT.write_completion(board, Move.RIGHT) == "RIGHT"
+
+
+@real_files
 def test_state_and_move_are_read_from_every_row_of_every_real_style(root):
     for path in paths_under(root, "*/*/*.jsonl"):
         size = int(path.parent.parent.name.removeprefix("grid-size-"))
@@ -89,10 +204,10 @@ def test_games_are_found_where_they_begin(root):
         assert starts[:10] == [0, 231, 415, 670, 707, 747, 916, 1024, 1248, 1419]
 
 
-@given(boards(max_size=12))
-def test_a_written_board_is_read_back_wherever_it_stands(board):
-    prompt = BFS_512.write_prompt(board)
-    assert BFS_512.read_prompt(prompt) == board
+@given(boards(max_size=12), st.sampled_from(["bfs-512", "compact"]))
+def test_a_written_board_is_read_back_wherever_it_stands(board, name):
+    prompt = get_style(name).write_prompt(board)
+    assert get_style(name).read_prompt(prompt) == board
     for text in (prompt, f"### Instruction:\n{prompt}\n\n### Response:\n", f"<|im_start|>user\n{prompt}<|im_end|>\n"):
         assert read_board(text) == board
         assert read_state(text) == PromptState(board.size, board.head, board.length)
@@ -128,6 +243,10 @@ def test_danger_on_either_side_means_walls_and_not_the_body():
         ("Conclusion: RIGHT \r\nand more words", Move.RIGHT),
         ("Conclusion: UP\nConclusion: DOWN", Move.DOWN),
         ("Conclusion: UP\nConclusion: The move is: NORTH", Move.UP),
+        ("UP", Move.UP),
+        ("\nLEFT \n", Move.LEFT),
+        ("UP DOWN", None),
+        ("Up", None),
         ("", None),
         ("Conclusion: ", None),
         ("Conclusion: up", None),
@@ -190,14 +309,16 @@ def test_the_first_row_begins_a_game():
 
 def test_a_full_board_cannot_be_written():
     board = Board(2, ((0, 0), (0, 1), (1, 1), (1, 0)), None)
-    with pytest.raises(ValueError, match="without an apple"):
-        BFS_512.write_prompt(board)
-    with pytest.raises(ValueError, match="without an apple"):
-        BFS_512.write_completion(board, Move.RIGHT)
+    for style in STYLES.values():
+        with pytest.raises(ValueError, match="without an apple"):
+            style.write_prompt(board)
+    for name in ("bfs-512", *DRAWN_STYLES):
+        with pytest.raises(ValueError, match="without an apple"):
+            get_style(name).write_completion(board, Move.RIGHT)
 
 
 def test_an_unknown_style_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown style 'bfs512'; known styles: .*bfs-512"):
+    with pytest.raises(ValueError, match=r"unknown style 'bfs512'; known styles: .*compact. Did you mean 'bfs-512'\?"):
         get_style("bfs512")
 
 

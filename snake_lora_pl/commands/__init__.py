@@ -1,0 +1,1 @@
+"""The verbs that need no Lightning, a module each: ``run`` takes a verb's arguments and does what it says."""

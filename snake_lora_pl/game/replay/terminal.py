@@ -1,0 +1,74 @@
+"""A recorded game in a terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from snake_lora_pl.game.replay.recording import Recording
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_EMPTY = "· "
+_APPLE = "● "
+_HEAD = "██"
+_BODY = "▓▓"
+
+
+def show(recording: Recording, console: Console | None = None, frames_per_second: float = 8.0) -> None:
+    """Play a recording in a terminal; where the output is no terminal, print its last position alone.
+
+    Args:
+        recording: The game.
+        console: Where to; standard output if None.
+        frames_per_second: Speed.
+
+    Raises:
+        ValueError: If the speed is not positive.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    if frames_per_second <= 0:
+        raise ValueError(f"frames_per_second must be positive (found: {frames_per_second})")
+    console = console or Console()
+    last = len(recording.frames) - 1
+    if not console.is_terminal:
+        console.print(_render(recording, last))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for index in range(last + 1):
+            live.update(_render(recording, index), refresh=True)
+            if index < last:
+                time.sleep(1 / frames_per_second)
+
+
+def _render(recording: Recording, index: int) -> RenderableType:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    frame = recording.frames[index]
+    board = frame.board
+    grid = Text(no_wrap=True)
+    signs = dict.fromkeys(board.body, (_BODY, "green")) | {board.head: (_HEAD, "bright_green")}
+    if board.apple is not None:
+        signs[board.apple] = (_APPLE, "bright_red")
+    for y in range(board.size - 1, -1, -1):
+        for x in range(board.size):
+            grid.append(*signs.get((x, y), (_EMPTY, "dim")))
+        if y:
+            grid.append("\n")
+    last = len(recording.frames) - 1
+    facts = [f"step {index} of {last}", f"apples {recording.num_apples(index)}"]
+    if frame.move is not None:
+        facts.append(frame.move.name)
+    if index == last and recording.end is not None:
+        facts.append(recording.end.value)
+    # Text, not strings: words of a model may look like markup.
+    picture = Group(Text(recording.title), Panel(grid, expand=False), Text(", ".join(facts)))
+    table = Table.grid(padding=(0, 2))
+    table.add_row(picture, Text(frame.words))
+    return table

@@ -1,0 +1,61 @@
+import json
+import time
+
+import pytest
+
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.data.generate import write_dataset
+
+
+def test_the_text_says_what_is_in_the_file(bfs512_sample_path, tiny_llama_dir, capsys):
+    assert main(["audit", str(bfs512_sample_path), "--base_model", str(tiny_llama_dir), "--max_length", "450"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    text = "\n".join(line.strip() for line in lines)
+    for expected in (
+        "rows                     354 (354 on 10x10)",
+        "games                    4",
+        "illegal moves            0",
+        "said: valid_moves        354, false: 0",
+        "rows over 450 tokens",
+        "[[Moving ",
+        "Conclusion: The move is: UP<|im_end|>]]",
+    ):
+        assert expected in text
+
+
+def test_json_is_for_machines(bfs512_sample_path, tiny_llama_dir, capsys):
+    assert main(["audit", str(bfs512_sample_path), "--base_model", str(tiny_llama_dir), "--json"]) == 0
+    audit = json.loads(capsys.readouterr().out)
+    assert audit["num_rows"] == 354
+    assert audit["moves"]["num_illegal"] == 0
+    assert sum(count for *_, count in audit["tokens"]["histogram"]) == 354
+
+
+def test_without_a_model_at_hand_nothing_is_fetched_and_tokens_are_not_counted(bfs512_sample_path, capsys):
+    assert main(["audit", str(bfs512_sample_path)]) == 0
+    assert "not counted; name a model with --base_model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: F.jsonl"),
+        (["nowhere.jsonl"], "no such file"),
+        (["{sample}", "--template", "chatt"], "unknown --template 'chatt'"),
+        (["{sample}", "--base_model", "smollm"], "did you mean 'smollm2-135m'"),
+        (["{sample}", "--jsn"], "Did you mean --json?"),
+    ],
+)
+def test_a_mistake_is_one_line(bfs512_sample_path, capsys, arguments, message):
+    assert main(["audit", *(argument.format(sample=bfs512_sample_path) for argument in arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.slow
+def test_five_thousand_rows_take_less_than_ten_seconds(tmp_path, tiny_llama_dir):
+    path = tmp_path / "rows.jsonl"
+    assert write_dataset(path, 22) > 5_000
+    start = time.perf_counter()
+    assert main(["audit", str(path), "--base_model", str(tiny_llama_dir), "--max_length", "1200"]) == 0
+    assert time.perf_counter() - start < 10

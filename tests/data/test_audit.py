@@ -1,0 +1,126 @@
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from snake_lora_pl.data.audit import ClaimReport, audit_rows
+from snake_lora_pl.data.encoding import Encoder
+from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.game import Board, Move, get_style
+
+BFS_512 = get_style("bfs-512")
+BOARD = Board(4, ((1, 1), (1, 2), (2, 2)), (3, 0))
+PROMPT = BFS_512.write_prompt(BOARD)
+
+
+def completion_for(move: Move) -> str:
+    return BFS_512.write_completion(BOARD, move)
+
+
+def write(path: Path, *rows: tuple[str, str] | str) -> str:
+    lines = [row if isinstance(row, str) else json.dumps({"prompt": row[0], "completion": row[1]}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_the_real_rows_are_found_sound(bfs512_sample_path):
+    audit = audit_rows(str(bfs512_sample_path))
+    assert (audit.num_rows, audit.num_games, audit.grid_sizes) == (354, 4, {10: 354})
+    assert audit.moves.num_boards == audit.moves.num_shortest == 354
+    assert audit.moves.num_illegal == 0
+    assert sum(audit.moves.counts.values()) == 354
+    assert {claim.num_false for claim in audit.claims.values()} == {0}
+    assert audit.tokens is None
+
+
+def test_drawn_boards_are_known_from_the_rows_before(bfs512_sample_path):
+    pattern = str(bfs512_sample_path.parents[1] / "*4096" / "*.jsonl")
+    audit = audit_rows(pattern)
+    assert len(audit.paths) == 2
+    assert audit.moves.num_boards == audit.num_rows
+    assert set(audit.claims) >= {"path_length", "free_cells", "danger"}
+    assert {claim.num_false for claim in audit.claims.values()} == {0}
+
+
+def test_generated_games_are_counted_once_in_all_symmetries(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_dataset(path, 3, 5, augment=True)
+    assert audit_rows(str(path)).num_games == 3
+
+
+def test_what_is_wrong_is_counted_and_named(tmp_path):
+    lie = completion_for(Move.DOWN).replace("to apple: 3", "to apple: 7")
+    path = write(
+        tmp_path / "rows.jsonl",
+        (PROMPT, completion_for(Move.DOWN)),
+        (PROMPT, completion_for(Move.DOWN)),
+        (PROMPT, completion_for(Move.UP)),
+        (PROMPT, lie),
+        (PROMPT, "I do not know."),
+        ("Who are you?", "Conclusion: LEFT"),
+        "no JSON",
+    )
+    audit = audit_rows(path)
+    assert audit.num_rows == 6
+    assert audit.bad_rows == {"bad JSON": 1}
+    # The second row repeats the first; the third and fifth conclude otherwise.
+    assert (audit.num_duplicates, audit.num_conflicts) == (1, 2)
+    assert audit.moves.counts == {"DOWN": 3, "UP": 1, "none": 1, "LEFT": 1}
+    assert audit.moves.num_boards == 5
+    # No move is no legal move.
+    assert (audit.moves.num_illegal, audit.moves.illegal_rows) == (2, [f"{path}:3", f"{path}:5"])
+    assert audit.moves.num_shortest == 3
+    assert audit.claims["manhattan_distance"] == ClaimReport(4, 1, [f"{path}:4"])
+    assert audit.claims["conclusion"] == ClaimReport(4, 1, [f"{path}:3"])
+    assert audit.claims["head"] == ClaimReport(4, 0, [])
+
+
+def test_lengths_are_those_of_training(bfs512_sample_path, tiny_tokenizer):
+    encoder = Encoder(tiny_tokenizer, max_length=700)
+    audit = audit_rows(str(bfs512_sample_path), encoder)
+    tokens = audit.tokens
+    assert sum(count for *_, count in tokens.histogram) == audit.num_rows
+    assert tokens.histogram[0][0] == tokens.min_tokens
+    assert tokens.histogram[-1][0] <= tokens.max_tokens <= tokens.histogram[-1][1]
+    assert tokens.min_tokens <= tokens.median_tokens <= tokens.max_tokens
+    assert all(last + 1 == first for (_, last, _), (first, *_) in pairwise(tokens.histogram))
+    short = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=tokens.max_tokens - 1)).tokens
+    assert 0 < short.num_over_max_length < 20
+    assert short.histogram == tokens.histogram
+
+
+def test_shown_rows_mark_exactly_what_is_trained_on(bfs512_sample_path, tiny_tokenizer):
+    first = json.loads(bfs512_sample_path.read_text().splitlines()[0])
+    tokens = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=4096)).tokens
+    shown, longest = tokens.examples
+    assert shown.source == f"{bfs512_sample_path}:1"
+    assert shown.prompt == f"### Instruction:\n{first['prompt']}\n\n### Response:\n"
+    assert shown.trained_on == first["completion"] + tiny_tokenizer.eos_token
+    assert longest.num_tokens == tokens.max_tokens
+
+
+def test_a_row_that_is_too_long_is_shown_as_training_shortens_it(bfs512_sample_path, tiny_tokenizer):
+    longest = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=4096)).tokens.max_tokens
+    shown = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=longest - 1)).tokens.examples[1]
+    assert shown.num_tokens < longest
+    assert shown.trained_on.startswith("Moving")
+    assert "Conclusion: The move is: " in shown.trained_on
+    tight = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=10)).tokens
+    assert tight.num_over_max_length == 354
+    assert "over data.max_length=10" in tight.examples[0].trained_on
+
+
+def test_rows_that_cannot_be_encoded_are_counted(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "rows.jsonl", (PROMPT, "Conclusion: UP"), (f"{PROMPT}<|im_end|>", "Conclusion: UP"))
+    assert audit_rows(path, Encoder(tiny_tokenizer, "chat", 4096)).tokens.num_refused == 1
+    only_bad = write(tmp_path / "bad.jsonl", ("<|im_end|>", "Conclusion: UP"))
+    assert audit_rows(only_bad, Encoder(tiny_tokenizer, "chat", 4096)).tokens.histogram == []
+
+
+def test_a_file_without_a_row_to_use_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no row can be used: 1 bad row"):
+        audit_rows(write(tmp_path / "rows.jsonl", "{}"))
+    with pytest.raises(UserError, match="holds no row"):
+        audit_rows(write(tmp_path / "rows.jsonl", ""))
