@@ -1,0 +1,65 @@
+"""What plays: anything that answers boards with moves, many boards at a time. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from snake_lora_pl.game.board import Board, Move
+from snake_lora_pl.game.teachers import Teacher, get_teacher
+
+
+class Answer(NamedTuple):
+    """What a policy says of one board.
+
+    Attributes:
+        move: The move it names; None where nothing could be read.
+        words: Its own words, shown beside the board and checked for claims.
+    """
+
+    move: Move | None
+    words: str
+
+
+class Policy(Protocol):
+    """Anything that plays. Games are played in lockstep, so it is asked for many boards at once."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table."""
+
+    @property
+    def reading(self) -> str:
+        """How its moves are read: ``generate``, ``score``, with ``+mask`` where illegal moves are barred, or ``code``."""
+
+    def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
+        """One answer for each board.
+
+        Args:
+            boards: Positions of games that are not over.
+            seeds: Seed of the game that each belongs to, for a policy that draws.
+        """
+
+
+class TeacherPolicy:
+    """A teacher as a policy; where it finds no legal move it takes the first that is no reversal, and dies.
+
+    Args:
+        name: A registered teacher.
+    """
+
+    reading = "code"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._teachers: dict[int, Teacher] = {}
+
+    def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
+        """The teacher's move on each board; a teacher that draws draws from the game's seed."""
+        answers = []
+        for board, seed in zip(boards, seeds, strict=True):
+            if seed not in self._teachers:
+                self._teachers[seed] = get_teacher(self.name, seed)
+            move = self._teachers[seed](board)
+            answers.append(Answer(board.doomed_move() if move is None else move, ""))
+        return answers
