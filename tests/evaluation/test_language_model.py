@@ -1,0 +1,169 @@
+"""Playing in lockstep against its plain twin: one game at a time through transformers' own ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from snake_lora_pl.data.encoding import Encoder
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
+from snake_lora_pl.game import Board, Game, Move
+from snake_lora_pl.game.teachers import get_teacher
+from snake_lora_pl.game.text import get_style, read_move
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    return Encoder(tiny_tokenizer, max_length=4096)
+
+
+def boards(num_boards: int, size: int = 10) -> list[Board]:
+    """Positions of one BFS game, so that prompts differ in length."""
+    game, teacher, seen = Game(size, seed=5), get_teacher("bfs"), []
+    while len(seen) < num_boards * 5:
+        seen.append(game.board)
+        game.play(teacher(game.board))
+    return seen[::5]
+
+
+def make_policy(model: LlamaForCausalLM, encoder: Encoder, style: str, **settings: object) -> LanguageModelPolicy:
+    return LanguageModelPolicy(
+        model, encoder.tokenizer, encoder.encode_prompts, get_style(style), name="tiny", **settings
+    )  # type: ignore[arg-type]
+
+
+def plain_words(model: LlamaForCausalLM, encoder: Encoder, style: str, board: Board, max_new_tokens: int) -> str:
+    """The obvious way: one prompt, no cache of ours."""
+    ids = torch.tensor([encoder.encode_prompt(get_style(style).write_prompt(board))])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=encoder.tokenizer.pad_token_id,
+    )[0, ids.shape[1] :].tolist()
+    text = encoder.tokenizer.decode(output, skip_special_tokens=True)
+    return text if output[-1] == encoder.tokenizer.eos_token_id else text + "..."
+
+
+@pytest.mark.parametrize("style", ["bfs-512", "compact"])
+@pytest.mark.parametrize("max_batch", [128, 3])
+def test_words_are_those_of_one_game_at_a_time(
+    model: LlamaForCausalLM, encoder: Encoder, style: str, max_batch: int
+) -> None:
+    some = boards(8)
+    answers = make_policy(model, encoder, style, max_new_tokens=7, max_batch=max_batch).answer(some, range(8))
+    assert [a.words for a in answers] == [plain_words(model, encoder, style, board, 7) for board in some]
+    assert len({a.words for a in answers}) > 1
+
+
+def test_a_batch_of_any_size_gives_the_same_answers(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    some = boards(6)
+    policy = make_policy(model, encoder, "compact", max_new_tokens=5)
+    together = policy.answer(some, range(6))
+    assert [policy.answer([board], [0])[0] for board in some] == together
+
+
+def test_another_grid_size_gets_a_head_of_its_own(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    policy = make_policy(model, encoder, "bfs-512", max_new_tokens=5)
+    for size in (10, 12, 10):
+        board = boards(1, size)[0]
+        assert policy.answer([board], [0])[0].words == plain_words(model, encoder, "bfs-512", board, 5)
+
+
+def test_score_picks_the_move_whose_completion_is_likeliest_where_they_part(
+    model: LlamaForCausalLM, encoder: Encoder
+) -> None:
+    style, some = get_style("bfs-512"), boards(5)
+    answers = make_policy(model, encoder, "bfs-512", reading="score").answer(some, range(5))
+    for board, answer in zip(some, answers, strict=True):
+        prompt = encoder.encode_prompt(style.write_prompt(board))
+        lead = encoder.tokenizer("Moving", add_special_tokens=False)["input_ids"]
+        scores = {}
+        for move in Move:
+            ids = encoder.tokenizer(f"Moving {move.name}", add_special_tokens=False)["input_ids"]
+            assert ids[: len(lead)] == lead
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0]
+            parting = next(i for i in range(len(ids)) if len({tuple(t[: i + 1]) for t in _all_moves(encoder)}) > 1)
+            scores[move] = logits[len(prompt) + parting - 1, ids[parting]].item()
+        assert answer.move == max(scores, key=scores.__getitem__)
+
+
+def _all_moves(encoder: Encoder) -> list[list[int]]:
+    return [encoder.tokenizer(f"Moving {m.name}", add_special_tokens=False)["input_ids"] for m in Move]
+
+
+def test_a_legal_mask_bars_illegal_moves_and_is_named(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    policy = make_policy(model, encoder, "bfs-512", reading="score", legal_mask=True)
+    some = boards(10)
+    assert policy.reading == "score+mask"
+    for board, answer in zip(some, policy.answer(some, range(10)), strict=True):
+        assert answer.move in board.legal_moves()
+
+
+def test_words_end_with_the_conclusion_line(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    script = "Moving UP\n\nConclusion: The move is: LEFT\nand so on for ever"
+    tokens = encoder.tokenizer(script, add_special_tokens=False)["input_ids"]
+
+    class Scripted(LlamaForCausalLM):
+        """Writes the script, whatever it reads."""
+
+        num_calls = 0
+
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(*args, **kwargs)
+            self.num_calls += 1
+            output.logits[:, -1] = torch.nn.functional.one_hot(
+                torch.tensor(tokens[max(0, self.num_calls - 2)]), output.logits.shape[-1]
+            ).float()
+            return output
+
+    scripted = Scripted(model.config).eval()
+    (answer,) = make_policy(scripted, encoder, "bfs-512", max_new_tokens=len(tokens)).answer(boards(1), [0])
+    assert answer.move is Move.LEFT
+    assert answer.words == "Moving UP\n\nConclusion: The move is: LEFT\n"
+
+
+def test_words_that_were_cut_off_name_no_move(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    answers = make_policy(model, encoder, "bfs-512", max_new_tokens=2).answer(boards(4), range(4))
+    assert all(a.move is None and a.words.endswith("...") for a in answers)
+    assert read_move("UP...") is None
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    model.train()
+    make_policy(model, encoder, "bfs-512", max_new_tokens=2).answer(boards(1), [0])
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reading": "guess"}, "play.reading must be one of generate, score"),
+        ({"legal_mask": True}, "needs play.reading=score"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    model: LlamaForCausalLM, encoder: Encoder, settings: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_policy(model, encoder, "compact", **settings)
+
+
+def test_score_refuses_a_style_whose_moves_do_not_part_at_one_token(
+    model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    style = get_style("compact")
+    monkeypatch.setattr(type(style), "write_completion", lambda self, board, move: "UP" if move is Move.UP else "no")
+    with pytest.raises(UserError, match="do not part at one token"):
+        make_policy(model, encoder, "compact", reading="score")
