@@ -22,14 +22,8 @@ from typing import NamedTuple, TypedDict
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import SYMMETRIES, Board, End, Game, Move, SeededTeacher, Style, get_seeded_teacher, get_style
-
-# Data set seed 7 owns the game seeds 7,000,000 to 7,999,999, so no two data sets share a game and a row's seed can be
-# read by eye.
-GAMES_PER_SEED = 1_000_000
-
-# A cycle through the whole board reaches any apple within as many steps as there are cells. A player that needs several
-# times as many walks in circles, and its rows only repeat each other.
-STARVATION_BOARDS = 4
+from snake_lora_pl.game.game import starvation_cap
+from snake_lora_pl.game.seeds import GAMES_PER_SEED, NUM_DATA_SEEDS, data_seed
 
 # Games that a worker plays before it hands them over: some tenths of a second's work.
 _GAMES_PER_TASK = 8
@@ -85,8 +79,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative (found: {self.seed})")
+        if not 0 <= self.seed < NUM_DATA_SEEDS:
+            raise UserError(f"seed must lie between 0 and {NUM_DATA_SEEDS - 1:,} (found: {self.seed})")
         if not 0 <= self.noise <= 1:
             raise UserError(f"noise is a probability, from 0 to 1 (found: {self.noise})")
         try:
@@ -96,7 +90,7 @@ class Recipe:
 
     def rows(self, game: int) -> list[GeneratedRow]:
         """The rows of one game, one symmetry after the other."""
-        seed = game_seed(self.seed, game)
+        seed = data_seed(self.seed, game)
         positions = self._play(seed)
         if not self.augment:
             return [self._row(board, move, game, step, seed) for step, (board, move) in enumerate(positions)]
@@ -124,7 +118,7 @@ class Recipe:
         game = Game(
             self.grid_size,
             seed,
-            max_steps_without_apple=STARVATION_BOARDS * self.grid_size**2,
+            max_steps_without_apple=starvation_cap(self.grid_size),
             upstream_rules=self.upstream_rules,
         )
         teacher = self.teacher(seed)
@@ -227,11 +221,6 @@ def write_dataset(
             if progress is not None:
                 progress(num_played, num_games)
     return num_rows
-
-
-def game_seed(seed: int, game: int) -> int:
-    """The seed of one game of a data set; different for any two games of any two data sets."""
-    return seed * GAMES_PER_SEED + game
 
 
 class _WrittenGame(NamedTuple):

@@ -7,6 +7,16 @@ import random
 from snake_lora_pl.game.board import Board, Cell, End, Move
 from snake_lora_pl.game.search import apple_distance
 
+_STARVATION_BOARDS = 4
+
+
+def starvation_cap(size: int) -> int:
+    """Steps without an apple after which a player is taken to walk in circles: four times the cells of the board.
+
+    A cycle through the whole board reaches any apple within as many steps as there are cells.
+    """
+    return _STARVATION_BOARDS * size**2
+
 
 class Game:
     """A running game: a board, the generator that draws its apples, and the counts that may end it.

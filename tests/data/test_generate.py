@@ -6,14 +6,7 @@ from itertools import pairwise
 import pytest
 
 from snake_lora_pl.data.encoded_rows import GameCounter
-from snake_lora_pl.data.generate import (
-    GAMES_PER_SEED,
-    STARVATION_BOARDS,
-    GeneratedRow,
-    game_seed,
-    generate_rows,
-    write_dataset,
-)
+from snake_lora_pl.data.generate import GeneratedRow, generate_rows, write_dataset
 from snake_lora_pl.data.jsonl import Row
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import (
@@ -31,15 +24,17 @@ from snake_lora_pl.game import (
     read_state,
     starts_new_game,
 )
+from snake_lora_pl.game.game import starvation_cap
+from snake_lora_pl.game.seeds import GAMES_PER_SEED, NUM_DATA_SEEDS, data_seed
 
 
 def test_rows_are_the_whole_of_each_game_and_their_seed_plays_it_again():
     rows = list(generate_rows(num_games=5, grid_size=6, seed=4))
     for number in range(5):
-        game = Game(6, game_seed(4, number))
+        game = Game(6, data_seed(4, number))
         for step, row in enumerate(row for row in rows if row["game"] == number):
             assert list(row) == ["prompt", "completion", "game", "step", "seed"]
-            assert (row["step"], row["seed"]) == (step, game_seed(4, number))
+            assert (row["step"], row["seed"]) == (step, data_seed(4, number))
             assert read_board(row["prompt"]) == game.board
             move = read_move(row["completion"])
             assert move is get_teacher("bfs")(game.board)
@@ -67,7 +62,7 @@ def test_a_game_does_not_depend_on_how_many_are_played():
 
 
 def test_no_two_data_sets_share_a_game():
-    assert game_seed(0, GAMES_PER_SEED - 1) < game_seed(1, 0)
+    assert data_seed(0, GAMES_PER_SEED - 1) < data_seed(1, 0)
     first, second = (list(generate_rows(num_games=1, seed=seed)) for seed in (0, 1))
     assert [row["prompt"] for row in first] != [row["prompt"] for row in second]
 
@@ -84,7 +79,7 @@ def test_a_teacher_that_walks_in_circles_starves(monkeypatch):
     monkeypatch.setitem(TEACHERS, "circle", lambda seed: circle)
     rows = list(generate_rows(num_games=1, grid_size=6, teacher="circle"))
     assert read_state(rows[-1]["prompt"]).length == 1
-    assert len(rows) == STARVATION_BOARDS * 36
+    assert len(rows) == starvation_cap(6)
 
 
 def test_the_same_arguments_write_the_same_bytes(tmp_path):
@@ -196,7 +191,7 @@ def test_a_split_by_game_keeps_the_symmetries_of_a_game_together():
 def test_upstreams_rules_leave_out_the_last_move_of_each_game():
     num_apples_under_head = 0
     for number in range(30):
-        game = Game(10, game_seed(0, number), upstream_rules=True)
+        game = Game(10, data_seed(0, number), upstream_rules=True)
         bfs = get_teacher("bfs")
         boards = []
         while game.end is None:
@@ -248,7 +243,8 @@ def test_a_thousand_games_take_less_than_a_minute_on_two_cores(tmp_path):
     [
         ({"num_games": 0}, "num_games must lie between 1 and 1,000,000"),
         ({"num_games": GAMES_PER_SEED + 1}, "num_games must lie between 1 and 1,000,000"),
-        ({"num_games": 1, "seed": -1}, "seed must not be negative"),
+        ({"num_games": 1, "seed": -1}, "seed must lie between 0 and 999,999,999"),
+        ({"num_games": 1, "seed": NUM_DATA_SEEDS}, "seed must lie between 0 and 999,999,999"),
         ({"num_games": 1, "grid_size": 1}, "at least 2 cells a side"),
         ({"num_games": 1, "teacher": "dfs"}, "unknown teacher 'dfs'; known teachers"),
         ({"num_games": 1, "style": "bfs"}, "unknown style 'bfs'; known styles"),
