@@ -30,7 +30,7 @@ class Policy(Protocol):
 
     @property
     def reading(self) -> str:
-        """How its moves are read: ``generate``, ``score``, with ``+mask`` where illegal moves are barred, or ``code``."""
+        """How its moves are read: ``generate``, ``score``, ``score+mask`` (illegal moves barred), or ``code``."""
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """One answer for each board.

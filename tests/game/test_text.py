@@ -14,6 +14,7 @@ from snake_lora_pl.game import (
     PromptState,
     get_style,
     get_teacher,
+    read_announced_move,
     read_board,
     read_grid_size,
     read_move,
@@ -266,6 +267,20 @@ def test_garbage_is_read_as_nothing(text):
     assert read_board(text) is None
     assert read_state(text) is None
     assert read_grid_size(text) is None
+
+
+@pytest.mark.parametrize("name", sorted(STYLES))
+def test_the_move_announced_is_the_one_concluded_with(name: str) -> None:
+    board = Board(5, ((2, 0), (1, 0)), (2, 3))
+    for move in (Move.UP, Move.RIGHT):
+        completion = get_style(name).write_completion(board, move)
+        assert read_announced_move(completion) is (None if name == "compact" else move)
+        assert read_move(completion) is move
+
+
+@pytest.mark.parametrize("text", ["", "UP", "Conclusion: UP", "I am Moving UP", "Moving UPWARDS", "moving UP"])
+def test_nothing_else_is_an_announcement(text: str) -> None:
+    assert read_announced_move(text) is None
 
 
 @pytest.mark.parametrize(

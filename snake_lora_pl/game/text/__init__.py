@@ -6,11 +6,12 @@ a prompt, so that templates around it do not matter. Importing this package regi
 
 # Importing a style's module registers it; in this order they are looked for in a text.
 from snake_lora_pl.game.text.bfs_512 import Bfs512
-from snake_lora_pl.game.text.claims import Claims, check_claims, check_completion, read_claims
+from snake_lora_pl.game.text.claims import CLAIM_NAMES, Claims, check_claims, check_completion, read_claims
 from snake_lora_pl.game.text.compact import Compact
 from snake_lora_pl.game.text.drawn import DrawnStyle
 from snake_lora_pl.game.text.reading import (
     BoardReader,
+    read_announced_move,
     read_board,
     read_grid_size,
     read_move,
@@ -20,6 +21,7 @@ from snake_lora_pl.game.text.reading import (
 from snake_lora_pl.game.text.style import STYLES, PromptState, Style, get_style, register_style
 
 __all__ = [
+    "CLAIM_NAMES",
     "STYLES",
     "Bfs512",
     "BoardReader",
@@ -31,6 +33,7 @@ __all__ = [
     "check_claims",
     "check_completion",
     "get_style",
+    "read_announced_move",
     "read_board",
     "read_claims",
     "read_grid_size",

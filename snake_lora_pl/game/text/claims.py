@@ -57,6 +57,10 @@ class Claims:
     garbled: frozenset[str] = field(default=frozenset())
 
 
+CLAIM_NAMES = (*(claim.name for claim in fields(Claims) if claim.name != "garbled"), "conclusion")
+"""Everything that ``check_claims`` can judge."""
+
+
 def read_claims(completion: str) -> Claims:
     """Everything that a completion claims, whatever its style."""
     said: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text.drawn import read_drawing
 from snake_lora_pl.game.text.style import STYLES, PromptState
 
+_ANNOUNCEMENT_PATTERN = re.compile(r"^Moving (UP|RIGHT|DOWN|LEFT)\b", re.MULTILINE)
 _CONCLUSION = "Conclusion: "
 _CONCLUSION_PATTERN = re.compile(r"Conclusion: (?:The move is: )?(UP|RIGHT|DOWN|LEFT)[ \t\r]*(?:\n|\Z)")
 
@@ -25,6 +26,15 @@ def read_move(completion: str) -> Move | None:
             return Move[match[1]]
         start = completion.rfind(_CONCLUSION, 0, start)
     return Move.__members__.get(completion.strip(" \t\r\n"))
+
+
+def read_announced_move(completion: str) -> Move | None:
+    """The move that a completion announces, ``Moving X``, before it gives reasons; None where it announces none.
+
+    All that follows, the conclusion too, can be copied from there.
+    """
+    match = _ANNOUNCEMENT_PATTERN.search(completion)
+    return None if match is None else Move[match[1]]
 
 
 def read_board(text: str) -> Board | None:
