@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from snake_lora_pl.game.board import Board, Move
-from snake_lora_pl.game.teachers import Teacher, get_teacher
+from snake_lora_pl.game.teachers import Teacher, get_seeded_teacher
 
 
 class Answer(NamedTuple):
@@ -46,12 +46,16 @@ class TeacherPolicy:
 
     Args:
         name: A registered teacher.
+
+    Raises:
+        ValueError: If there is none of that name; the message lists those there are.
     """
 
     reading = "code"
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._make_teacher = get_seeded_teacher(name)
         self._teachers: dict[int, Teacher] = {}
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
@@ -59,7 +63,7 @@ class TeacherPolicy:
         answers = []
         for board, seed in zip(boards, seeds, strict=True):
             if seed not in self._teachers:
-                self._teachers[seed] = get_teacher(self.name, seed)
+                self._teachers[seed] = self._make_teacher(seed)
             move = self._teachers[seed](board)
             answers.append(Answer(board.doomed_move() if move is None else move, ""))
         return answers

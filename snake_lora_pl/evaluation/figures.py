@@ -1,0 +1,257 @@
+"""From played games to figures. Needs of each game a few whole numbers only, so that processes can exchange them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from snake_lora_pl.evaluation.play import PlayedGame
+from snake_lora_pl.game import End, apple_distance
+from snake_lora_pl.game.replay import Recording
+from snake_lora_pl.game.text import CLAIM_NAMES
+
+_NUM_RESAMPLES = 10_000
+# Standard normal quantile of 97.5%.
+_Z = 1.959963984540054
+# Ends that can occur when games are played by the rules.
+ENDS = tuple(end for end in End if end is not End.NO_PATH)
+
+
+class Interval(NamedTuple):
+    """A 95% confidence interval."""
+
+    low: float
+    high: float
+
+
+class GameSummary(NamedTuple):
+    """What figures need of one game: counts alone.
+
+    Attributes:
+        seed: The game's seed.
+        grid_size: Cells along one side of the grid.
+        end: Why it was over.
+        num_apples: Apples eaten.
+        num_steps: Steps survived.
+        num_moves: Moves asked for; one more than the steps where the last one was deadly.
+        num_fatal: See ``Judgement.is_fatal``; at most one.
+        num_trapped: 1 where the game ended in death with no legal move left.
+        num_unparseable: Moves that could not be read.
+        num_as_teacher: Moves that the teacher makes too.
+        num_with_path: Moves made where a path led to the apple.
+        num_optimal: Those of them that begin a shortest path.
+        num_direct_apples: Apples eaten to which a path led when the one before was eaten.
+        path_gap: Steps beyond the shortest path's that it took to eat these, in all.
+        answer_us: Microseconds that the policy took to answer.
+        num_claims: How often each of ``CLAIM_NAMES`` was spoken of.
+        num_true_claims: How often it was so.
+    """
+
+    seed: int
+    grid_size: int
+    end: End
+    num_apples: int
+    num_steps: int
+    num_moves: int
+    num_fatal: int
+    num_trapped: int
+    num_unparseable: int
+    num_as_teacher: int
+    num_with_path: int
+    num_optimal: int
+    num_direct_apples: int
+    path_gap: int
+    answer_us: int
+    num_claims: tuple[int, ...]
+    num_true_claims: tuple[int, ...]
+
+    @classmethod
+    def of(cls, game: PlayedGame) -> GameSummary:
+        """Count what happened in a game."""
+        judged = list(zip(game.moves, game.judgements, strict=True))
+        claims = [judgement.claims for judgement in game.judgements]
+        num_fatal = sum(judgement.is_fatal for judgement in game.judgements)
+        num_direct_apples, path_gap = _path_gap(game.recording)
+        return cls(
+            seed=game.seed,
+            grid_size=game.recording.size,
+            end=game.end,
+            num_apples=game.num_apples,
+            num_steps=game.num_steps,
+            num_moves=len(judged),
+            num_fatal=num_fatal,
+            num_trapped=int(game.recording.is_death) - num_fatal,
+            num_unparseable=sum(judgement.is_unparseable for judgement in game.judgements),
+            num_as_teacher=sum(move is judgement.teacher_move for move, judgement in judged),
+            num_with_path=sum(bool(judgement.optimal_moves) for judgement in game.judgements),
+            num_optimal=sum(move in judgement.optimal_moves for move, judgement in judged),
+            num_direct_apples=num_direct_apples,
+            path_gap=path_gap,
+            answer_us=round(game.answer_seconds * 1e6),
+            num_claims=tuple(sum(name in checked for checked in claims) for name in CLAIM_NAMES),
+            num_true_claims=tuple(sum(checked.get(name, False) for checked in claims) for name in CLAIM_NAMES),
+        )
+
+    def to_row(self) -> list[int]:
+        """The summary as ``ROW_WIDTH`` whole numbers."""
+        values: list[int] = []
+        for value in self:
+            if isinstance(value, End):
+                values.append(list(End).index(value))
+            elif isinstance(value, tuple):
+                values.extend(value)
+            else:
+                values.append(value)
+        return values
+
+    @classmethod
+    def from_row(cls, row: Sequence[int]) -> GameSummary:
+        """The summary that ``to_row`` wrote."""
+        first_claim = len(row) - 2 * len(CLAIM_NAMES)
+        seed, grid_size, end, *counts = row[:first_claim]
+        claims = tuple(row[first_claim:])
+        half = len(CLAIM_NAMES)
+        return cls._make([seed, grid_size, list(End)[end], *counts, claims[:half], claims[half:]])
+
+
+ROW_WIDTH = len(GameSummary._fields) - 2 + 2 * len(CLAIM_NAMES)
+"""Numbers in ``GameSummary.to_row``."""
+
+
+def _path_gap(recording: Recording) -> tuple[int, int]:
+    """Apples eaten that a path led to when the one before was eaten, and the steps beyond the shortest path's.
+
+    The shortest path takes the whole body as walls, also cells that the tail leaves in time: a player can be faster.
+    """
+    frames = recording.frames
+    num_apples, gap, start = 0, 0, 0
+    for index in range(1, len(frames)):
+        if frames[index].board.length > frames[index - 1].board.length:
+            shortest = apple_distance(frames[start].board)
+            if shortest is not None:
+                num_apples += 1
+                gap += index - start - shortest
+            start = index
+    return num_apples, gap
+
+
+def figures(games: Sequence[GameSummary], num_ranks: int = 1) -> dict[str, float]:
+    """The figures of one player's games; one that has nothing to be computed from is left out.
+
+    Args:
+        games: At least one.
+        num_ranks: Processes that shared the games out and played at the same time.
+
+    Returns:
+        - ``num_games``, ``apples_mean`` with its 95% bootstrap interval ``apples_low`` to ``apples_high``,
+          ``apples_median``, ``apples_p5``, ``apples_p95``;
+        - ``fill_mean``: share of the board that the snake covers at the end;
+        - ``win_rate`` with its 95% Wilson interval ``win_low`` to ``win_high``; ``steps_mean``;
+        - ``fatal_move_rate``: moves that ended a game in wall or body, by reversal or without a valid answer, though a
+          legal move was left, among all moves asked for. ``trapped_rate``: games that ended with no legal move left;
+        - ``unparseable_rate``: moves that could not be read, among all;
+        - ``teacher_agreement``: moves that the teacher makes too, among all; ``optimal_agreement``: moves that begin a
+          shortest path to the apple, among those made where there is a path;
+        - ``path_gap``: mean number of steps that an apple took beyond the shortest path;
+        - ``moves_per_second``: moves over the time that the policy took to answer them;
+        - ``claims/NAME``: share of the claims of a kind that are true; ``ends/NAME``: games that ended so.
+
+    Raises:
+        ValueError: If there is no game.
+    """
+    if not games:
+        raise ValueError("no games, no figures")
+    apples = np.array([game.num_apples for game in games])
+    num_games = len(games)
+    num_moves = sum(game.num_moves for game in games)
+    num_wins = sum(game.end is End.WIN for game in games)
+    interval, wins = bootstrap_interval(apples), wilson_interval(num_wins, num_games)
+    values = {
+        "num_games": num_games,
+        "apples_mean": float(apples.mean()),
+        "apples_low": interval.low,
+        "apples_high": interval.high,
+        "apples_median": float(np.median(apples)),
+        "apples_p5": float(np.percentile(apples, 5)),
+        "apples_p95": float(np.percentile(apples, 95)),
+        "fill_mean": float(np.mean([(game.num_apples + 1) / game.grid_size**2 for game in games])),
+        "win_rate": num_wins / num_games,
+        "win_low": wins.low,
+        "win_high": wins.high,
+        "steps_mean": sum(game.num_steps for game in games) / num_games,
+        "fatal_move_rate": sum(game.num_fatal for game in games) / num_moves,
+        "trapped_rate": sum(game.num_trapped for game in games) / num_games,
+        "unparseable_rate": sum(game.num_unparseable for game in games) / num_moves,
+        "teacher_agreement": sum(game.num_as_teacher for game in games) / num_moves,
+        "optimal_agreement": _ratio(sum(game.num_optimal for game in games), sum(game.num_with_path for game in games)),
+        "path_gap": _ratio(sum(game.path_gap for game in games), sum(game.num_direct_apples for game in games)),
+        "moves_per_second": _ratio(num_moves * num_ranks, sum(game.answer_us for game in games) / 1e6),
+    }
+    for index, name in enumerate(CLAIM_NAMES):
+        values[f"claims/{name}"] = _ratio(
+            sum(game.num_true_claims[index] for game in games), sum(game.num_claims[index] for game in games)
+        )
+    values |= {f"ends/{end.name}": sum(game.end is end for game in games) for end in ENDS}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def bootstrap_interval(values: Iterable[float] | npt.NDArray[np.number]) -> Interval:
+    """95% percentile bootstrap interval of the mean (Efron & Tibshirani, 1993, section 13.3), always the same draw.
+
+    Raises:
+        ValueError: If there is no value.
+    """
+    array = np.asarray(list(values), dtype=np.float64)
+    if not len(array):
+        raise ValueError("no values, no interval")
+    rng = np.random.default_rng(0)
+    # In portions, because a matrix of all resamples of a thousand games is large.
+    num_portions = 20
+    means = [
+        array[rng.integers(0, len(array), (_NUM_RESAMPLES // num_portions, len(array)))].mean(axis=1)
+        for _ in range(num_portions)
+    ]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return Interval(float(low), float(high))
+
+
+def wilson_interval(num_successes: int, num_trials: int) -> Interval:
+    """95% interval of a share (Wilson, 1927), which is of use also where all or none succeeded.
+
+    Raises:
+        ValueError: If the numbers are no share of anything.
+    """
+    if not 0 <= num_successes <= num_trials or num_trials == 0:
+        raise ValueError(f"{num_successes} of {num_trials} is no share")
+    share, weight = num_successes / num_trials, _Z**2 / num_trials
+    middle = share + weight / 2
+    reach = _Z * math.sqrt(share * (1 - share) / num_trials + weight / (4 * num_trials))
+    return Interval(max(0.0, (middle - reach) / (1 + weight)), min(1.0, (middle + reach) / (1 + weight)))
+
+
+class Difference(NamedTuple):
+    """How many more apples one player eats than another on the same games, with the 95% interval of the mean."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(games: Sequence[GameSummary], others: Sequence[GameSummary]) -> Difference:
+    """Mean difference in apples over games of the same seeds, with its bootstrap interval.
+
+    Raises:
+        ValueError: If the seeds are not the same.
+    """
+    if [game.seed for game in games] != [game.seed for game in others]:
+        raise ValueError("two players can be compared in pairs on games of the same seeds, in the same order, only")
+    differences = [game.num_apples - other.num_apples for game, other in zip(games, others, strict=True)]
+    return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))

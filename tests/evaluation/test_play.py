@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.evaluation.policy import Answer, TeacherPolicy
+from snake_lora_pl.game import TEACHERS, Board, End, Game, Move, get_style, get_teacher
+from snake_lora_pl.game.game import starvation_cap
+from snake_lora_pl.game.seeds import play_seeds
+from tests.evaluation.scripted import ScriptedPolicy, like_bfs, nonsense
+
+SEEDS = play_seeds(12)
+
+
+def plain_game(teacher_name: str, seed: int, size: int) -> Game:
+    """The obvious loop."""
+    game = Game(size, seed, max_steps_without_apple=starvation_cap(size))
+    teacher = get_teacher(teacher_name, seed)
+    while game.end is None:
+        game.play(teacher(game.board) or game.board.doomed_move())
+    return game
+
+
+@pytest.mark.parametrize("name", sorted(TEACHERS))
+def test_a_teacher_as_policy_plays_exactly_as_it_does_in_a_plain_loop(name: str) -> None:
+    played = play_games(TeacherPolicy(name), SEEDS[:4], grid_size=6, teacher=name)
+    for game, seed in zip(played, SEEDS, strict=False):
+        plain = plain_game(name, seed, 6)
+        assert (game.seed, game.end, game.num_apples) == (seed, plain.end, plain.num_apples)
+        assert game.num_steps == plain.num_steps
+        assert game.recording.frames[-1].board == plain.board
+        assert all(move is judgement.teacher_move for move, judgement in zip(game.moves, game.judgements, strict=True))
+
+
+def test_nonsense_ends_every_game_at_once_without_a_valid_answer() -> None:
+    for game in play_games(ScriptedPolicy(nonsense), SEEDS):
+        assert (game.end, game.num_steps, game.moves) == (End.NO_VALID_ANSWER, 0, [None])
+        assert game.judgements[0].is_unparseable
+        assert game.judgements[0].is_fatal
+        assert game.recording.frames[0].words == "42"
+
+
+def test_each_round_asks_once_for_all_games_and_those_that_ended_leave_the_batch() -> None:
+    policy = ScriptedPolicy(like_bfs)
+    games = play_games(policy, SEEDS, grid_size=6)
+    assert policy.batch_sizes[0] == len(SEEDS)
+    assert len(policy.batch_sizes) == max(len(game.moves) for game in games)
+    for step, size in enumerate(policy.batch_sizes):
+        assert size == sum(len(game.moves) > step for game in games)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_narrower_batch_plays_the_same_games(batch_size: int) -> None:
+    policy = ScriptedPolicy(like_bfs)
+    few = play_games(policy, SEEDS, grid_size=6, batch_size=batch_size)
+    many = play_games(ScriptedPolicy(like_bfs), SEEDS, grid_size=6)
+    assert max(policy.batch_sizes) == batch_size
+    assert [game.recording for game in few] == [game.recording for game in many]
+    assert [game.judgements for game in few] == [game.judgements for game in many]
+
+
+def test_a_recording_shows_the_same_game_when_its_moves_are_played_again() -> None:
+    for game in play_games(TeacherPolicy("random_legal"), SEEDS, grid_size=5):
+        again = Game(5, game.seed, max_steps_without_apple=starvation_cap(5))
+        boards = [again.board]
+        for move in game.moves:
+            again.play(move)
+            boards.append(again.board)
+        assert again.end is game.end
+        assert [frame.board for frame in game.recording.frames] == boards[: len(game.recording.frames)]
+
+
+def test_fatal_is_a_death_that_a_legal_move_would_have_averted() -> None:
+    def up(board: Board) -> str:
+        return "UP"
+
+    for game in play_games(ScriptedPolicy(up), SEEDS):
+        assert game.end is End.WALL
+        assert [judgement.is_fatal for judgement in game.judgements] == [False] * game.num_steps + [True]
+    trapped = [game for game in play_games(TeacherPolicy("bfs"), SEEDS) if game.end in (End.WALL, End.SELF)]
+    assert trapped
+    assert not any(judgement.is_fatal for game in trapped for judgement in game.judgements)
+
+
+def test_reversing_is_an_answer_that_can_be_read_and_kills() -> None:
+    def back(board: Board) -> str:
+        x, y = board.head
+        if board.length == 1:
+            return like_bfs(board)
+        neck_x, neck_y = board.body[1]
+        return Move((neck_x - x, neck_y - y)).name
+
+    for game in play_games(ScriptedPolicy(back), SEEDS):
+        assert (game.end, game.num_apples) == (End.NO_VALID_ANSWER, 1)
+        assert game.judgements[-1].is_fatal
+        assert not game.judgements[-1].is_unparseable
+
+
+def test_a_player_that_circles_starves_at_the_cap_and_one_that_lasts_ends_at_max_steps() -> None:
+    def circle(board: Board) -> str:
+        x, y = board.head
+        corner = (x % 2, y % 2)
+        return {(0, 0): "UP", (0, 1): "RIGHT", (1, 1): "DOWN", (1, 0): "LEFT"}[corner]
+
+    seeds = [seed for seed in SEEDS if Game(10, seed).board.apple not in [(4, 4), (4, 5), (5, 4)]]
+    (starved,) = play_games(ScriptedPolicy(circle), seeds[:1])
+    assert (starved.end, starved.num_steps) == (End.STARVED, starvation_cap(10))
+    (starved,) = play_games(ScriptedPolicy(circle), seeds[:1], max_steps_without_apple=9)
+    assert (starved.end, starved.num_steps) == (End.STARVED, 9)
+    (cut,) = play_games(ScriptedPolicy(circle), seeds[:1], max_steps=7)
+    assert (cut.end, cut.num_steps, len(cut.judgements)) == (End.MAX_STEPS, 7, 7)
+
+
+def test_words_are_checked_for_their_claims() -> None:
+    style = get_style("bfs-512")
+
+    def off_by_one(board: Board) -> str:
+        words = style.write_completion(board, bfs_move(board))
+        return words.replace(f"from [{board.head[0]},", f"from [{board.head[0] + 1},")
+
+    def bfs_move(board: Board) -> Move:
+        return Move[like_bfs(board)]
+
+    (game,) = play_games(ScriptedPolicy(off_by_one), SEEDS[:1], max_steps=3)
+    for judgement in game.judgements:
+        assert judgement.claims["manhattan_distance"]
+        assert not judgement.claims["head"]
+
+
+def test_progress_counts_the_games_that_are_over() -> None:
+    calls: list[tuple[int, int]] = []
+    play_games(ScriptedPolicy(like_bfs), SEEDS, grid_size=5, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (len(SEEDS), len(SEEDS))
+    assert calls == sorted(calls)
+
+
+def test_games_can_be_sent_to_another_process() -> None:
+    games = play_games(ScriptedPolicy(like_bfs), SEEDS[:2], grid_size=5)
+    assert pickle.loads(pickle.dumps(games)) == games
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_steps_without_apple", "batch_size"])
+def test_limits_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        play_games(ScriptedPolicy(nonsense), SEEDS, **{name: 0})
+
+
+def test_an_unknown_teacher_is_refused_before_a_game_is_played() -> None:
+    policy = ScriptedPolicy(nonsense)
+    with pytest.raises(ValueError, match="unknown teacher 'bsf'.*Did you mean 'bfs'"):
+        play_games(policy, SEEDS, teacher="bsf")
+    assert not policy.batch_sizes
+
+
+def test_a_policy_that_leaves_boards_unanswered_is_named() -> None:
+    class Lazy(ScriptedPolicy):
+        def answer(self, boards, seeds) -> list[Answer]:
+            return super().answer(boards, seeds)[1:]
+
+    with pytest.raises(ValueError, match="policy 'scripted' gave 11 answers to 12 boards"):
+        play_games(Lazy(like_bfs), SEEDS)
