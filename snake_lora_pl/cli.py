@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import logging
 import os
 import re
@@ -20,11 +21,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
+from snake_lora_pl.adapters import store
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+from snake_lora_pl.durable import open_durably
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.contest import Contest
+from snake_lora_pl.evaluation.games_writer import write_games, write_replays
+from snake_lora_pl.evaluation.play_callback import PlayEvaluation
+from snake_lora_pl.evaluation.play_settings import PlaySettings
+from snake_lora_pl.evaluation.players import find_style
 from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
-from snake_lora_pl.paths import RunPaths, find_config, shown
+from snake_lora_pl.evaluation.table import differences_in_words, render_table, table_json
+from snake_lora_pl.game import STYLES
+from snake_lora_pl.paths import GamesPaths, RunPaths, find_config, shown
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
@@ -99,7 +110,7 @@ class OneLineParser(LightningArgumentParser):
 
 
 class SnakeCLI(LightningCLI):
-    """The verbs fit, validate and predict over one module and one data module."""
+    """The verbs fit, validate, test and predict over one module and one data module."""
 
     run_paths: RunPaths | None = None
 
@@ -111,6 +122,7 @@ class SnakeCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": evaluation,
+            "test": evaluation,
             "predict": evaluation | {"return_predictions"},
         }
 
@@ -130,6 +142,8 @@ class SnakeCLI(LightningCLI):
         parser.add_argument(
             "--adapter", type=str | None, default=None, help="Adapter directory to start from or to evaluate."
         )
+        parser.add_argument("--games", type=int, default=100, help="Games of each player in test.")
+        parser.add_class_arguments(PlaySettings, "play")
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults(
@@ -157,6 +171,8 @@ class SnakeCLI(LightningCLI):
             self.run_paths = self._resolve_run(config)
             config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.run_paths.checkpoints_dir)
             config.checkpoint.adapter_dir = config.checkpoint.adapter_dir or str(self.run_paths.artifacts_dir)
+        if self.subcommand == "test" and config.adapter is not None:
+            _play_as_trained(config)
 
     def _resolve_run(self, config: Namespace) -> RunPaths:
         data = SnakeJSONLDataModule(train_path=config.data.train_path, grid_size=config.data.grid_size)
@@ -193,6 +209,8 @@ class SnakeCLI(LightningCLI):
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
             callbacks += [ThroughputMonitor(), config.early_stopping]
+            if config.play.val_games:
+                callbacks.append(PlayEvaluation(config.play))
             if trainer_config["enable_checkpointing"] is not False:
                 callbacks.append(config.checkpoint)
             trainer_config["logger"] = self._loggers(trainer_config["logger"])
@@ -230,16 +248,54 @@ class SnakeCLI(LightningCLI):
     # ------------------------------------------------------------------ the verbs
 
     def after_fit(self) -> None:
-        """Say where everything lies and what comes next."""
-        fast_dev_run = self.config[self.subcommand].trainer.fast_dev_run
-        if not self.trainer.is_global_zero or self.run_paths is None or fast_dev_run:
+        """Let the adapter play, say where everything lies and what comes next."""
+        settings: PlaySettings = self.config_init[self.subcommand].play
+        if self.run_paths is None or self.config[self.subcommand].trainer.fast_dev_run:
+            return
+        if settings.final_games:
+            self._play_with_best(settings)
+        if not self.trainer.is_global_zero:
             return
         configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
         run_dir, adapter = shown(self.run_paths.run_dir), shown(self.run_paths.artifacts_dir)
         print(
             f"Everything lies in {run_dir} (adapter: {adapter}). "
-            f"Next: {PROG} validate {configs}{' ' if configs else ''}--adapter {adapter}"
+            f"Next: {PROG} test {configs}{' ' if configs else ''}--adapter {adapter}"
         )
+
+    def _play_with_best(self, settings: PlaySettings) -> None:
+        """Play with the adapter that was kept, which need not be the last one."""
+        assert self.run_paths is not None
+        if find_style(settings, self.datamodule) is None:
+            logger.warning("no games played: the prompts of the training rows are of no known style. Set play.style.")
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.adapter_dir is not None:
+            store.load_weights(self.model.peft_model, checkpoint.adapter_dir)
+        self._play(settings.final_games, self.run_paths.games)
+
+    def _play(self, num_games: int, paths: GamesPaths, *, has_adapter: bool = True) -> None:
+        """Let every player play, print the table and write all of it."""
+        config = self.config_init[self.subcommand]
+        contest = Contest(self.model, self.datamodule, config.play, num_games, has_adapter=has_adapter)
+        self.trainer.test(contest, verbose=False)
+        if not self.trainer.is_global_zero:
+            return
+        print(f"\n{contest.title}")
+        # A log file has no width; 80 columns would cut names.
+        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(render_table(contest.results))
+        print("\n".join(differences_in_words(contest.results)))
+        adapter = config.adapter if self.run_paths is None else shown(self.run_paths.artifacts_dir)
+        facts = {
+            "base_model": config.model.base_model,
+            "adapter": adapter,
+            "template": config.data.template,
+            **contest.facts,
+        }
+        with open_durably(paths.table_path, "w", encoding="utf-8") as file:
+            json.dump(table_json(contest.results, facts), file, indent=2)
+        write_games(paths.games_path, contest.results)
+        write_replays(paths, contest.results[0].games)
 
     def after_predict(self) -> None:
         """Say where the completions are."""
@@ -252,6 +308,17 @@ class SnakeCLI(LightningCLI):
         if self.trainer.is_global_zero:
             for name, value in sorted(self.trainer.callback_metrics.items()):
                 print(f"{name} {float(value):.6g}")
+
+    def test(self, **kwargs: Any) -> None:
+        """Play seeded games, print the table and say where games and replays are."""
+        config = self.config[self.subcommand]
+        has_adapter = config.adapter is not None
+        if not has_adapter:
+            logger.warning("no --adapter given: the base model plays alone, beside the teacher and chance.")
+        paths = GamesPaths.of_adapter(config.adapter)
+        self._play(config.games, paths, has_adapter=has_adapter)
+        if self.trainer.is_global_zero:
+            print(f"Table, games and replays written to {shown(paths.games_dir)}")
 
     def predict(self, **kwargs: Any) -> None:
         """Write completions as they come; nothing is kept in memory."""
@@ -287,6 +354,15 @@ def run(arguments: list[str]) -> int:
         if inherited is None:
             os.environ.pop(RUN_DIR_ENV, None)
     return 0
+
+
+def _play_as_trained(config: Namespace) -> None:
+    """Prompts reach an adapter as they did in training, whatever the config says of the rows of another run."""
+    metadata = store.read_metadata(config.adapter)
+    config.data.template = metadata.data.get("template", config.data.template)
+    if metadata.data.get("prompt_format") in STYLES:
+        config.play.style = config.play.style or metadata.data["prompt_format"]
+    config.play.grid_size = config.play.grid_size or metadata.grid_size
 
 
 def _build(arguments: list[str]) -> SnakeCLI:

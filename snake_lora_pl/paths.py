@@ -3,7 +3,7 @@
 A run lies where upstream's extensions put their models, so that its tools find it::
 
     ROOT/logs/extensions/models/grid-size-{N}/llm_finetune_v0.03_{YYYYmmdd_HHMMSS}/{adapter_name}/
-        config.yaml  metrics.csv  checkpoints/  lora_adapters/model_artifacts/  ...
+        config.yaml  metrics.csv  checkpoints/  lora_adapters/model_artifacts/  games/  ...
 
 The cache holds what can be made again: base models, generated data sets, encoded rows.
 """
@@ -116,6 +116,11 @@ class RunPaths:
         return directory / f"{stem}_{timestamp}.predictions.jsonl"
 
     @property
+    def games(self) -> GamesPaths:
+        """The games that the adapter played last."""
+        return GamesPaths(self.run_dir / "games")
+
+    @property
     def artifacts_dir(self) -> Path:
         """The adapter: weights, config, metadata, tokenizer files, model card."""
         return self.run_dir / "lora_adapters" / "model_artifacts"
@@ -139,6 +144,38 @@ class RunPaths:
     def metrics_path(self) -> Path:
         """Every logged metric, a row a step."""
         return self.run_dir / "metrics.csv"
+
+
+@dataclass(frozen=True)
+class GamesPaths:
+    """Every place of some games that were played, derived from the directory that holds them."""
+
+    games_dir: Path
+
+    @classmethod
+    def of_adapter(cls, adapter_dir: str | os.PathLike[str] | None) -> GamesPaths:
+        """In the adapter's run; where it has none, a new directory in the working directory."""
+        run = RunPaths.of_adapter(adapter_dir) if adapter_dir is not None else None
+        return run.games if run is not None else cls(Path(f"games_{datetime.now().strftime(TIMESTAMP_FORMAT)}"))
+
+    @property
+    def games_path(self) -> Path:
+        """Every game, a line each."""
+        return self.games_dir / "games.jsonl"
+
+    @property
+    def table_path(self) -> Path:
+        """The figures of all players."""
+        return self.games_dir / "table.json"
+
+    def replay_path(self, which: str, kind: str) -> Path:
+        """One game to look at.
+
+        Args:
+            which: ``best``, ``median`` or ``worst``.
+            kind: ``gif`` or ``html``.
+        """
+        return self.games_dir / f"{which}.{kind}"
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -9,6 +9,7 @@ PROG = "python -m snake_lora_pl"
 LIGHTNING_VERBS = {
     "fit": "train an adapter; the run's directory holds the adapter, metrics and checkpoints",
     "validate": "teacher-forced metrics of an adapter on held-out rows",
+    "test": "play seeded games with an adapter, its base model, a teacher and chance; print the table",
     "predict": "completions of an adapter for prompts",
 }
 

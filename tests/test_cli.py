@@ -108,7 +108,7 @@ def test_fit_ends_with_one_line_that_says_where_everything_lies_and_what_comes_n
     adapter = adapter_dir.relative_to(directory)
     assert f"Everything lies in {run_dir.relative_to(directory)}" in last
     assert last.endswith(
-        f"python -m snake_lora_pl validate --config balanced.yaml --config quickstart.yaml --adapter {adapter}"
+        f"python -m snake_lora_pl test --config balanced.yaml --config quickstart.yaml --adapter {adapter}"
     )
 
 
@@ -132,7 +132,8 @@ def test_metrics_file_holds_every_metric_that_teacher_forcing_gives(run_dir: Pat
     logged = {name for row in rows for name, value in row.items() if value}
     assert {
         "train/loss", "val/loss", "val/perplexity", "val/token_accuracy", "val/exact_match", "val/move_accuracy",
-        "val/legal_move_rate", "perf/tokens_per_second", "perf/target_tokens_per_second", "perf/peak_memory_gib",
+        "val/decision_accuracy", "val/legal_move_rate", "perf/tokens_per_second", "perf/target_tokens_per_second",
+        "perf/peak_memory_gib",
     } <= logged  # fmt: skip
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
 
@@ -243,7 +244,7 @@ def test_without_a_train_path_a_seeded_data_set_is_generated_and_said_so(
 
 
 def test_unknown_command_names_the_nearest(complain: Callable[..., str]) -> None:
-    assert "unknown command 'fti'. Commands: fit, validate, predict. Did you mean 'fit'?" in complain("fti")
+    assert "unknown command 'fti'. Commands: fit, validate, test, predict. Did you mean 'fit'?" in complain("fti")
 
 
 def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> None:
@@ -345,7 +346,7 @@ def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
     overview = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == overview
-    assert all(verb in overview for verb in ("fit", "validate", "predict"))
+    assert all(verb in overview for verb in ("fit", "validate", "test", "predict"))
     assert main(["--version"]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
 

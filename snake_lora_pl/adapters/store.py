@@ -205,6 +205,24 @@ def load(
     return model
 
 
+def load_weights(model: PeftModel, adapter_dir: str | os.PathLike[str]) -> None:
+    """Put the weights of a saved adapter into a model that carries one of the same shape.
+
+    Raises:
+        UserError: If the adapter is damaged or has other keys.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    verify(adapter_dir)
+    weights = load_peft_weights(str(adapter_dir), device="cpu")
+    result = set_peft_model_state_dict(model, weights)
+    missing = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = sorted(set(missing) & set(result.missing_keys))
+    if missing or result.unexpected_keys:
+        different = (missing or list(result.unexpected_keys))[0]
+        raise UserError(f"--adapter {adapter_dir}: does not fit the model that it is loaded into, such as {different}.")
+
+
 def check_base(
     metadata: AdapterMetadata, base_model: str, adapter_dir: str | os.PathLike[str], revision: str | None = None
 ) -> None:

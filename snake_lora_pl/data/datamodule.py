@@ -149,11 +149,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         """Fetch the base model, generate rows where none are named, and encode; one process does it for all."""
         self._check_settings()
         stage = self._stage()
-        if stage == "test":
-            return
         if self._tokenizer is None:
             prepare_base_model(self.base_model, revision=self.revision)
-        if stage == "predict":
+        if stage in ("test", "predict"):
             return
         if self._needs_train_rows(stage):
             paths = self._train_paths()
@@ -381,7 +379,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         """Name of the style that the first training row's prompt is written in, or ``unknown``."""
         row = self._first_row()
         if row is None:
-            return "unknown"
+            return GENERATED_STYLE if self.train_path is None else "unknown"
         for style in STYLES.values():
             try:
                 style.read_prompt(row.prompt)

@@ -31,6 +31,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     ``last.ckpt`` is written every ``save_every_n_steps`` optimiser steps and after each validation, the best-k after
     each validation. Both are whole or absent, also after a kill.
 
+    A metric that is logged at some validations only, such as ``play/apples_mean``, is compared among these. The
+    callback that logs it says so by a method ``waits_for(metric)``.
+
     Args:
         dirpath: Directory of the ``.ckpt`` files; None takes ``checkpoints/`` in the trainer's log directory.
         adapter_dir: Directory of the adapter; None takes ``lora_adapters/model_artifacts/`` beside ``checkpoints/``.
@@ -117,6 +120,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         candidates = self._monitor_candidates(trainer)
         if self.monitor is not None and self.monitor not in candidates:
+            if _comes_later(trainer, self.monitor):
+                self._save_last(trainer)
+                return
             there = ", ".join(sorted(set(trainer.callback_metrics)))
             raise UserError(f"checkpoint.monitor: no metric '{self.monitor}' was logged. There are: {there}.")
         self._save_topk_checkpoint(trainer, candidates)
@@ -167,6 +173,12 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _is_rehearsal(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _comes_later(trainer: pl.Trainer, metric: str) -> bool:
+    """Whether a callback logs a metric, but not at every validation."""
+    waits = [getattr(callback, "waits_for", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return any(waits_for is not None and waits_for(metric) for waits_for in waits)
 
 
 def _describe(trainer: pl.Trainer, pl_module: LoRALightningModule) -> store.AdapterMetadata:

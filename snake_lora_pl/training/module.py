@@ -161,7 +161,7 @@ class LoRALightningModule(pl.LightningModule):
         was_training = model.training
         model.eval()
         ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
-        with torch.no_grad(), self._compute_context():
+        with torch.no_grad(), self.compute_context():
             own = self._head(self._hidden(ids))
             whole = model(input_ids=ids, use_cache=False).logits
         model.train(was_training)
@@ -184,7 +184,7 @@ class LoRALightningModule(pl.LightningModule):
         return self.peft_model.get_base_model().base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     @contextlib.contextmanager
-    def _compute_context(self) -> Iterator[None]:
+    def compute_context(self) -> Iterator[None]:
         """Compute in the base's type while the adapter's weights stay in float32."""
         from peft.helpers import disable_input_dtype_casting
 
@@ -204,7 +204,7 @@ class LoRALightningModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the *sum* of the loss over the micro-batch's target tokens; ``on_before_optimizer_step`` divides."""
         targets = select_targets(batch["labels"])
-        with self._compute_context():
+        with self.compute_context():
             hidden = self._hidden(batch["input_ids"])[:, :-1][targets.mask]  # (num_targets, hidden_size)
             loss = completion_loss(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
         self._step_losses.append(loss.detach())
@@ -312,7 +312,7 @@ class LoRALightningModule(pl.LightningModule):
         targets = select_targets(batch["labels"])
         if targets.token_ids.numel() == 0:  # a rank may have no row left
             return
-        with self._compute_context():
+        with self.compute_context():
             hidden = self._hidden(batch["input_ids"])[:, :-1][targets.mask]
             losses, predicted = completion_predictions(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
         row_sizes = targets.mask.sum(dim=1).tolist()
@@ -372,7 +372,7 @@ class LoRALightningModule(pl.LightningModule):
         # Left padding: generation goes on from the last position of every row.
         ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in batch["input_ids"]])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch["input_ids"]])
-        with torch.no_grad(), self._compute_context():
+        with torch.no_grad(), self.compute_context():
             output = self.peft_model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),

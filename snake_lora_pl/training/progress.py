@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -152,6 +154,19 @@ class RunProgress(ProgressBar):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the bar down."""
         self._close()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[float, str], None]]:
+        """Show something else for a while; what it yields takes the share that is done, and a text."""
+        before, was_open = self._stage, self._progress is not None
+        self._open(name)
+        try:
+            yield self._show
+        finally:
+            self._close()
+            self._stage = before
+            if was_open:
+                self._open(before)
 
     # ------------------------------------------------------------------ drawing
 

@@ -1,0 +1,106 @@
+"""Several players' figures as one table: to read, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from snake_lora_pl.evaluation.figures import paired_difference
+from snake_lora_pl.evaluation.ranks import PlayerResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# How fast a player is differs from run to run, so it stands apart from what does not.
+_SPEED = "moves_per_second"
+
+_Figures: TypeAlias = Mapping[str, float]
+_CLAIM, _END = "claims/", "ends/"
+_ROWS: list[tuple[str, Callable[[_Figures], str]]] = [
+    ("apples, mean", lambda f: f"{f['apples_mean']:.1f}"),
+    ("  95% interval", lambda f: f"{f['apples_low']:.1f} to {f['apples_high']:.1f}"),
+    ("apples, median", lambda f: f"{f['apples_median']:.0f}"),
+    ("  5% to 95% of games", lambda f: f"{f['apples_p5']:.0f} to {f['apples_p95']:.0f}"),
+    ("board filled", lambda f: f"{f['fill_mean']:.0%}"),
+    ("games won", lambda f: f"{f['win_rate']:.0%}"),
+    ("  95% interval", lambda f: f"{f['win_low']:.0%} to {f['win_high']:.0%}"),
+    ("steps, mean", lambda f: f"{f['steps_mean']:,.0f}"),
+    ("fatal moves", lambda f: f"{f['fatal_move_rate']:.2%}"),
+    ("unreadable answers", lambda f: f"{f['unparseable_rate']:.2%}"),
+    ("games that ended trapped", lambda f: f"{f['trapped_rate']:.0%}"),
+    ("moves as the teacher's", lambda f: f"{f['teacher_agreement']:.1%}"),
+    ("moves on a shortest path", lambda f: _known(f, "optimal_agreement", ".1%")),
+    ("steps beyond it, an apple", lambda f: _known(f, "path_gap", ".1f")),
+    ("moves per second", lambda f: _known(f, _SPEED, ",.0f")),
+]
+
+
+def render_table(results: Sequence[PlayerResult]) -> Table:
+    """One column for each player, one row for each figure.
+
+    Args:
+        results: The players, having played the same games.
+    """
+    from rich import box
+    from rich.table import Table
+
+    by_player = [result.figures() for result in results]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for result in results:
+        table.add_column(result.name, justify="right")
+    table.add_row("moves read by", *[result.reading for result in results])
+    for label, show in _ROWS:
+        table.add_row(label, *[show(figures) for figures in by_player])
+    for name in _names(by_player, _END):
+        if any(figures[name] for figures in by_player):
+            ended = [f"{figures[name]:.0f}" for figures in by_player]
+            table.add_row(f"games ended {name.removeprefix(_END)}", *ended)
+    for name in _names(by_player, _CLAIM):
+        true = [_known(figures, name, ".1%") for figures in by_player]
+        table.add_row(f"true: {name.removeprefix(_CLAIM)}", *true)
+    return table
+
+
+def table_json(results: Sequence[PlayerResult], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as plain JSON.
+
+    Returns:
+        ``settings`` as given; ``players``: name -> ``reading`` and every figure but the speed, equal from run to run;
+        ``differences``: what the first player is ahead of each other one, in apples; ``moves_per_second``.
+    """
+    players: dict[str, Any] = {}
+    speeds: dict[str, float] = {}
+    for result in results:
+        figures = result.figures()
+        if _SPEED in figures:
+            speeds[result.name] = figures.pop(_SPEED)
+        players[result.name] = {"reading": result.reading, **figures}
+    first, *others = results
+    differences = {
+        f"{first.name} - {other.name}": paired_difference(first.summaries, other.summaries)._asdict()
+        for other in others
+    }
+    return {"settings": dict(settings), "players": players, "differences": differences, _SPEED: speeds}
+
+
+def differences_in_words(results: Sequence[PlayerResult]) -> list[str]:
+    """What the first player is ahead of each other one, a line each."""
+    first, *others = results
+    lines = []
+    for other in others:
+        difference = paired_difference(first.summaries, other.summaries)
+        lines.append(
+            f"{first.name} - {other.name}: {difference.mean:+.1f} apples on the same games "
+            f"(95%: {difference.low:+.1f} to {difference.high:+.1f})"
+        )
+    return lines
+
+
+def _names(by_player: Sequence[_Figures], prefix: str) -> list[str]:
+    """Names of the figures of a kind that any player has, in their order."""
+    return list(dict.fromkeys(name for figures in by_player for name in figures if name.startswith(prefix)))
+
+
+def _known(figures: _Figures, name: str, form: str) -> str:
+    return format(figures[name], form) if name in figures else "-"

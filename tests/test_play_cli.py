@@ -1,0 +1,183 @@
+"""Playing as a user commands it, in this process, with the tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.adapters import store
+from snake_lora_pl.evaluation.games_writer import read_games
+from snake_lora_pl.paths import GamesPaths, RunPaths
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+RUN_PATTERN = "logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning"
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What makes a run small: compact rows of a 5x5 grid."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["generate", "--out", str(path), "--games", "4", "--grid_size", "5", "--style", "compact"]) == 0
+    return [
+        f"--model.base_model={tiny_llama_dir}",
+        f"--data.train_path={path}",
+        "--data.batch_size=4",
+        "--model.max_new_tokens=4",
+        "--model.dtype=float32",
+        "--trainer.limit_train_batches=2",
+        "--trainer.limit_val_batches=1",
+        "--trainer.accelerator=cpu",
+        "--play.reading=score",
+        "--play.max_steps=3",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A fit of three epochs that plays at the second and at the end, and what it printed."""
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
+        patch.chdir(directory)
+        code = main(
+            [
+                "fit",
+                "--config",
+                "balanced.yaml",
+                *flags,
+                "--trainer.max_epochs=3",
+                "--trainer.val_check_interval=0.5",
+                "--play.val_games=2",
+                "--play.every_n_epochs=2",
+                "--play.final_games=3",
+                "--checkpoint.monitor=play/apples_mean",
+                "--checkpoint.mode=max",
+            ]
+        )
+    assert code == 0
+    return directory, out.getvalue()
+
+
+@pytest.fixture
+def run(finished_run: tuple[Path, str]) -> RunPaths:
+    (run_dir,) = finished_run[0].glob(RUN_PATTERN)
+    return RunPaths(run_dir)
+
+
+def check_games(paths: GamesPaths, names: list[str], num_games: int) -> dict:
+    """What every set of played games must be on disk."""
+    files = {path.name for path in paths.games_dir.iterdir()}
+    replays = {f"{which}.{kind}" for which in ("best", "median", "worst") for kind in ("gif", "html")}
+    assert files == {"games.jsonl", "table.json"} | replays
+    table = json.loads(paths.table_path.read_text())
+    assert list(table["players"]) == names
+    games = list(read_games(paths.games_path))
+    assert [game.player for game in games] == [name for name in names for _ in range(num_games)]
+    for name in names:
+        own = [game for game in games if game.player == name]
+        apples = sum(game.recording.num_apples(-1) for game in own) / num_games
+        assert table["players"][name]["apples_mean"] == pytest.approx(apples)
+        assert [game.seed for game in own] == [game.seed for game in games[:num_games]]
+    return table
+
+
+def test_fit_logs_what_it_played_when_it_was_time_to(run: RunPaths) -> None:
+    with open(run.metrics_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    played = [row["step"] for row in rows if row["play/apples_mean"]]
+    # Two steps an epoch, validated after each: after epoch 2, and at the last validation.
+    assert played == ["3", "5"]
+    assert len([row for row in rows if row["val/loss"]]) == 6
+    logged = {name for row in rows for name, value in row.items() if value}
+    assert {
+        "play/apples_mean", "play/apples_median", "play/win_rate", "play/steps_mean", "play/fatal_move_rate",
+        "play/unparseable_rate", "play/teacher_agreement", "play/moves_per_second",
+    } <= logged  # fmt: skip
+
+
+def test_the_adapter_kept_is_the_best_of_those_that_played(run: RunPaths) -> None:
+    metadata = store.verify(run.artifacts_dir)
+    assert metadata.step in (4, 6)
+    assert "play/apples_mean" in metadata.metrics
+
+
+def test_fit_ends_with_the_table_of_adapter_base_teacher_and_chance(
+    finished_run: tuple[Path, str], run: RunPaths
+) -> None:
+    printed = finished_run[1]
+    assert all(word in printed for word in ("adapter", "base", "bfs", "random_legal", "fatal moves", "95% interval"))
+    assert "3 games on 5x5, at most 100 steps without an apple and 3 in all; prompts in compact" in printed
+    table = check_games(run.games, ["adapter", "base", "bfs", "random_legal"], 3)
+    assert table["players"]["adapter"]["reading"] == "score"
+    assert table["players"]["bfs"]["teacher_agreement"] == 1
+
+
+def test_test_plays_an_adapter_beside_its_base_and_twice_the_same(
+    run: RunPaths, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Which style and grid is told by the adapter, not by rows that happen to be named.
+    rest = [flag for flag in flags if "train_path" not in flag]
+    arguments = ["test", "--config", "balanced.yaml", *rest, "--adapter", str(run.artifacts_dir), "--games=2"]
+    tables = []
+    for _ in range(2):
+        assert main([*arguments, "--play.legal_mask=true"]) == 0
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last == f"Table, games and replays written to {run.games.games_dir}"
+        tables.append(check_games(run.games, ["adapter", "adapter+mask", "base", "bfs", "random_legal"], 2))
+    for table in tables:
+        assert table.pop("moves_per_second").keys() == table["players"].keys()
+    assert tables[0] == tables[1]
+    assert tables[0]["settings"]["style"] == "compact"
+    assert tables[0]["settings"]["grid_size"] == 5
+    assert tables[0]["settings"]["max_steps_without_apple"] == 100
+    assert tables[0]["settings"]["adapter"] == str(run.artifacts_dir)
+    assert tables[0]["players"]["adapter+mask"]["reading"] == "score+mask"
+    assert tables[0]["players"]["adapter+mask"]["fatal_move_rate"] == 0
+
+
+def test_without_an_adapter_the_base_model_plays_alone_and_says_so(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("WARNING", logger="snake_lora_pl"):
+        assert main(["test", "--config", "balanced.yaml", *flags, "--games=1", "--play.reading=generate"]) == 0
+    assert any("no --adapter given" in message for message in caplog.messages)
+    (games_dir,) = tmp_path.glob("games_*")
+    table = check_games(GamesPaths(games_dir), ["base", "bfs", "random_legal"], 1)
+    assert table["players"]["base"]["unparseable_rate"] == 1  # a random model says nothing that can be read
+    assert table["settings"]["adapter"] is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--games=0", "--games: the number of games must lie between 1"),
+        ("--play.reading=guess", "reading"),
+        ("--play.legal_mask=true", "needs play.reading=score"),
+        ("--play.teacher=bsf", "Did you mean 'bfs'"),
+        ("--play.style=bfs", "play.style: unknown style 'bfs'"),
+        ("--play.max_steps=0", "play.max_steps must be at least 1"),
+        ("--play.max_stps=3", "Did you mean 'play.max_steps'?"),
+        ("--adapter=nowhere", "nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_one_line(
+    flag: str, part: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    without_reading = [given for given in flags if "reading" not in given]
+    assert main(["test", "--config", "balanced.yaml", *without_reading, flag]) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert part in error
+    assert not list(tmp_path.iterdir())
