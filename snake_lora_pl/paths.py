@@ -225,9 +225,9 @@ def base_model_cache_dir(short_name: str) -> Path:
     return cache_dir() / "base_models" / short_name
 
 
-def generated_data_path(grid_size: int, teacher: str, style: str, num_games: int, seed: int) -> Path:
+def generated_data_path(grid_size: int, teacher: str, style: str, num_games: int, noise: float, seed: int) -> Path:
     """Where a generated data set is kept; its name says how it was made."""
-    name = f"{teacher}_games-{num_games}_seed-{seed}.jsonl"
+    name = f"{teacher}_games-{num_games}_noise-{noise:g}_seed-{seed}.jsonl"
     return cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
 
 

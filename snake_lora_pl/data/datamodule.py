@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_GRID_SIZE = 10
-GENERATED_TEACHER = "bfs"
-GENERATED_STYLE = "bfs-512"
 
 
 class PromptBatch(TypedDict):
@@ -70,6 +68,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             batch costs well under a millisecond and none are needed.
         grid_size: Cells along one side of the grid. Without it, what the first row says; 10 for generated rows.
         generated_games: Games to generate where there is no train_path.
+        generated_teacher: Who plays them.
+        generated_style: The text format they are written in.
+        generated_noise: Share of their moves that are random legal ones; the teacher's move is written all the same.
         seed: Seed of the split, of the order of the rows and of generated games.
         pad_to_multiple_of: Batches are padded to a multiple of this many tokens. 8 suits the tensor cores of GPUs and
             costs under 1% on rows of a few hundred tokens.
@@ -99,6 +100,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         grid_size: int | None = None,
         generated_games: int = 200,
+        generated_teacher: str = "bfs",
+        generated_style: str = "bfs-512",
+        generated_noise: float = 0.0,
         seed: int = 0,
         pad_to_multiple_of: int = 8,
         trust_remote_code: bool = False,
@@ -119,6 +123,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.grid_size = grid_size
         self.generated_games = generated_games
+        self.generated_teacher = generated_teacher
+        self.generated_style = generated_style
+        self.generated_noise = generated_noise
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.trust_remote_code = trust_remote_code
@@ -213,14 +220,25 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             with report_cache_errors():
                 size = self._generated_grid_size()
                 num_rows = write_dataset(
-                    path, self.generated_games, size, GENERATED_TEACHER, GENERATED_STYLE, self.seed
+                    path,
+                    self.generated_games,
+                    size,
+                    self.generated_teacher,
+                    self.generated_style,
+                    self.seed,
+                    noise=self.generated_noise,
                 )
             logger.info("generated %d games, %d rows on a %dx%d grid", self.generated_games, num_rows, size, size)
         return [path]
 
     def _generated_path(self) -> Path:
         return generated_data_path(
-            self._generated_grid_size(), GENERATED_TEACHER, GENERATED_STYLE, self.generated_games, self.seed
+            self._generated_grid_size(),
+            self.generated_teacher,
+            self.generated_style,
+            self.generated_games,
+            self.generated_noise,
+            self.seed,
         )
 
     def _generated_grid_size(self) -> int:
@@ -379,7 +397,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         """Name of the style that the first training row's prompt is written in, or ``unknown``."""
         row = self._first_row()
         if row is None:
-            return GENERATED_STYLE if self.train_path is None else "unknown"
+            return self.generated_style if self.train_path is None else "unknown"
         for style in STYLES.values():
             try:
                 style.read_prompt(row.prompt)

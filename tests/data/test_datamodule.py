@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import multiprocessing
 import random
@@ -18,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from snake_lora_pl.data import datamodule as datamodule_module
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+from snake_lora_pl.data.generate import generate_rows
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import generated_data_path
 from tests.data.conftest import games_of_steps, position
@@ -77,7 +79,7 @@ def test_validation_alone_needs_no_training_rows_where_there_is_a_val_path(make,
     datamodule = make(val_path=str(rows_path))
     datamodule.setup("validate")
     assert datamodule.num_val_rows == 41
-    assert not generated_data_path(10, "bfs", "bfs-512", 200, 0).exists()
+    assert not generated_data_path(10, "bfs", "bfs-512", 200, 0.0, 0).exists()
 
 
 def test_fitting_after_validating_alone_opens_the_training_rows(make, rows_path, write_rows):
@@ -193,7 +195,7 @@ def test_without_a_predict_path_the_error_names_it(make):
 def test_without_a_train_path_rows_are_generated_once_and_it_is_said_where(make, caplog):
     with caplog.at_level(logging.INFO):
         datamodule = set_up(make(generated_games=3, grid_size=6))
-    path = generated_data_path(6, "bfs", "bfs-512", 3, 0)
+    path = generated_data_path(6, "bfs", "bfs-512", 3, 0.0, 0)
     assert f"no data.train_path: training on generated rows, {path}" in caplog.text
     assert "generated 3 games" in caplog.text
     assert all(source.startswith(f"{path}:") for source in sources(datamodule.train_dataloader()))
@@ -202,6 +204,32 @@ def test_without_a_train_path_rows_are_generated_once_and_it_is_said_where(make,
     with caplog.at_level(logging.INFO):
         set_up(make(generated_games=3, grid_size=6))
     assert "generated 3 games" not in caplog.text
+
+
+def test_generated_rows_follow_teacher_style_and_noise(make):
+    datamodule = set_up(
+        make(
+            generated_games=3, grid_size=6, generated_teacher="safe_greedy", generated_style="compact",
+            generated_noise=0.2,
+        )
+    )  # fmt: skip
+    path = generated_data_path(6, "safe_greedy", "compact", 3, 0.2, 0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == list(generate_rows(3, 6, "safe_greedy", "compact", 0, noise=0.2))
+    assert datamodule.prompt_format == "compact"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generated_teacher": "bsf"}, "bfs"),
+        ({"generated_style": "compct"}, "compact"),
+        ({"generated_noise": 2}, "noise"),
+    ],
+)
+def test_what_cannot_be_generated_is_an_error_that_names_what_can(make, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(generated_games=1, **settings).prepare_data()
 
 
 def test_a_cache_that_cannot_hold_generated_rows_names_the_variable_that_moves_it(make, tmp_path, monkeypatch):

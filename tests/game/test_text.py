@@ -172,7 +172,9 @@ def test_a_drawing_that_contradicts_itself_is_refused(old, new, message):
 
 def test_compact_says_what_lies_in_each_direction():
     board = Board(4, ((1, 0), (1, 1), (0, 1), (0, 2), (1, 2), (2, 2), (3, 2)), (0, 0))
-    assert COMPACT.write_prompt(board) == ("Snake4;1,0;0,0;ULURRR\nUP body\nRIGHT tail2\nDOWN wall\nLEFT bait0 trap0")
+    assert COMPACT.write_prompt(board) == (
+        "Snake4;1,0;0,0;ULURRR\nUP body\nRIGHT tail 2\nDOWN wall\nLEFT trap 0\napple LEFT 1"
+    )
     assert COMPACT.write_completion(board, Move.RIGHT) == "RIGHT"
 
 

@@ -21,12 +21,19 @@ _PATTERN = re.compile(
 
 
 class Compact:
-    """The position in one line, the senses of each direction in a word and a number or two, and the bare move.
+    """The position in one line, what each direction holds in a word and a number, the way to the apple; the bare move.
 
-    The first line is ``Snake{size};{head};{apple};{trail}``, the last being ``Board.trail``. A direction is blocked by
-    a ``wall`` or by the ``body``, or it is open: ``apple`` and the steps to it, ``bait`` in its place where the snake
-    would shut itself in by eating; ``tail`` and the steps to it, or ``trap`` and the room that is left where the tail
-    is cut off.
+    The first line is ``Snake{size};{head};{apple};{trail}``, the last part being ``Board.trail``. Then a line for each
+    direction, the first of these that fits:
+
+    - ``wall`` or ``body``: the move is deadly or none at all;
+    - ``trap N``: the tail is cut off after it, and N free cells are left;
+    - ``bait N``: a shortest path to the apple leads there, but eating would shut the snake in; N steps to the tail;
+    - ``apple N``: N steps from there to the apple through free cells, 0 where the move eats;
+    - ``tail N``: no path leads to the apple; N steps to the tail.
+
+    The last line says where the apple lies from the head, one axis after the other as BFS tries them: ``apple DOWN 2
+    LEFT 5``. It comes last because what stands nearest to the answer is learnt first.
     """
 
     name = "compact"
@@ -39,8 +46,12 @@ class Compact:
         """
         apple_x, apple_y = apple_of(board)
         head_x, head_y = board.head
-        senses = [f"{move.name} {_describe(sensed)}" for move, sensed in sense(board).items()]
-        return "\n".join([f"Snake{board.size};{head_x},{head_y};{apple_x},{apple_y};{board.trail}", *senses])
+        across, up = apple_x - head_x, apple_y - head_y
+        ways = [(Move.UP if up > 0 else Move.DOWN, abs(up)), (Move.LEFT if across < 0 else Move.RIGHT, abs(across))]
+        lines = [f"Snake{board.size};{head_x},{head_y};{apple_x},{apple_y};{board.trail}"]
+        lines += [f"{move.name} {_describe(sensed)}" for move, sensed in sense(board).items()]
+        lines += [" ".join(["apple", *(f"{move.name} {steps}" for move, steps in ways if steps)])]
+        return "\n".join(lines)
 
     def write_completion(self, board: Board, move: Move) -> str:
         """The move."""
@@ -70,11 +81,13 @@ class Compact:
 def _describe(sensed: Sense) -> str:
     if sensed.obstacle is not None:
         return sensed.obstacle
-    words = []
+    if sensed.tail_distance is None:
+        return f"trap {sensed.room}"
+    if sensed.is_bait:
+        return f"bait {sensed.tail_distance}"
     if sensed.apple_distance is not None:
-        words.append(f"{'bait' if sensed.is_bait else 'apple'}{sensed.apple_distance}")
-    words.append(f"trap{sensed.room}" if sensed.tail_distance is None else f"tail{sensed.tail_distance}")
-    return " ".join(words)
+        return f"apple {sensed.apple_distance}"
+    return f"tail {sensed.tail_distance}"
 
 
 register_style(Compact())
