@@ -244,7 +244,10 @@ def test_without_a_train_path_a_seeded_data_set_is_generated_and_said_so(
 
 
 def test_unknown_command_names_the_nearest(complain: Callable[..., str]) -> None:
-    assert "unknown command 'fti'. Commands: fit, validate, test, predict. Did you mean 'fit'?" in complain("fti")
+    assert (
+        "unknown command 'fti'. Commands: fit, validate, test, predict, generate, audit. Did you mean 'fit'?"
+        in complain("fti")
+    )
 
 
 def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> None:

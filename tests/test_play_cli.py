@@ -6,6 +6,8 @@ import contextlib
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,30 @@ def test_without_an_adapter_the_base_model_plays_alone_and_says_so(
     table = check_games(GamesPaths(games_dir), ["base", "bfs", "random_legal"], 1)
     assert table["players"]["base"]["unparseable_rate"] == 1  # a random model says nothing that can be read
     assert table["settings"]["adapter"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_the_table_of_one(run: RunPaths, flags: list[str], tmp_path: Path) -> None:
+    tables = []
+    for num_devices in (1, 2):
+        arguments = ["test", "--config", "balanced.yaml", *flags, "--adapter", str(run.artifacts_dir), "--games=3"]
+        arguments += [f"--trainer.devices={num_devices}", "--trainer.strategy=ddp"]
+        subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=250)
+        table = check_games(run.games, ["adapter", "base", "bfs", "random_legal"], 3)
+        table.pop("moves_per_second")
+        tables.append(table)
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_two_processes_fit_and_play(flags: list[str], tmp_path: Path) -> None:
+    arguments = ["fit", "--config", "balanced.yaml", *flags, "--trainer.max_steps=2", "--trainer.devices=2"]
+    arguments += ["--trainer.strategy=ddp", "--play.val_games=3", "--play.final_games=3"]
+    subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=250)
+    (run_dir,) = tmp_path.glob(RUN_PATTERN)
+    check_games(RunPaths(run_dir).games, ["adapter", "base", "bfs", "random_legal"], 3)
+    with open(RunPaths(run_dir).metrics_path, newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["play/apples_mean"]] == ["1"]
 
 
 @pytest.mark.parametrize(
