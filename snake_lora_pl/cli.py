@@ -157,6 +157,11 @@ class SnakeCLI(LightningCLI):
         for key in ("base_model", "revision", "trust_remote_code"):
             parser.link_arguments(f"model.{key}", f"data.{key}")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was given, without Lightning's warning about arguments that come from two sides."""
+        with _command_line():
+            super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters inside a checkpoint override ``--model.*`` silently."""
 
@@ -366,8 +371,8 @@ def _play_as_trained(config: Namespace) -> None:
 
 
 def _build(arguments: list[str]) -> SnakeCLI:
-    argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns about arguments that come from both
-    try:
+    # A launcher of further processes repeats the command line.
+    with _command_line(*arguments):
         return SnakeCLI(
             LoRALightningModule,
             SnakeJSONLDataModule,
@@ -385,8 +390,6 @@ def _build(arguments: list[str]) -> SnakeCLI:
                 for verb, text in LIGHTNING_VERBS.items()
             },
         )
-    finally:
-        sys.argv = argv
 
 
 def _quiet_libraries() -> None:
@@ -421,6 +424,15 @@ def write_help() -> None:
         path = help_path(verb)
         path.parent.mkdir(exist_ok=True)
         path.write_text(help_text(verb), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _command_line(*arguments: str) -> Iterator[None]:
+    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 @contextlib.contextmanager

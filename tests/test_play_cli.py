@@ -166,7 +166,7 @@ def test_two_processes_come_to_the_table_of_one(run: RunPaths, flags: list[str],
     for num_devices in (1, 2):
         arguments = ["test", "--config", "balanced.yaml", *flags, "--adapter", str(run.artifacts_dir), "--games=3"]
         arguments += [f"--trainer.devices={num_devices}", "--trainer.strategy=ddp"]
-        subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=250)
+        subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=120)
         table = check_games(run.games, ["adapter", "base", "bfs", "random_legal"], 3)
         table.pop("moves_per_second")
         tables.append(table)
@@ -177,7 +177,7 @@ def test_two_processes_come_to_the_table_of_one(run: RunPaths, flags: list[str],
 def test_two_processes_fit_and_play(flags: list[str], tmp_path: Path) -> None:
     arguments = ["fit", "--config", "balanced.yaml", *flags, "--trainer.max_steps=2", "--trainer.devices=2"]
     arguments += ["--trainer.strategy=ddp", "--play.val_games=3", "--play.final_games=3"]
-    subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=250)
+    subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=120)
     (run_dir,) = tmp_path.glob(RUN_PATTERN)
     check_games(RunPaths(run_dir).games, ["adapter", "base", "bfs", "random_legal"], 3)
     with open(RunPaths(run_dir).metrics_path, newline="") as file:
