@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from snake_lora_pl.adapters.config import LoRAConfig
     from snake_lora_pl.adapters.factory import AdapterFactory
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+    from snake_lora_pl.evaluation.play_callback import PlayEvaluation
+    from snake_lora_pl.evaluation.play_settings import PlaySettings
     from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
@@ -18,10 +20,20 @@ _EXPORTS = {
     "AdapterFactory": "snake_lora_pl.adapters.factory",
     "LoRAConfig": "snake_lora_pl.adapters.config",
     "LoRALightningModule": "snake_lora_pl.training.module",
+    "PlayEvaluation": "snake_lora_pl.evaluation.play_callback",
+    "PlaySettings": "snake_lora_pl.evaluation.play_settings",
     "SnakeJSONLDataModule": "snake_lora_pl.data.datamodule",
 }
 
-__all__ = ["AdapterCheckpoint", "AdapterFactory", "LoRAConfig", "LoRALightningModule", "SnakeJSONLDataModule"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterFactory",
+    "LoRAConfig",
+    "LoRALightningModule",
+    "PlayEvaluation",
+    "PlaySettings",
+    "SnakeJSONLDataModule",
+]
 
 
 def __getattr__(name: str) -> Any:
