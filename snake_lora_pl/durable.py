@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+logger = logging.getLogger(__name__)
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -79,6 +82,29 @@ def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         # After an exchange this is the old directory.
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Let one process at a time build a directory; the system frees the lock of one that dies.
+
+    Args:
+        directory: What is built; the lock file lies beside it.
+    """
+    from filelock import FileLock, Timeout
+
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("Another process is preparing %s: waiting for it.", directory.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def recover_directory(path: str | os.PathLike[str]) -> None:

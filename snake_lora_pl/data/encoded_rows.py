@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from snake_lora_pl.data.encoding import TOO_LONG, Encoder, Example, Refusal
 from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, describe_counts, read_rows, unreadable
-from snake_lora_pl.durable import directory_durably, open_durably, remove_leftovers
+from snake_lora_pl.durable import directory_durably, exclusive, open_durably, remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game.text import PromptState, read_move, read_state, starts_new_game
 from snake_lora_pl.paths import CACHE_ENV, cache_dir, encoded_rows_dir
@@ -277,7 +277,7 @@ def _open_or_build(
     encoded = _open(directory, path)
     if encoded is None:
         before = path.stat()
-        with report_cache_errors(), _exclusive(directory):
+        with report_cache_errors(), exclusive(directory):
             # Where another process was waited for, it has built them.
             encoded = _open(directory, path)
             if encoded is None:
@@ -427,24 +427,6 @@ class _Progress:
     def _say(self, verb: str) -> None:
         rate = self._num_rows / max(time.monotonic() - self._start, 1e-9)
         logger.info("%s: %s, %s rows so far, %s rows/s", self._path, verb, f"{self._num_rows:,}", f"{rate:,.0f}")
-
-
-@contextlib.contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Let one process at a time build a directory; the system frees the lock of one that dies."""
-    from filelock import FileLock, Timeout
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("waiting for another process that encodes the same rows (%s)", lock.lock_file)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_unchanged(path: Path, before: os.stat_result) -> None:

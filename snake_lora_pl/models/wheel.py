@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from snake_lora_pl.durable import directory_durably, remove_leftovers
+from snake_lora_pl.durable import directory_durably, exclusive, remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import CACHE_ENV, base_model_cache_dir
 
@@ -94,7 +94,7 @@ def prepare_wheel_model(model: WheelModel) -> Path:
     directory = base_model_cache_dir(model.short_name)
     if _is_whole(directory, model):
         return directory
-    with _cache_errors(model), _exclusive(directory):
+    with _cache_errors(model), exclusive(directory):
         if not _is_whole(directory, model):
             if directory.exists():
                 logger.warning("%s is incomplete or damaged: building it again.", directory)
@@ -113,24 +113,6 @@ def _is_whole(directory: Path, model: WheelModel) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-@contextlib.contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Let one process at a time build ``directory``; the system drops the lock of one that dies."""
-    from filelock import FileLock, Timeout
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("Another process is preparing %s: waiting for it.", directory.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -119,8 +119,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         """Move the bar."""
         self.has_dataloader_changed(dataloader_idx)  # tells the base class which loader the total is of
-        total = self.total_val_batches_current_dataloader
-        self._show((batch_idx + 1) / total, f"batch {batch_idx + 1} of {total}")
+        self._show_batch(batch_idx, self.total_val_batches_current_dataloader)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the bar back to training and say what came out."""
@@ -147,9 +146,8 @@ class RunProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar."""
-        self.has_dataloader_changed(dataloader_idx)  # tells the base class which loader the total is of
-        total = self.total_predict_batches_current_dataloader
-        self._show((batch_idx + 1) / total, f"batch {batch_idx + 1} of {total}")
+        self.has_dataloader_changed(dataloader_idx)
+        self._show_batch(batch_idx, self.total_predict_batches_current_dataloader)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the bar down."""
@@ -194,6 +192,9 @@ class RunProgress(ProgressBar):
         elif force or time.monotonic() - self._last_line >= self.line_seconds:
             self._last_line = time.monotonic()
             self.print(f"{self._stage} {share:4.0%}  {text}", highlight=False, soft_wrap=True)
+
+    def _show_batch(self, batch_idx: int, num_batches: float) -> None:
+        self._show((batch_idx + 1) / num_batches, f"batch {batch_idx + 1} of {num_batches}")
 
     def _close(self) -> None:
         if self._progress is not None:
