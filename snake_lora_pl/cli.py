@@ -150,6 +150,8 @@ class SnakeCLI(LightningCLI):
             {
                 "early_stopping.monitor": "val/loss",
                 "early_stopping.patience": 5,
+                # At a training epoch's end there is nothing to look at, least of all where no rows validate.
+                "early_stopping.check_on_train_epoch_end": False,
                 "model.text_metrics": {"class_path": "snake_lora_pl.evaluation.metrics.SnakeMoveMetrics"},
             }
         )
@@ -176,8 +178,8 @@ class SnakeCLI(LightningCLI):
             self.run_paths = self._resolve_run(config)
             config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.run_paths.checkpoints_dir)
             config.checkpoint.adapter_dir = config.checkpoint.adapter_dir or str(self.run_paths.artifacts_dir)
-        if self.subcommand == "test" and config.adapter is not None:
-            _play_as_trained(config)
+        elif config.adapter is not None:
+            _prompt_as_trained(config)
 
     def _resolve_run(self, config: Namespace) -> RunPaths:
         data = SnakeJSONLDataModule(train_path=config.data.train_path, grid_size=config.data.grid_size)
@@ -310,9 +312,24 @@ class SnakeCLI(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Run the validation without Lightning's table; the progress bar prints the metrics."""
         self.trainer.validate(**kwargs, verbose=False)
+        if self.datamodule.num_val_rows == 0:
+            raise UserError("no rows to validate on: name some in data.val_path, or set data.val_fraction above 0.")
         if self.trainer.is_global_zero:
+            self._say_if_rows_differ()
             for name, value in sorted(self.trainer.callback_metrics.items()):
                 print(f"{name} {float(value):.6g}")
+
+    def _say_if_rows_differ(self) -> None:
+        """An adapter's figures on rows it was trained on are worth little: say where that may be so."""
+        adapter = self.config[self.subcommand].adapter
+        if adapter is None:
+            return
+        trained = store.read_metadata(adapter).data.get("split_hash")
+        if trained is not None and trained != self.datamodule.summary()["split_hash"]:
+            logger.warning(
+                "These are not the rows, or not the split, that the adapter was trained and validated on, so it may "
+                "have been trained on some of them. The run's own config.yaml gives the same split."
+            )
 
     def test(self, **kwargs: Any) -> None:
         """Play seeded games, print the table and say where games and replays are."""
@@ -356,12 +373,14 @@ def run(arguments: list[str]) -> int:
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     finally:
-        if inherited is None:
-            os.environ.pop(RUN_DIR_ENV, None)
+        claimed = os.environ.get(RUN_DIR_ENV)
+        if inherited is None and claimed is not None:
+            del os.environ[RUN_DIR_ENV]
+            RunPaths(Path(claimed)).remove_if_empty()
     return 0
 
 
-def _play_as_trained(config: Namespace) -> None:
+def _prompt_as_trained(config: Namespace) -> None:
     """Prompts reach an adapter as they did in training, whatever the config says of the rows of another run."""
     metadata = store.read_metadata(config.adapter)
     config.data.template = metadata.data.get("template", config.data.template)

@@ -10,6 +10,7 @@ The cache holds what can be made again: base models, generated data sets, encode
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import time
@@ -84,6 +85,15 @@ class RunPaths:
                 raise UserError(
                     f"--root {root}: {run.run_dir} cannot be created ({error.strerror}). Choose a writable directory."
                 ) from error
+
+    def remove_if_empty(self) -> None:
+        """Leave no directory behind of a run that failed before it wrote anything; what is not empty stays."""
+        directory = self.run_dir
+        with contextlib.suppress(OSError):
+            while directory.name != "logs":
+                directory.rmdir()
+                directory = directory.parent
+            directory.rmdir()
 
     @classmethod
     def latest(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths | None:

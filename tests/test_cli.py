@@ -15,6 +15,7 @@ import yaml
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.paths import RunPaths, shipped_configs
+from tests.conftest import SAMPLE_DIR
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -76,7 +77,7 @@ def complain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         assert code == 2, output
         assert "Traceback" not in output.err
         assert len(errors) == 1, output.err
-        assert not list(tmp_path.glob("logs/**/checkpoints")), "a failed start left a run behind"
+        assert not list(tmp_path.glob("logs/**/checkpoints")), "a failed start left a checkpoint behind"
         return errors[0].strip()
 
     return run
@@ -210,6 +211,21 @@ def test_validation_follows_the_split_of_the_run(
     assert not (tmp_path / "logs").exists()
 
 
+def test_validation_on_other_rows_says_that_they_may_have_been_trained_on(
+    adapter_dir: Path, flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["validate", "--config", "balanced.yaml", *flags, "--adapter", str(adapter_dir)]
+    for seed, is_said in (("0", False), ("1", True)):
+        caplog.clear()
+        assert main([*arguments, f"--data.seed={seed}"]) == 0
+        assert any("may have been trained on some of them" in message for message in caplog.messages) == is_said
+
+
+def test_a_run_that_fails_before_it_writes_leaves_no_directory(complain: Callable[..., str], tmp_path: Path) -> None:
+    complain("fit", "--config", "balanced.yaml", "--model.base_model=nothing-like-it", "--data.generated_games=1")
+    assert not (tmp_path / "logs").exists()
+
+
 def test_predict_writes_a_completion_for_each_prompt(
     adapter_dir: Path, flags: list[str], bfs512_sample_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +254,23 @@ def test_without_a_train_path_a_seeded_data_set_is_generated_and_said_so(
     (path,) = (tmp_path / "cache").rglob("*.jsonl")
     assert any(str(path) in message for message in caplog.messages)
     assert "bfs-512" in str(path)
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLE_DIR.glob("*/*/*.jsonl")), ids=lambda path: path.parent.name)
+def test_real_rows_of_every_style_train_as_they_are(
+    path: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config", "balanced.yaml", *flags, f"--data.train_path={path}", "--trainer.max_steps=1"]
+    assert main(arguments) == 0
+    (run_dir,) = tmp_path.glob(f"logs/extensions/models/{path.parent.parent.name}/*/snake_reasoning")
+    assert store.verify(RunPaths(run_dir).artifacts_dir).data["num_rows"] == len(path.read_text().splitlines())
+
+
+def test_nothing_to_validate_on_is_a_mistake(complain: Callable[..., str], flags: list[str], adapter_dir: Path) -> None:
+    (path,) = SAMPLE_DIR.glob("*/bfs-2048/*.jsonl")
+    arguments = ["validate", "--config", "balanced.yaml", *flags, f"--data.train_path={path}"]
+    assert "no rows to validate on" in complain(*arguments, "--adapter", str(adapter_dir))
 
 
 # ---------------------------------------------------------------------- mistakes

@@ -5,12 +5,15 @@ Neighbouring positions of one game are near copies of each other, so a split by 
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from snake_lora_pl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
@@ -35,7 +38,8 @@ def split_by_game(
 ) -> Split:
     """Set games aside for validation, in a seeded order, until they make up a share of the rows.
 
-    At least one game validates and at least one trains. With a share of 0 all rows train.
+    At least one game validates and at least one trains. With a share of 0, and where there is only one game, all rows
+    train; the latter is warned of, since nothing can stop such a run early.
 
     Args:
         games: The game of each row.
@@ -44,19 +48,21 @@ def split_by_game(
         seed: Seed of the order.
 
     Raises:
-        UserError: If the share is out of range, or there is only one game and it is to be split.
+        UserError: If the share is out of range, or removing duplicates leaves no row to train on.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"data.val_fraction must be at least 0 and below 1 (found: {val_fraction})")
+    all_train = Split(np.arange(len(games)), np.arange(0), 0)
     if val_fraction == 0:
-        return Split(np.arange(len(games)), np.arange(0), 0)
+        return all_train
     rows_per_game = np.bincount(games)
     shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(rows_per_game))
     if len(shuffled) < 2:
-        raise UserError(
-            "the training rows are all of one game, so no game can be set aside for validation. "
-            "Give more games, name other rows in data.val_path, or set data.val_fraction=0 to train without validation."
+        logger.warning(
+            "The rows are all of one game, so none can be set aside: training without validation. "
+            "Give more games, or name other rows in data.val_path."
         )
+        return all_train
     wanted = val_fraction * len(games)
     num_val_games = int(np.searchsorted(np.cumsum(rows_per_game[shuffled]), wanted)) + 1
     is_val_game = np.zeros(len(rows_per_game), bool)

@@ -64,9 +64,10 @@ def test_with_a_share_of_zero_all_rows_train():
     assert (split.train.tolist(), split.val.tolist()) == ([0, 1, 2, 3, 4], [])
 
 
-def test_one_game_alone_cannot_be_split():
-    with pytest.raises(UserError, match=r"all of one game.*data\.val_path.*data\.val_fraction=0"):
-        split_by_game(np.zeros(5, int), distinct(5), 0.1, 0)
+def test_one_game_alone_trains_whole_and_it_is_said_that_nothing_validates(caplog):
+    split = split_by_game(np.zeros(5, int), distinct(5), 0.1, 0)
+    assert (split.train.tolist(), split.val.tolist()) == ([0, 1, 2, 3, 4], [])
+    assert "training without validation" in caplog.text
 
 
 @pytest.mark.parametrize("val_fraction", [-0.1, 1.0, 10, float("nan")])
