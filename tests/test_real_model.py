@@ -29,6 +29,8 @@ def test_the_real_model_learns_from_real_rows_and_its_adapter_loads_in_plain_pef
     try:
         prepare_base_model("smollm2-135m")
     except UserError as error:
+        if "cannot download" not in str(error):  # a wrong hash or a failed conversion is a failure
+            raise
         pytest.skip(f"the base model cannot be fetched here: {error}")
     rows = SHARED_ROWS if SHARED_ROWS.is_file() else bfs512_sample_path
 

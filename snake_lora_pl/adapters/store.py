@@ -7,7 +7,6 @@ PEFT loads an adapter whose keys do not match as one that does nothing, with a w
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.durable import directory_durably, recover_directory
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.wheel import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def save(
             metadata,
             peft_config=json.loads((directory / CONFIG_FILE).read_text()),
             packages=_package_versions(),
-            weights_sha256=_sha256(directory / WEIGHTS_FILE),
+            weights_sha256=file_sha256(directory / WEIGHTS_FILE),
         )
         (directory / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
         (directory / CARD_FILE).write_text(model_card(metadata))
@@ -147,7 +147,7 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (directory / name).is_file():
             raise UserError(f"--adapter {directory}: {name} is missing. The adapter is incomplete; train again.")
-    found = _sha256(directory / WEIGHTS_FILE)
+    found = file_sha256(directory / WEIGHTS_FILE)
     if found != metadata.weights_sha256:
         raise UserError(
             f"{directory / WEIGHTS_FILE}: truncated or changed since it was saved (sha256 {found[:12]}..., metadata "
@@ -308,14 +308,6 @@ def model_card(metadata: AdapterMetadata) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _package_versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import load_tokenizer, resolve_base_model
+from snake_lora_pl.models.wheel import file_sha256
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def rewrite_metadata(adapter_dir: Path, **changes: Any) -> None:
 
 def rewrite_weights(adapter_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, adapter_dir / store.WEIGHTS_FILE)
-    rewrite_metadata(adapter_dir, weights_sha256=store._sha256(adapter_dir / store.WEIGHTS_FILE))
+    rewrite_metadata(adapter_dir, weights_sha256=file_sha256(adapter_dir / store.WEIGHTS_FILE))
 
 
 def test_the_directory_holds_the_adapter_and_no_base_weights(adapter_dir: Path, model: PeftModel) -> None:
