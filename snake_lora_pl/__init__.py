@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snake_lora_pl.adapters.config import LoRAConfig
     from snake_lora_pl.adapters.factory import AdapterFactory
+    from snake_lora_pl.api.player import Player, load_player
+    from snake_lora_pl.api.training import TrainingResult, train_on_heuristic_data
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
     from snake_lora_pl.evaluation.play_callback import PlayEvaluation
     from snake_lora_pl.evaluation.play_settings import PlaySettings
@@ -22,7 +24,11 @@ _EXPORTS = {
     "LoRALightningModule": "snake_lora_pl.training.module",
     "PlayEvaluation": "snake_lora_pl.evaluation.play_callback",
     "PlaySettings": "snake_lora_pl.evaluation.play_settings",
+    "Player": "snake_lora_pl.api.player",
     "SnakeJSONLDataModule": "snake_lora_pl.data.datamodule",
+    "TrainingResult": "snake_lora_pl.api.training",
+    "load_player": "snake_lora_pl.api.player",
+    "train_on_heuristic_data": "snake_lora_pl.api.training",
 }
 
 __all__ = [
@@ -32,7 +38,11 @@ __all__ = [
     "LoRALightningModule",
     "PlayEvaluation",
     "PlaySettings",
+    "Player",
     "SnakeJSONLDataModule",
+    "TrainingResult",
+    "load_player",
+    "train_on_heuristic_data",
 ]
 
 

@@ -113,6 +113,7 @@ class SnakeCLI(LightningCLI):
     """The verbs fit, validate, test and predict over one module and one data module."""
 
     run_paths: RunPaths | None = None
+    contest: Contest | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -255,16 +256,21 @@ class SnakeCLI(LightningCLI):
     # ------------------------------------------------------------------ the verbs
 
     def after_fit(self) -> None:
-        """Let the adapter play, say where everything lies and what comes next."""
+        """Let the adapter play, and say what came out."""
         settings: PlaySettings = self.config_init[self.subcommand].play
         if self.run_paths is None or self.config[self.subcommand].trainer.fast_dev_run:
             return
         if settings.final_games:
             self._play_with_best(settings)
-        if not self.trainer.is_global_zero:
-            return
+        if self.trainer.is_global_zero:
+            self.say_what_came_out(self.run_paths)
+
+    def say_what_came_out(self, paths: RunPaths) -> None:
+        """Print the games' table, where everything lies and what comes next."""
+        if self.contest is not None:
+            self._print_games()
         configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
-        run_dir, adapter = shown(self.run_paths.run_dir), shown(self.run_paths.artifacts_dir)
+        run_dir, adapter = shown(paths.run_dir), shown(paths.artifacts_dir)
         print(
             f"Everything lies in {run_dir} (adapter: {adapter}). "
             f"Next: {PROG} test {configs}{' ' if configs else ''}--adapter {adapter}"
@@ -282,16 +288,12 @@ class SnakeCLI(LightningCLI):
         self._play(settings.final_games, self.run_paths.games)
 
     def _play(self, num_games: int, paths: GamesPaths, *, has_adapter: bool = True) -> None:
-        """Let every player play, print the table and write all of it."""
+        """Let every player play, and write table, games and replays."""
         config = self.config_init[self.subcommand]
-        contest = Contest(self.model, self.datamodule, config.play, num_games, has_adapter=has_adapter)
+        self.contest = contest = Contest(self.model, self.datamodule, config.play, num_games, has_adapter=has_adapter)
         self.trainer.test(contest, verbose=False)
         if not self.trainer.is_global_zero:
             return
-        print(f"\n{contest.title}")
-        # A log file has no width; 80 columns would cut names.
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(render_table(contest.results))
-        print("\n".join(differences_in_words(contest.results)))
         adapter = config.adapter if self.run_paths is None else shown(self.run_paths.artifacts_dir)
         facts = {
             "base_model": config.model.base_model,
@@ -303,6 +305,13 @@ class SnakeCLI(LightningCLI):
             json.dump(table_json(contest.results, facts), file, indent=2)
         write_games(paths.games_path, contest.results)
         write_replays(paths, contest.results[0].games)
+
+    def _print_games(self) -> None:
+        assert self.contest is not None
+        print(f"\n{self.contest.title}")
+        # A log file has no width; 80 columns would cut names.
+        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(render_table(self.contest.results))
+        print("\n".join(differences_in_words(self.contest.results)))
 
     def after_predict(self) -> None:
         """Say where the completions are."""
@@ -340,6 +349,7 @@ class SnakeCLI(LightningCLI):
         paths = GamesPaths.of_adapter(config.adapter)
         self._play(config.games, paths, has_adapter=has_adapter)
         if self.trainer.is_global_zero:
+            self._print_games()
             print(f"Table, games and replays written to {shown(paths.games_dir)}")
 
     def predict(self, **kwargs: Any) -> None:
@@ -366,10 +376,30 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If the user can mend it.
     """
-    _quiet_libraries()
+    _quiet_loggers()
+    ignore_known_warnings()
+    # A launcher of further processes repeats the command line.
+    with _command_line(*arguments):
+        build_and_run(arguments)
+    return 0
+
+
+def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeCLI:
+    """Run a Lightning verb in this process, whoever asked for it.
+
+    Args:
+        arguments: The verb and its options.
+        cli_class: What runs it.
+
+    Returns:
+        What ran it: its trainer, module and data.
+
+    Raises:
+        UserError: If the user can mend it.
+    """
     inherited = os.environ.get(RUN_DIR_ENV)
     try:
-        _build(arguments)
+        return _build(arguments, cli_class)
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     finally:
@@ -377,7 +407,6 @@ def run(arguments: list[str]) -> int:
         if inherited is None and claimed is not None:
             del os.environ[RUN_DIR_ENV]
             RunPaths(Path(claimed)).remove_if_empty()
-    return 0
 
 
 def _prompt_as_trained(config: Namespace) -> None:
@@ -389,29 +418,24 @@ def _prompt_as_trained(config: Namespace) -> None:
     config.play.grid_size = config.play.grid_size or metadata.grid_size
 
 
-def _build(arguments: list[str]) -> SnakeCLI:
-    # A launcher of further processes repeats the command line.
-    with _command_line(*arguments):
-        return SnakeCLI(
-            LoRALightningModule,
-            SnakeJSONLDataModule,
-            args=arguments,
-            parser_class=OneLineParser,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            # A run's directory belongs to one run; a resumed run writes its config again.
-            save_config_kwargs={"overwrite": True},
-            load_from_checkpoint_support=False,
-            trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
-            | {
-                verb: {"description": text, "usage": f"{PROG} {verb} [options]"}
-                for verb, text in LIGHTNING_VERBS.items()
-            },
-        )
+def _build(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeCLI:
+    return cli_class(
+        LoRALightningModule,
+        SnakeJSONLDataModule,
+        args=arguments,
+        parser_class=OneLineParser,
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        # A run's directory belongs to one run; a resumed run writes its config again.
+        save_config_kwargs={"overwrite": True},
+        load_from_checkpoint_support=False,
+        trainer_defaults={"use_distributed_sampler": False},
+        parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
+        | {verb: {"description": text, "usage": f"{PROG} {verb} [options]"} for verb, text in LIGHTNING_VERBS.items()},
+    )
 
 
-def _quiet_libraries() -> None:
+def _quiet_loggers() -> None:
     """Let this package speak and the libraries only where something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
@@ -420,6 +444,10 @@ def _quiet_libraries() -> None:
     # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+
+
+def ignore_known_warnings() -> None:
+    """Silence what libraries warn of though all is as it should be."""
     for message in (
         ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
         ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know

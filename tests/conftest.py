@@ -6,6 +6,7 @@ Nothing here reaches a network: a fast test that does so is a defect.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def _no_leaked_environment() -> Iterator[None]:
     leaked = {k for k in os.environ if os.environ.get(k) != before.get(k)} - {"PYTEST_CURRENT_TEST"}
     # Libraries set these at their first import, whichever test happens to import them.
     leaked -= {
-        k for k in leaked if k.startswith(("PL_", "KMP_", "OMP_", "TORCH", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_"))
+        k
+        for k in leaked
+        if k.startswith(("PL_", "KMP_", "OMP_", "TORCH", "PYTORCH_", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_"))
     }
     assert not leaked, f"environment variables leaked: {sorted(leaked)}"
 
@@ -99,3 +102,15 @@ def tiny_tokenizer(tiny_llama_dir: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def tiny_smollm2(tiny_llama_dir: Path, _isolated_cache: None) -> str:
+    """The short name of the default base model, behind which the cache holds the tiny Llama: examples run verbatim."""
+    from snake_lora_pl.models import wheel
+    from snake_lora_pl.paths import base_model_cache_dir
+
+    directory = base_model_cache_dir(wheel.SMOLLM2_135M.short_name)
+    shutil.copytree(tiny_llama_dir, directory)
+    wheel._write_manifest(directory, wheel.SMOLLM2_135M)
+    return wheel.SMOLLM2_135M.short_name

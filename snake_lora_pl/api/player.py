@@ -1,0 +1,161 @@
+"""A finished adapter as a player: boards in, moves and words out, prompts written as in its training."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import get_args
+
+import torch
+
+from snake_lora_pl.adapters import store
+from snake_lora_pl.cli import ignore_known_warnings
+from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
+from snake_lora_pl.evaluation.play_settings import Reading
+from snake_lora_pl.evaluation.policy import Answer
+from snake_lora_pl.game import STYLES, Board, Move, Style, get_style
+from snake_lora_pl.training.module import LoRALightningModule
+
+
+class Player:
+    """What ``load_player`` returns.
+
+    Args:
+        policy: What answers; it takes many boards at a time, and ``evaluation.play.play_games`` plays whole games
+            with it.
+        metadata: What the adapter is and how it was trained.
+    """
+
+    def __init__(self, policy: LanguageModelPolicy, metadata: store.AdapterMetadata) -> None:
+        self.policy = policy
+        self.metadata = metadata
+        self._last: tuple[Board, Answer] | None = None
+
+    def move(self, board: Board) -> Move | None:
+        """The move that the adapter makes; None where its words name none.
+
+        Raises:
+            UserError: If the board has no apple: the game is over.
+        """
+        return self._answer(board).move
+
+    def explain(self, board: Board) -> str:
+        """The words that the adapter says of its move; those of the last board are not written twice.
+
+        Raises:
+            UserError: If the board has no apple: the game is over.
+        """
+        return self._answer(board).words
+
+    def _answer(self, board: Board) -> Answer:
+        if self._last is None or self._last[0] != board:
+            if board.apple is None:
+                raise UserError("the board has no apple, so the game is over. Give a board with one.")
+            # Decoding is greedy: the seed that a policy may draw from has no part in it.
+            self._last = board, self.policy.answer([board], [0])[0]
+        return self._last[1]
+
+
+def load_player(
+    adapter_dir: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    style: str | None = None,
+    template: TemplateName | None = None,
+    reading: Reading = "generate",
+    legal_mask: bool = False,
+    max_new_tokens: int = 192,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Player:
+    """Load an adapter, verified, onto its base model, as a player.
+
+    Args:
+        adapter_dir: The ``model_artifacts`` directory of a run.
+        base_model: The base it was trained on, by another name; None takes the one that its metadata names.
+        style: Format of the prompts; None takes that of the rows it was trained on.
+        template: How prompt and completion became one text; None takes that of its training.
+        reading: ``generate`` lets it write and reads its conclusion, ``score`` compares the four moves.
+        legal_mask: Compare legal moves only; needs ``score``.
+        max_new_tokens: Longest answer, in tokens; a longer one names no move.
+        dtype: Type of the base, as ``model.dtype`` takes it.
+        device: Where to compute, as torch names it; None takes CUDA where there is one, else the CPU.
+        trust_remote_code: Whether code that comes with a hub model may run.
+
+    Raises:
+        UserError: If the adapter is damaged or belongs to another base, a setting is unknown, or the metadata does not
+            say how prompts were written and neither do the arguments.
+
+    Example:
+        >>> player = load_player("path/to/model_artifacts")  # doctest: +SKIP
+        >>> player.move(Board(10, ((5, 5), (5, 4)), apple=(2, 7)))  # doctest: +SKIP
+        <Move.LEFT: (-1, 0)>
+    """
+    metadata = store.read_metadata(adapter_dir)
+    chosen_style = _style(metadata, style)
+    chosen_template = _template(metadata, template)
+    module = LoRALightningModule(
+        base_model=base_model or metadata.base_model_name,
+        adapter_path=os.fspath(adapter_dir),
+        revision=metadata.base_revision if base_model is None else None,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    with warnings.catch_warnings():
+        ignore_known_warnings()
+        module.configure_model()
+    _place(module, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder = Encoder(module.tokenizer, chosen_template)
+    policy = LanguageModelPolicy(
+        module.peft_model,
+        module.tokenizer,
+        encoder.encode_prompts,
+        chosen_style,
+        name="adapter",
+        reading=reading,
+        legal_mask=legal_mask,
+        max_new_tokens=max_new_tokens,
+        compute_context=module.compute_context,
+    )
+    return Player(policy, metadata)
+
+
+def _place(module: LoRALightningModule, device: str) -> None:
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device={device!r}: cannot be used here ({reason}). Leave it out to take what there is."
+        ) from error
+    module.eval()
+
+
+def _style(metadata: store.AdapterMetadata, style: str | None) -> Style:
+    if style is not None:
+        try:
+            return get_style(style)
+        except ValueError as error:
+            raise UserError(f"style: {error}") from error
+    trained_on = metadata.data.get("prompt_format")
+    if trained_on not in STYLES:
+        raise UserError(
+            "the adapter's metadata does not say which style its prompts are written in. Name one: "
+            f'style="{next(iter(STYLES))}", or another of {", ".join(STYLES)}.'
+        )
+    return STYLES[trained_on]
+
+
+def _template(metadata: store.AdapterMetadata, template: TemplateName | None) -> TemplateName:
+    chosen = template or metadata.data.get("template")
+    if chosen is None:
+        raise UserError(
+            "the adapter's metadata does not say how prompt and completion became one text. Name a template: "
+            f"{', '.join(get_args(TemplateName))}."
+        )
+    check_choice("template", chosen, TemplateName)
+    return chosen

@@ -1,0 +1,128 @@
+"""A finished adapter as a player, prompted as it was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from snake_lora_pl import LoRALightningModule, Player, load_player
+from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.game import Board, Move, get_style
+
+BOARD = Board(5, ((2, 2), (2, 1)), (4, 4))
+
+
+def save_adapter(directory: Path, base: Path, **data: str) -> Path:
+    """An adapter that does something, as a run would leave it."""
+    torch.manual_seed(1)
+    module = LoRALightningModule(str(base), lora=LoRAConfig(rank=4), dtype="float32")
+    module.configure_model()
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    metadata = module.adapter_metadata()
+    metadata.data.update(data)
+    return store.save(module.peft_model, directory, metadata)
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapter") / "model_artifacts"
+    return save_adapter(directory, tiny_llama_dir, prompt_format="compact", template="raw")
+
+
+@pytest.fixture(scope="module")
+def player(adapter_dir: Path) -> Player:
+    return load_player(adapter_dir, reading="score", dtype="float32", device="cpu")
+
+
+def test_it_answers_with_the_move_that_its_logits_rank_first_after_the_prompt_of_its_training(
+    player: Player, adapter_dir: Path, tiny_llama_dir: Path, tiny_tokenizer
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), adapter_dir).eval()
+    style = get_style("compact")
+    for board in (BOARD, Board(5, ((0, 0),), (3, 1)), Board(5, ((4, 4), (4, 3), (3, 3)), (0, 2))):
+        prompt = tiny_tokenizer(style.write_prompt(board), add_special_tokens=False)["input_ids"]
+        scores = {}
+        for move in Move:
+            ids = prompt + tiny_tokenizer(style.write_completion(board, move), add_special_tokens=False)["input_ids"]
+            logits = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores[move] = float(logits[len(prompt) - 1, ids[len(prompt)]])
+        assert player.move(board) is max(scores, key=lambda move: scores[move])
+        assert player.explain(board) == player.move(board).name  # type: ignore[union-attr]
+
+
+def test_it_explains_in_the_words_that_it_writes(adapter_dir: Path) -> None:
+    player = load_player(adapter_dir, dtype="float32", device="cpu", max_new_tokens=6)
+    words = player.explain(BOARD)
+    assert words == player.policy.answer([BOARD], [0])[0].words
+    assert words
+    assert player.move(BOARD) is None  # a random model says nothing that can be read
+
+
+def test_a_move_and_its_explanation_cost_one_answer(player: Player, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    answer = player.policy.answer
+    monkeypatch.setattr(player.policy, "answer", lambda boards, seeds: asked.extend(boards) or answer(boards, seeds))
+    other = Board(5, ((1, 1),), (0, 3))
+    player.move(BOARD.with_apple((0, 4)))
+    player.explain(BOARD.with_apple((0, 4)))
+    player.move(other)
+    assert asked == [BOARD.with_apple((0, 4)), other]
+
+
+def test_its_policy_plays_whole_games(player: Player) -> None:
+    games = play_games(player.policy, [1, 2, 3], grid_size=5, max_steps=4)
+    assert [game.seed for game in games] == [1, 2, 3]
+
+
+def test_style_and_template_can_be_named_where_the_metadata_does_not_say(
+    tiny_llama_dir: Path, tmp_path: Path, player: Player
+) -> None:
+    adapter_dir = save_adapter(tmp_path / "silent", tiny_llama_dir)
+    with pytest.raises(UserError, match='does not say which style.*style="bfs-512"'):
+        load_player(adapter_dir, template="raw")
+    with pytest.raises(UserError, match="Name a template: instruction, chat, raw"):
+        load_player(adapter_dir, style="compact")
+    named = load_player(adapter_dir, style="compact", template="raw", reading="score", dtype="float32", device="cpu")
+    assert named.move(BOARD) is player.move(BOARD)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"style": "compct"}, "Did you mean 'compact'?"),
+        ({"template": "chatty"}, "template"),
+        ({"reading": "guess"}, "reading must be one of"),
+        ({"legal_mask": True}, "needs play.reading=score"),
+        ({"device": "abacus"}, "device='abacus': cannot be used here"),
+        ({"dtype": "float8"}, "float8"),
+        ({"base_model": "smolm2-135m"}, "did you mean 'smollm2-135m'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(adapter_dir: Path, settings: dict, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_player(adapter_dir, **settings)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_board_of_a_game_that_is_over_is_refused(player: Player) -> None:
+    with pytest.raises(UserError, match="no apple"):
+        player.move(Board(2, ((0, 0), (0, 1), (1, 1), (1, 0)), None))
+
+
+def test_a_directory_that_holds_no_adapter_is_refused(tmp_path: Path, adapter_dir: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        load_player(tmp_path / "nowhere")
+    metadata = json.loads((adapter_dir / store.METADATA_FILE).read_text())
+    assert metadata["data"]["prompt_format"] == "compact"

@@ -1,0 +1,144 @@
+"""One call that trains: the same run as the command's, results as values, mistakes as one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from snake_lora_pl import LoRAConfig, TrainingResult, train_on_heuristic_data
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.adapters import store
+from snake_lora_pl.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_llama_dir: Path) -> dict[str, Any]:
+    """What makes a run small."""
+    return {
+        "model": {"base_model": str(tiny_llama_dir), "dtype": "float32", "max_new_tokens": 4},
+        "data.batch_size": 4,
+        "data.max_length": 1200,
+        "trainer": {"max_steps": 3, "limit_val_batches": 2, "accelerator": "cpu", "enable_progress_bar": False},
+    }
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def result(in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path) -> TrainingResult:
+    play = {"final_games": 2, "max_steps": 2}
+    return train_on_heuristic_data(bfs512_sample_path, LoRAConfig(rank=4, alpha=8), {**small, "play": play})
+
+
+def test_the_result_names_what_the_run_left_and_how_it_did(
+    in_tmp: Path, result: TrainingResult, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metadata = store.verify(result.adapter_dir)
+    assert metadata.peft_config["r"] == 4
+    assert metadata.peft_config["lora_alpha"] == 8
+    assert result.metrics == metadata.metrics
+    assert result.metrics["val/loss"] > 0
+    assert result.num_steps == 3
+    assert 1 <= result.adapter_step <= 3
+    assert torch.load(result.checkpoint_path, weights_only=True)["global_step"] == 3
+    assert "val/loss" in result.metrics_path.read_text()
+    assert yaml.safe_load(result.config_path.read_text())["trainer"]["max_steps"] == 3
+    assert result.games_dir is not None
+    table = json.loads((result.games_dir / "table.json").read_text())
+    assert result.play.keys() == table["players"].keys() == {"adapter", "base", "bfs", "random_legal"}
+    assert result.play["bfs"]["apples_mean"] == table["players"]["bfs"]["apples_mean"]
+    for path in (result.adapter_dir, result.checkpoint_path, result.config_path, result.metrics_path, result.games_dir):
+        assert path.is_relative_to(result.run_dir)
+    assert result.run_dir.is_relative_to(in_tmp / "logs")
+    assert capfd.readouterr().out == ""
+    assert "SNAKE_LORA_PL_RUN_DIR" not in os.environ
+
+
+def test_the_run_is_the_one_that_the_command_makes(
+    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path
+) -> None:
+    result = train_on_heuristic_data(bfs512_sample_path, "lightweight", {**small, "root": "by_call"})
+    flags = [f"--model.{key}={value}" for key, value in small["model"].items()]
+    flags += [f"--trainer.{key}={value}" for key, value in small["trainer"].items()]
+    flags += ["--data.batch_size=4", "--data.max_length=1200", f"--data.train_path={bfs512_sample_path}"]
+    assert main(["fit", "--config", "balanced.yaml", "--config", "lightweight.yaml", *flags, "--root=by_command"]) == 0
+    (by_command,) = Path("by_command").rglob(store.WEIGHTS_FILE)
+    assert by_command.read_bytes() == (result.adapter_dir / store.WEIGHTS_FILE).read_bytes()
+
+
+def test_config_files_and_several_data_sets_are_taken_as_the_command_takes_them(
+    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path
+) -> None:
+    Path("mine.yaml").write_text("model: {lora: {rank: 3}, learning_rate: 0.5, warmup_steps: 7}")
+    other = Path("other.jsonl")
+    other.write_text(bfs512_sample_path.read_text())
+    settings = {**small, "config": ["balanced.yaml", Path("mine.yaml")], "model.learning_rate": 0.25}
+    result = train_on_heuristic_data([bfs512_sample_path, other], training_config=settings)
+    resolved = yaml.safe_load(result.config_path.read_text())
+    assert resolved["model"]["lora"] == {**resolved["model"]["lora"], "rank": 3, "alpha": 32}
+    assert resolved["model"]["learning_rate"] == 0.25
+    assert resolved["model"]["warmup_steps"] == 7
+    assert resolved["data"]["train_path"] == [str(bfs512_sample_path), "other.jsonl"]
+    assert result.games_dir is None
+    assert result.play == {}
+
+
+def test_a_run_goes_on_from_its_checkpoint(
+    result: TrainingResult, small: dict[str, Any], bfs512_sample_path: Path
+) -> None:
+    more = {**small, "trainer": {**small["trainer"], "max_steps": 5}, "ckpt_path": result.checkpoint_path}
+    resumed = train_on_heuristic_data(bfs512_sample_path, LoRAConfig(rank=4, alpha=8), more)
+    assert resumed.run_dir == result.run_dir
+    assert resumed.num_steps == 5
+
+
+def test_logging_and_warnings_of_the_caller_stay_as_they_were(
+    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path
+) -> None:
+    import warnings
+
+    package = logging.getLogger("snake_lora_pl")
+    before = package.level, list(logging.getLogger().handlers), list(warnings.filters)
+    train_on_heuristic_data(bfs512_sample_path, None, small)
+    assert (package.level, list(logging.getLogger().handlers), list(warnings.filters)) == before
+
+
+@pytest.mark.parametrize(
+    ("dataset", "adapter", "settings", "part"),
+    [
+        ("nowhere.jsonl", None, {}, "nowhere.jsonl"),
+        (None, "ligthweight", {}, "Did you mean 'lightweight'?"),
+        (None, None, {"config": "balnced.yaml"}, "Did you mean balanced.yaml?"),
+        (None, None, {"trainer": {"max_step": 3}}, "Did you mean 'trainer.max_steps'?"),
+        (None, None, {"model.learning_rate": -1}, "model.learning_rate must be a number above 0"),
+        (None, None, {"data": {"train_path": "a.jsonl"}}, "data.train_path is what the argument dataset_path says"),
+        (None, "balanced", {"model": {"lora": {"rank": 3}}}, "model.lora is what the argument adapter_config says"),
+        (None, "balanced", {"model.lora.rank": 3}, "model.lora.rank is what the argument adapter_config says"),
+        (None, None, {"trainer.callbacks": [object()]}, "trainer.callbacks holds an object of type list"),
+        (None, None, {"trainer.fast_dev_run": True}, "trainer.fast_dev_run=True writes no adapter"),
+        (None, None, {"trainer.enable_checkpointing": False}, "trainer.enable_checkpointing=False writes no adapter"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    in_tmp: Path, bfs512_sample_path: Path, small: dict[str, Any], dataset: str | None, adapter: str | None,
+    settings: dict[str, Any], part: str,
+) -> None:  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        train_on_heuristic_data(dataset or bfs512_sample_path, adapter, {**small, **settings})
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(in_tmp.iterdir())
+    assert "SNAKE_LORA_PL_RUN_DIR" not in os.environ
