@@ -301,8 +301,11 @@ class SnakeCLI(LightningCLI):
             "template": config.data.template,
             **contest.facts,
         }
+        table = table_json(contest.results, facts)
         with open_durably(paths.table_path, "w", encoding="utf-8") as file:
-            json.dump(table_json(contest.results, facts), file, indent=2)
+            json.dump(table, file, indent=2)
+        if has_adapter:
+            _record_play(adapter, table, contest.results[0].name)
         write_games(paths.games_path, contest.results)
         write_replays(paths, contest.results[0].games)
 
@@ -416,6 +419,14 @@ def _prompt_as_trained(config: Namespace) -> None:
     if metadata.data.get("prompt_format") in STYLES:
         config.play.style = config.play.style or metadata.data["prompt_format"]
     config.play.grid_size = config.play.grid_size or metadata.grid_size
+
+
+def _record_play(adapter_dir: str, table: dict[str, Any], player: str) -> None:
+    """Let the adapter's card say how it plays; one that cannot be written to still has its table."""
+    try:
+        store.record_play(adapter_dir, table, player)
+    except OSError as error:
+        logger.warning("%s: the games are not noted in the adapter's card (%s).", adapter_dir, error)
 
 
 def _build(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeCLI:

@@ -122,6 +122,14 @@ def test_fit_ends_with_the_table_of_adapter_base_teacher_and_chance(
     assert table["players"]["bfs"]["teacher_agreement"] == 1
 
 
+def test_the_adapters_metadata_and_card_say_how_it_played(run: RunPaths) -> None:
+    metadata = store.verify(run.artifacts_dir)
+    table = json.loads(run.games.table_path.read_text())
+    assert metadata.play["players"] == table["players"]
+    assert metadata.metrics["play/apples_mean"] == table["players"]["adapter"]["apples_mean"]
+    assert "| | adapter | base | bfs | random_legal |" in (run.artifacts_dir / store.CARD_FILE).read_text()
+
+
 def test_test_plays_an_adapter_beside_its_base_and_twice_the_same(
     run: RunPaths, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,15 +10,17 @@ import dataclasses
 import json
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata as importlib_metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from snake_lora_pl.durable import directory_durably, recover_directory
+from snake_lora_pl.adapters.card import model_card
+from snake_lora_pl.durable import directory_durably, open_durably, recover_directory
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models.wheel import file_sha256
+from snake_lora_pl.models.wheel import file_sha256, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,11 @@ CONFIG_FILE = "adapter_config.json"
 METADATA_FILE = "adapter_metadata.json"
 CARD_FILE = "README.md"
 _VERSIONED_PACKAGES = ("snake_lora_pl", "torch", "lightning", "transformers", "peft", "bitsandbytes")
+# Pickles and programs: reading an adapter must run nothing.
+_CODE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so")
+# Settings that make PEFT or transformers import a module whose name stands in the file.
+_CODE_SETTINGS = {CONFIG_FILE: ("auto_mapping", "megatron_config"), "tokenizer_config.json": ("auto_map",)}
+_MAX_KEYS_NAMED = 3
 
 
 @dataclass
@@ -52,6 +59,7 @@ class AdapterMetadata:
         epoch: Epoch the adapter was written in, from 0.
         metrics: Last logged value of each metric.
         data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
+        play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
         peft_config: PEFT's settings as plain JSON.
         packages: Version of each package that matters to the result.
         weights_sha256: Hash of ``adapter_model.safetensors``.
@@ -70,6 +78,7 @@ class AdapterMetadata:
     epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    play: dict[str, Any] = field(default_factory=dict)
     peft_config: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -105,9 +114,42 @@ def save(
             packages=_package_versions(),
             weights_sha256=file_sha256(directory / WEIGHTS_FILE),
         )
-        (directory / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
-        (directory / CARD_FILE).write_text(model_card(metadata))
+        _write_description(directory, metadata)
     return Path(adapter_dir)
+
+
+def record_play(adapter_dir: str | os.PathLike[str], table: dict[str, Any], player: str) -> None:
+    """Write into an adapter's metadata and card how it played.
+
+    Args:
+        adapter_dir: The adapter directory; its weights are not touched.
+        table: Games as plain JSON: ``settings``, and ``players``: name -> figures such as ``apples_mean``.
+        player: Which of the players is the adapter; its figures become the metrics ``play/NAME``.
+
+    Raises:
+        UserError: If the directory is no adapter.
+        OSError: If it cannot be written.
+    """
+    metadata = read_metadata(adapter_dir)
+    figures = {f"play/{name}": value for name, value in table["players"][player].items() if _is_number(value)}
+    others = {name: value for name, value in metadata.metrics.items() if not name.startswith("play/")}
+    # Where things lie on this machine says nothing on another.
+    settings = {name: value for name, value in table["settings"].items() if name not in ("adapter", "base_model")}
+    play = {"player": player, **table, "settings": settings}
+    _write_description(Path(adapter_dir), dataclasses.replace(metadata, metrics=others | figures, play=play))
+
+
+def _write_description(directory: Path, metadata: AdapterMetadata) -> None:
+    for name, text in (
+        (METADATA_FILE, json.dumps(dataclasses.asdict(metadata), indent=2) + "\n"),
+        (CARD_FILE, model_card(metadata)),
+    ):
+        with open_durably(directory / name, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_metadata(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
@@ -125,25 +167,39 @@ def read_metadata(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
         inside = sorted(p.relative_to(directory).parent for p in directory.glob(f"**/{METADATA_FILE}"))
         hint = f" Found one in {directory / inside[-1]}." if inside else " Was it written by snake_lora_pl?"
         raise UserError(f"--adapter {directory}: no {METADATA_FILE} here.{hint}")
-    names = {f.name for f in dataclasses.fields(AdapterMetadata)}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return AdapterMetadata(**{k: v for k, v in content.items() if k in names})
+        return _checked_metadata(content)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}). Train again, or copy the file from a backup.") from error
 
 
+def _checked_metadata(content: dict[str, Any]) -> AdapterMetadata:
+    """Metadata of which every value has the type that its field names; keys of other versions are left out."""
+    types = get_type_hints(AdapterMetadata)
+    known = {name: value for name, value in content.items() if name in types}
+    for name, value in known.items():
+        if not isinstance(value, dict if get_origin(types[name]) is dict else types[name]):
+            raise TypeError(f"{name} is {json.dumps(value)[:60]}, which is no {types[name]}")
+    for name, value in known.get("metrics", {}).items():
+        if not _is_number(value):
+            raise TypeError(f"the metric {name} is {json.dumps(value)[:60]}, which is no number")
+    return AdapterMetadata(**known)
+
+
 def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
-    """Check that an adapter directory is whole and that its weights are those that were saved.
+    """Check that an adapter directory is whole, that it is what was saved, and that reading it runs no code.
 
     Returns:
         The adapter's metadata.
 
     Raises:
-        UserError: If a file is missing or the weights' hash differs; the message says which.
+        UserError: If a file is missing, holds a pickle or a program, or is not the one that was saved; the message says
+            which, and for a setting which one.
     """
     directory = Path(adapter_dir)
     metadata = read_metadata(directory)
+    _refuse_code(directory)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (directory / name).is_file():
             raise UserError(f"--adapter {directory}: {name} is missing. The adapter is incomplete; train again.")
@@ -151,9 +207,52 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     if found != metadata.weights_sha256:
         raise UserError(
             f"{directory / WEIGHTS_FILE}: truncated or changed since it was saved (sha256 {found[:12]}..., metadata "
-            f"says {str(metadata.weights_sha256)[:12]}...). Copy it again, or train again."
+            f"says {metadata.weights_sha256[:12]}...). Copy it again, or train again."
+        )
+    config = _read_settings(directory / CONFIG_FILE)
+    changed = sorted(
+        name
+        for name in config.keys() | metadata.peft_config.keys()
+        if config.get(name) != metadata.peft_config.get(name)
+    )
+    if changed:
+        here, there = (json.dumps(settings.get(changed[0])) for settings in (config, metadata.peft_config))
+        raise UserError(
+            f"{directory / CONFIG_FILE}: changed since it was saved: {changed[0]} is {here}, {METADATA_FILE} says "
+            f"{there}. Copy the file again, or train again."
         )
     return metadata
+
+
+def _refuse_code(directory: Path) -> None:
+    """Refuse pickles and programs, also those that this package would not read: other tools would."""
+    for path in sorted(directory.rglob("*")):
+        if path.suffix.lower() in _CODE_SUFFIXES:
+            raise UserError(
+                f"--adapter {directory}: holds {path.relative_to(directory)}; pickles and programs can run code when "
+                f"they are read, and an adapter needs none. If {WEIGHTS_FILE} is there too, remove it; else save the "
+                "adapter again with PEFT, which writes safetensors."
+            )
+    for name, settings in _CODE_SETTINGS.items():
+        if not (directory / name).is_file():
+            continue
+        content = _read_settings(directory / name)
+        for setting in settings:
+            if content.get(setting):
+                raise UserError(
+                    f"{directory / name}: {setting} names code to run ({json.dumps(content[setting])[:100]}). Adapters "
+                    "bring no code of their own: take one without."
+                )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}). Copy the file again, or train again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged (no JSON object). Copy the file again, or train again.")
+    return content
 
 
 def load(
@@ -167,60 +266,114 @@ def load(
 
     Args:
         adapter_dir: The adapter directory.
-        base_model: A loaded base, a name, or None for the base that the metadata names.
+        base_model: A loaded base, a name, or None for the base that the metadata names. A loaded one is left as it was
+            where the adapter does not fit.
         is_trainable: Whether the adapter's parameters take gradients.
         load_options: Passed to ``load_base_model`` where the base is loaded here.
 
     Raises:
         UserError: If the adapter is damaged or belongs to another base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    from peft import PeftModel
 
     from snake_lora_pl.models import load_base_model
 
     directory = Path(adapter_dir)
     metadata = verify(directory)
+    _saved_shapes(directory / WEIGHTS_FILE)
     if base_model is None:
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
         check_base(metadata, base_model, directory, revision=load_options.get("revision"))
         base_model = load_base_model(base_model, **load_options)
+    elif base_model.name_or_path not in ("", metadata.base_model):
+        check_base(metadata, base_model.name_or_path, directory)
     try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            saved_keys = set(file.keys())
-        model = PeftModel.from_pretrained(base_model, str(directory), is_trainable=is_trainable)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        first_lines = " ".join(str(error).split())[:300]
-        raise UserError(f"--adapter {directory}: does not fit {metadata.base_model} ({first_lines}).") from error
-    wanted_keys = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if saved_keys != wanted_keys:
-        missing, extra = sorted(wanted_keys - saved_keys), sorted(saved_keys - wanted_keys)
-        parts = [f"missing {len(missing)} such as {missing[0]}"] if missing else []
-        parts += [f"{len(extra)} unknown such as {extra[0]}"] if extra else []
-        raise UserError(
-            f"{directory / WEIGHTS_FILE}: its keys do not match {CONFIG_FILE} ({'; '.join(parts)}). Use the base "
-            f"model {metadata.base_model} and an unchanged {CONFIG_FILE}."
-        )
+        with warnings.catch_warnings():
+            # What does not match is refused below, by name.
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(
+                base_model, str(directory), is_trainable=is_trainable, ignore_mismatched_sizes=True
+            )
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--adapter {directory}: does not fit {metadata.base_model} ({one_line(error)}).") from error
+    try:
+        check_weights(model, directory)
+    except UserError:
+        model.unload()
+        raise
     return model
+
+
+def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Compare the keys and shapes of a weights file with those of the adapter that a model carries.
+
+    Args:
+        model: A PEFT model.
+        adapter_dir: The adapter directory.
+        adapter_name: Which of the model's adapters the file is for.
+
+    Raises:
+        UserError: If a key is missing, unknown or of another shape; the message names keys and says why.
+    """
+    from peft import get_peft_model_state_dict
+
+    path = Path(adapter_dir) / WEIGHTS_FILE
+    saved = _saved_shapes(path)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    problems = [
+        f"{key} is {_shape(saved[key])}, {_shape(wanted[key])} is asked for ({_why(key, saved[key], wanted[key])})"
+        for key in sorted(saved.keys() & wanted.keys())
+        if saved[key] != wanted[key]
+    ]
+    problems += [f"{key} is missing" for key in sorted(wanted.keys() - saved.keys())]
+    problems += [f"{key} is unknown" for key in sorted(saved.keys() - wanted.keys())]
+    if not problems:
+        return
+    named = "; ".join(problems[:_MAX_KEYS_NAMED])
+    more = f"; and {len(problems) - _MAX_KEYS_NAMED} more" if len(problems) > _MAX_KEYS_NAMED else ""
+    raise UserError(
+        f"{path}: does not fit {CONFIG_FILE} and the base model {model.get_base_model().name_or_path}: {named}{more}. "
+        "Use the base and the settings that it was trained with."
+    )
+
+
+def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: no safetensors file ({one_line(error)}). Copy it again, or train again.") from error
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _why(key: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Which of the two, rank or base, a LoRA factor's shape disagrees with: A is (rank, in), B is (out, rank)."""
+    rank_axis = 0 if "lora_A" in key else 1 if "lora_B" in key else None
+    if rank_axis is None or len(saved) != 2 or len(wanted) != 2:
+        return "another shape"
+    if saved[rank_axis] != wanted[rank_axis]:
+        return f"rank {saved[rank_axis]} instead of {wanted[rank_axis]}"
+    return "a base of another size"
 
 
 def load_weights(model: PeftModel, adapter_dir: str | os.PathLike[str]) -> None:
     """Put the weights of a saved adapter into a model that carries one of the same shape.
 
     Raises:
-        UserError: If the adapter is damaged or has other keys.
+        UserError: If the adapter is damaged or has other keys or shapes.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
     verify(adapter_dir)
-    weights = load_peft_weights(str(adapter_dir), device="cpu")
-    result = set_peft_model_state_dict(model, weights)
-    missing = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    missing = sorted(set(missing) & set(result.missing_keys))
-    if missing or result.unexpected_keys:
-        different = (missing or list(result.unexpected_keys))[0]
-        raise UserError(f"--adapter {adapter_dir}: does not fit the model that it is loaded into, such as {different}.")
+    check_weights(model, adapter_dir)
+    set_peft_model_state_dict(model, load_peft_weights(str(adapter_dir), device="cpu"))
 
 
 def check_base(
@@ -253,61 +406,6 @@ def check_base(
             metadata.base_model_name,
             metadata.base_sha256 or metadata.base_revision or "no revision recorded",
         )
-
-
-def model_card(metadata: AdapterMetadata) -> str:
-    """Model card of an adapter: what it is, what it was trained on, how it scored, how to load it."""
-    from huggingface_hub import ModelCardData
-
-    is_hub_id = not os.path.isabs(metadata.base_model)
-    header = ModelCardData(
-        base_model=metadata.base_model if is_hub_id else None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["snake", metadata.adapter_type, "lora", "base_model:adapter"],
-    )
-    settings = metadata.peft_config
-    base_in_code = repr(metadata.base_model)
-    lines = [
-        "---",
-        header.to_yaml(),
-        "---",
-        "",
-        f"# A {metadata.adapter_type} adapter that plays Snake",
-        "",
-        f"Trained on [`{metadata.base_model}`](https://huggingface.co/{metadata.base_model})"
-        if is_hub_id
-        else f"Trained on `{metadata.base_model}`",
-        f"for {metadata.step} optimiser steps with snake_lora_pl {metadata.packages.get('snake_lora_pl', '')}.",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(
-            f"| {name} | {settings[key]} |"
-            for name, key in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"))
-            if key in settings
-        ),
-        f"| layers | {', '.join(sorted(settings.get('target_modules') or []))} |",
-        f"| trained parameters | {metadata.trainable_parameters:,} of {metadata.total_parameters:,} |",
-        *(f"| {name} | {value} |" for name, value in sorted(metadata.data.items())),
-        "",
-        "| metric | value |",
-        "|---|---|",
-        *(f"| {name} | {value:.4g} |" for name, value in sorted(metadata.metrics.items())),
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({base_in_code})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
-        "```",
-        "",
-        "Packages: " + ", ".join(f"{name} {version}" for name, version in metadata.packages.items()) + ".",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _package_versions() -> dict[str, str]:

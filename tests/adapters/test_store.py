@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -15,39 +14,8 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import load_tokenizer, resolve_base_model
+from snake_lora_pl.models import load_base_model, load_tokenizer
 from snake_lora_pl.models.wheel import file_sha256
-
-
-@pytest.fixture
-def model(tiny_llama_dir: Path) -> PeftModel:
-    torch.manual_seed(0)
-    model = AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig(rank=4), dtype="float32")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    return model.eval()
-
-
-@pytest.fixture
-def adapter_dir(model: PeftModel, tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    source = resolve_base_model(str(tiny_llama_dir))
-    trainable, total = model.get_nb_trainable_parameters()
-    metadata = store.AdapterMetadata(
-        adapter_type="lora",
-        base_model=source.canonical_id,
-        base_model_name=str(tiny_llama_dir),
-        base_revision=source.revision,
-        base_sha256=source.sha256,
-        trainable_parameters=trainable,
-        total_parameters=total,
-        grid_size=10,
-        step=12,
-        metrics={"val/loss": 0.25},
-        data={"data_hash": "abc", "template": "instruction"},
-    )
-    return store.save(model, tmp_path / "model_artifacts", metadata, load_tokenizer(str(tiny_llama_dir)))
-
 
 IDS = torch.tensor([[5, 9, 30, 7]])
 
@@ -100,13 +68,6 @@ def test_metadata_is_plain_json_and_survives_a_round_trip(adapter_dir: Path) -> 
     assert metadata.metrics == {"val/loss": 0.25}
 
 
-def test_the_model_card_is_valid_and_says_what_was_trained(adapter_dir: Path) -> None:
-    card = ModelCard.load(adapter_dir / store.CARD_FILE)
-    assert card.data.library_name == "peft"
-    assert "12 optimiser steps" in card.text
-    assert "| rank | 4 |" in card.text
-
-
 def test_saving_again_replaces_the_whole_directory(adapter_dir: Path, model: PeftModel) -> None:
     (adapter_dir / "stale.txt").write_text("")
     store.save(model, adapter_dir, store.read_metadata(adapter_dir))
@@ -142,20 +103,118 @@ def test_damaged_metadata_is_refused(adapter_dir: Path, content: str) -> None:
         AdapterFactory.load(adapter_dir)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "12"), ("metrics", []), ("metrics", {"val/loss": "low"}), ("base_model", None), ("weights_sha256", 3)],
+)
+def test_metadata_of_another_type_is_refused_by_key(adapter_dir: Path, key: str, value: Any) -> None:
+    rewrite_metadata(adapter_dir, **{key: value})
+    with pytest.raises(UserError, match=f"{store.METADATA_FILE}: damaged .*{key.rstrip('s')}"):
+        store.read_metadata(adapter_dir)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", 8, "r is 8, .* says 4"),
+        ("lora_alpha", 1, "lora_alpha is 1, .* says 32"),
+        ("use_dora", True, "use_dora is true, .* says false"),
+        ("unheard_of", 1, "unheard_of is 1, .* says null"),
+    ],
+)
+def test_changed_settings_are_refused_by_key(adapter_dir: Path, key: str, value: Any, message: str) -> None:
+    path = adapter_dir / store.CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=f"{store.CONFIG_FILE}: changed since it was saved: {message}"):
+        AdapterFactory.load(adapter_dir)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.bin", "optimizer.pt", "tokenizer_mine.py"])
+def test_pickles_and_programs_are_refused_even_beside_good_weights(adapter_dir: Path, name: str) -> None:
+    (adapter_dir / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"holds {name}; pickles and programs can run code"):
+        AdapterFactory.load(adapter_dir)
+
+
+def test_an_adapter_of_pickled_weights_alone_is_not_read(adapter_dir: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (pytest.fail, ("the pickle was read",))
+
+    (adapter_dir / store.WEIGHTS_FILE).unlink()
+    torch.save({"lora_A": Bomb()}, adapter_dir / "adapter_model.bin")
+    with pytest.raises(UserError, match="holds adapter_model.bin"):
+        AdapterFactory.load(adapter_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["mine.Tokenizer", None]}),
+        (store.CONFIG_FILE, "auto_mapping", {"parent_library": "os", "base_model_class": "x"}),
+        (store.CONFIG_FILE, "megatron_config", {"x": 1}),
+    ],
+)
+def test_settings_that_name_code_to_run_are_refused(adapter_dir: Path, name: str, key: str, value: Any) -> None:
+    path = adapter_dir / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    rewrite_metadata(adapter_dir, peft_config=json.loads((adapter_dir / store.CONFIG_FILE).read_text()))
+    with pytest.raises(UserError, match=f"{name}: {key} names code to run"):
+        AdapterFactory.load(adapter_dir)
+
+
 def test_missing_and_unknown_keys_are_named(adapter_dir: Path) -> None:
     tensors = load_file(adapter_dir / store.WEIGHTS_FILE)
     name = sorted(tensors)[0]
     tensors["other.weight"] = tensors.pop(name)
     rewrite_weights(adapter_dir, tensors)
-    with pytest.raises(UserError, match=rf"missing 1 such as {name}.*1 unknown such as .*other\.weight"):
+    with pytest.raises(UserError, match=rf"{name} is missing; other\.weight is unknown\. Use the base"):
         AdapterFactory.load(adapter_dir)
 
 
-def test_tensors_of_another_rank_are_refused(adapter_dir: Path) -> None:
+def test_weights_that_are_no_safetensors_are_refused(adapter_dir: Path) -> None:
+    (adapter_dir / store.WEIGHTS_FILE).write_bytes(b"no tensors")
+    rewrite_metadata(adapter_dir, weights_sha256=file_sha256(adapter_dir / store.WEIGHTS_FILE))
+    with pytest.raises(UserError, match="SafetensorError"):
+        AdapterFactory.load(adapter_dir)
+
+
+def test_tensors_of_another_rank_are_refused_by_key(adapter_dir: Path) -> None:
     tensors = load_file(adapter_dir / store.WEIGHTS_FILE)
     rewrite_weights(adapter_dir, {n: t[:2] if "lora_A" in n else t[:, :2].contiguous() for n, t in tensors.items()})
-    with pytest.raises(UserError, match="does not fit"):
+    key = r"base_model\.model\.model\.layers\.0\.self_attn\.k_proj\.lora_A\.weight"
+    with pytest.raises(UserError, match=rf"{key} is 2x32, 4x32 is asked for \(rank 2 instead of 4\).*and 13 more"):
         AdapterFactory.load(adapter_dir)
+
+
+def test_tensors_for_a_base_of_another_size_are_refused_by_key(adapter_dir: Path) -> None:
+    tensors = load_file(adapter_dir / store.WEIGHTS_FILE)
+    key = sorted(tensors)[0]
+    rewrite_weights(adapter_dir, {**tensors, key: tensors[key][:, :16].contiguous()})
+    with pytest.raises(UserError, match=rf"{key} is 4x16, 4x32 is asked for \(a base of another size\)"):
+        AdapterFactory.load(adapter_dir)
+
+
+def test_a_loaded_base_is_left_as_it_was_by_an_adapter_that_does_not_fit(
+    adapter_dir: Path, tiny_llama_dir: Path
+) -> None:
+    tensors = load_file(adapter_dir / store.WEIGHTS_FILE)
+    rewrite_weights(adapter_dir, dict(list(tensors.items())[1:]))
+    base = load_base_model(str(tiny_llama_dir), dtype="float32")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(UserError, match="is missing"):
+        AdapterFactory.load(adapter_dir, base)
+    after = base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_of_another_rank_are_refused_by_a_model_that_carries_an_adapter(
+    adapter_dir: Path, tiny_llama_dir: Path
+) -> None:
+    other = AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig(rank=2), dtype="float32")
+    with pytest.raises(UserError, match="rank 4 instead of 2"):
+        store.load_weights(other, adapter_dir)
 
 
 @pytest.fixture
@@ -179,6 +238,11 @@ def test_changed_weights_under_the_same_name_are_refused(adapter_dir: Path, othe
     rewrite_metadata(adapter_dir, base_model=str(other_base), base_model_name=str(other_base))
     with pytest.raises(UserError, match="another copy of"):
         AdapterFactory.load(adapter_dir)
+
+
+def test_a_loaded_base_that_is_another_is_refused(adapter_dir: Path, other_base: Path) -> None:
+    with pytest.raises(UserError, match="trained on .*, not on"):
+        AdapterFactory.load(adapter_dir, load_base_model(str(other_base)))
 
 
 def test_the_same_weights_in_another_place_are_accepted(

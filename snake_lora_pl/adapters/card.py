@@ -1,0 +1,205 @@
+"""Model cards: what a directory holds, what it was trained on, how it scored, how to load it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from snake_lora_pl.adapters.serving import vllm_command, vllm_obstacles
+
+if TYPE_CHECKING:
+    from snake_lora_pl.adapters.store import AdapterMetadata
+
+_SETTINGS = {
+    "r": "rank",
+    "init_r": "initial rank",
+    "target_r": "target rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+}
+# Figures of a table of games: what to call them, how to write them.
+_FIGURES = {
+    "num_games": ("games", "{:.0f}"),
+    "apples_mean": ("apples, mean", "{:.1f}"),
+    "apples_low": ("95% interval from", "{:.1f}"),
+    "apples_high": ("to", "{:.1f}"),
+    "apples_median": ("apples, median", "{:.0f}"),
+    "win_rate": ("games won", "{:.0%}"),
+    "steps_mean": ("steps, mean", "{:,.0f}"),
+    "fatal_move_rate": ("fatal moves", "{:.2%}"),
+    "unparseable_rate": ("unreadable answers", "{:.2%}"),
+    "teacher_agreement": ("moves as the teacher's", "{:.1%}"),
+}
+# Figures that the model index at the head of a card names.
+_HEADLINES = {"val/loss": "validation loss", "val/move_accuracy": "move accuracy", "play/apples_mean": "apples a game"}
+
+
+def model_card(metadata: AdapterMetadata) -> str:
+    """The card of an adapter directory."""
+    lines = [
+        *_head(
+            metadata, library="peft", tags=["lora", "base_model:adapter:" + metadata.base_model], relation="adapter"
+        ),
+        f"# A {metadata.adapter_type} adapter that plays Snake",
+        "",
+        f"Trained on {_base_link(metadata)} for {metadata.step:,} optimiser steps with snake_lora_pl "
+        f"{metadata.packages.get('snake_lora_pl', '')}. {_base_copy(metadata)}",
+        "",
+        "## Load",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"base = AutoModelForCausalLM.from_pretrained({metadata.base_model!r})",
+        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+        *_serving(metadata),
+        *_body(metadata),
+    ]
+    return "\n".join(lines)
+
+
+def merged_model_card(metadata: AdapterMetadata, dtype: str) -> str:
+    """The card of a model that an adapter was merged into.
+
+    Args:
+        metadata: The adapter's.
+        dtype: Type of the merged weights.
+    """
+    lines = [
+        *_head(metadata, library="transformers", tags=[], relation="finetune"),
+        "# A language model that plays Snake",
+        "",
+        f"{_base_link(metadata)} with a {metadata.adapter_type} adapter of snake_lora_pl merged into its weights "
+        f"({dtype}); the adapter's sha256 is `{metadata.weights_sha256}`. {_base_copy(metadata)}",
+        "",
+        "## Load",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+        *_body(metadata),
+    ]
+    return "\n".join(lines)
+
+
+def _head(metadata: AdapterMetadata, library: str, tags: list[str], relation: str) -> list[str]:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=str(metadata.data.get("prompt_format") or "rows"),
+            dataset_name=f"Snake, {metadata.grid_size}x{metadata.grid_size}" if metadata.grid_size else "Snake",
+            metric_type=name,
+            metric_name=label,
+            metric_value=metadata.metrics[name],
+        )
+        for name, label in _HEADLINES.items()
+        if name in metadata.metrics
+    ]
+    on_hub = not os.path.isabs(metadata.base_model)
+    data = ModelCardData(
+        base_model=metadata.base_model if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["snake", metadata.adapter_type, *tags],
+        model_name=f"snake-{metadata.adapter_type}" if results else None,
+        eval_results=results or None,
+    )
+    return ["---", data.to_yaml(), "---", ""]
+
+
+def _base_link(metadata: AdapterMetadata) -> str:
+    name = metadata.base_model
+    return f"`{name}`" if os.path.isabs(name) else f"[`{name}`](https://huggingface.co/{name})"
+
+
+def _base_copy(metadata: AdapterMetadata) -> str:
+    if metadata.base_sha256:
+        called = f" (`{metadata.base_model_name}`)" if metadata.base_model_name != metadata.base_model else ""
+        return f"The copy that was trained on{called} has sha256 `{metadata.base_sha256}`."
+    return f"The revision that was trained on is `{metadata.base_revision}`." if metadata.base_revision else ""
+
+
+def _serving(metadata: AdapterMetadata) -> list[str]:
+    obstacles = vllm_obstacles(metadata.peft_config)
+    if obstacles:
+        return ["## Serve", "", f"Not with vLLM as it is ({'; '.join(obstacles)}): merge it first.", ""]
+    command = vllm_command(metadata.peft_config, metadata.base_model, "path/to/this/directory")
+    return ["## Serve", "", "```", command, "```", ""]
+
+
+def _body(metadata: AdapterMetadata) -> list[str]:
+    settings = dict(metadata.peft_config)
+    if "init_r" in settings:
+        settings.pop("r", None)  # AdaLoRA inherits the field and does not use it
+    layers = settings.get("target_modules") or []
+    size = f"{metadata.grid_size}x{metadata.grid_size}" if metadata.grid_size else "unknown"
+    return [
+        "## Data",
+        "",
+        *_table("rows", {"board": size, **metadata.data}),
+        "## Settings",
+        "",
+        *_table(
+            "setting",
+            {
+                **{label: settings[key] for key, label in _SETTINGS.items() if settings.get(key) is not None},
+                "layers": layers if isinstance(layers, str) else ", ".join(sorted(layers)),
+                "trained parameters": f"{metadata.trainable_parameters:,} of {metadata.total_parameters:,}",
+                "epoch": metadata.epoch,
+            },
+        ),
+        "## Metrics",
+        "",
+        *_table("metric", {name: f"{value:.4g}" for name, value in sorted(metadata.metrics.items())}),
+        *_games(metadata.play),
+        "## Versions",
+        "",
+        ", ".join(f"{name} {version}" for name, version in metadata.packages.items())
+        + f"; written {metadata.training_timestamp}.",
+        "",
+    ]
+
+
+def _table(title: str, values: dict[str, Any]) -> list[str]:
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
+    return [f"| {title} | |", "|---|---|", *rows, ""]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}: {count}" for name, count in value.items()) or "none"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _games(play: dict[str, Any]) -> list[str]:
+    if not play:
+        return []
+    players = play["players"]
+    figures = {name: shown for name, shown in _FIGURES.items() if any(name in p for p in players.values())}
+    return [
+        "## Games",
+        "",
+        f"All players played the same games; this adapter is `{play['player']}`.",
+        "",
+        "| | " + " | ".join(players) + " |",
+        "|---|" + "---|" * len(players),
+        *(
+            f"| {label} | " + " | ".join(_figure(p.get(name), form) for p in players.values()) + " |"
+            for name, (label, form) in figures.items()
+        ),
+        "",
+        *_table("played with", play.get("settings", {})),
+    ]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,44 @@
+"""An adapter that does something, in memory and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.models import load_tokenizer, resolve_base_model
+
+
+@pytest.fixture
+def model(tiny_llama_dir: Path) -> PeftModel:
+    torch.manual_seed(0)
+    model = AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig(rank=4), dtype="float32")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def adapter_dir(model: PeftModel, tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    source = resolve_base_model(str(tiny_llama_dir))
+    trainable, total = model.get_nb_trainable_parameters()
+    metadata = store.AdapterMetadata(
+        adapter_type="lora",
+        base_model=source.canonical_id,
+        base_model_name=str(tiny_llama_dir),
+        base_revision=source.revision,
+        base_sha256=source.sha256,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        grid_size=10,
+        step=12,
+        metrics={"val/loss": 0.25},
+        data={"data_hash": "abc", "template": "instruction"},
+    )
+    return store.save(model, tmp_path / "model_artifacts", metadata, load_tokenizer(str(tiny_llama_dir)))
