@@ -15,6 +15,7 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.durable import remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.checkpoint_io import DurableCheckpointIO
+from snake_lora_pl.training.sharding import gather_trained, is_sharded
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -158,10 +159,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         if _is_rehearsal(trainer) or not isinstance(pl_module, LoRALightningModule):
             return
         assert self.adapter_dir is not None
+        weights = gather_trained(pl_module.peft_model) if is_sharded(pl_module.peft_model) else None
         if trainer.is_global_zero:
             metadata = _describe(trainer, pl_module)
             try:
-                store.save(pl_module.peft_model, self.adapter_dir, metadata, pl_module.tokenizer)
+                store.save(pl_module.peft_model, self.adapter_dir, metadata, pl_module.tokenizer, weights)
             except OSError as error:
                 raise UserError(
                     f"{self.adapter_dir}: the adapter could not be written ({error}). Free space or make the "

@@ -27,6 +27,7 @@ from snake_lora_pl.models import choose_dtype, load_base_model, load_tokenizer, 
 from snake_lora_pl.training.allocator import keep_freed_memory
 from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
+from snake_lora_pl.training.sharding import FullyShardedStrategy, check_strategy, local_parts, shard, total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,6 +118,8 @@ class LoRALightningModule(pl.LightningModule):
         """Load the base and put the adapter on it, once; every process calls this after the data is prepared."""
         if self.model is not None:
             return
+        if self._trainer is not None:
+            check_strategy(self._trainer.strategy)
         options: dict[str, Any] = {
             "dtype": self.dtype_name if self.dtype_name != "auto" else self._auto_dtype_name(),
             "revision": self.revision,
@@ -140,6 +143,8 @@ class LoRALightningModule(pl.LightningModule):
         # Weights load in eval mode; Lightning keeps the mode it finds.
         self.model.train()
         self._check_head()
+        if self._trainer is not None and isinstance(self._trainer.strategy, FullyShardedStrategy):
+            shard(self.model, self._trainer.strategy)
 
     def _auto_dtype_name(self) -> str:
         device_type = self.trainer.strategy.root_device.type if self._trainer is not None else None
@@ -225,8 +230,8 @@ class LoRALightningModule(pl.LightningModule):
         loss_sum, num_targets = self.trainer.strategy.reduce(sums.double(), reduce_op="sum")
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_targets.float()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        gradient_norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(local_parts(gradients), scale)
+        gradient_norm = total_norm(gradients)
         self._check_finite(loss_sum, gradient_norm)
         self._clear_step()
         self.log("train/loss", (loss_sum / num_targets).float(), prog_bar=True, batch_size=1)
@@ -310,10 +315,11 @@ class LoRALightningModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Teacher-forced metrics: at each target, what the model would have said after the true text before it."""
         targets = select_targets(batch["labels"])
-        if targets.token_ids.numel() == 0:  # a rank may have no row left
-            return
         with self.compute_context():
+            # Also where a rank has no row left: ranks that share one model in slices go through it together.
             hidden = self._hidden(batch["input_ids"])[:, :-1][targets.mask]
+            if targets.token_ids.numel() == 0:
+                return
             losses, predicted = completion_predictions(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
         row_sizes = targets.mask.sum(dim=1).tolist()
         hits = predicted == targets.token_ids
