@@ -185,15 +185,17 @@ class SnakeCLI(LightningCLI):
     def _resolve_run(self, config: Namespace) -> RunPaths:
         data = SnakeJSONLDataModule(train_path=config.data.train_path, grid_size=config.data.grid_size)
         grid_size = data.resolved_grid_size  # reads the first row
-        if config.ckpt_path == "last":
+        if config.ckpt_path in ("last", "auto"):
             run = RunPaths.latest(config.root, grid_size, config.adapter_name)
-            if run is None:
+            if run is not None:
+                config.ckpt_path = str(run.last_checkpoint_path)
+                return run
+            if config.ckpt_path == "last":
                 raise UserError(
                     f"--ckpt_path last: no run of '{config.adapter_name}' on a {grid_size}x{grid_size} grid with a "
                     f"checkpoint under {shown(config.root)}. Leave the flag out to start one, or set --root."
                 )
-            config.ckpt_path = str(run.last_checkpoint_path)
-            return run
+            config.ckpt_path = None
         if config.ckpt_path is not None:
             if not Path(config.ckpt_path).is_file():
                 raise UserError(f"--ckpt_path {config.ckpt_path}: no such file. 'last' takes the newest run's.")
@@ -202,6 +204,9 @@ class SnakeCLI(LightningCLI):
                 return run
         if (inherited := os.environ.get(RUN_DIR_ENV)) is not None:
             return RunPaths(Path(inherited))
+        if not _is_first_process():
+            # Not this run's directory yet: AdapterCheckpoint.setup brings the first process's choice.
+            return RunPaths.new(config.root, grid_size, config.adapter_name)
         run = RunPaths.claim(config.root, grid_size, config.adapter_name)
         os.environ[RUN_DIR_ENV] = str(run.run_dir)
         return run
@@ -260,6 +265,7 @@ class SnakeCLI(LightningCLI):
         settings: PlaySettings = self.config_init[self.subcommand].play
         if self.run_paths is None or self.config[self.subcommand].trainer.fast_dev_run:
             return
+        self.run_paths = self.trainer.strategy.broadcast(self.run_paths)
         if settings.final_games:
             self._play_with_best(settings)
         if self.trainer.is_global_zero:
@@ -412,6 +418,12 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
             RunPaths(Path(claimed)).remove_if_empty()
 
 
+def _is_first_process() -> bool:
+    """Whether no launcher (torchrun, srun, mpirun, one command a node) says that this is another process."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
 def _prompt_as_trained(config: Namespace) -> None:
     """Prompts reach an adapter as they did in training, whatever the config says of the rows of another run."""
     metadata = store.read_metadata(config.adapter)
@@ -464,6 +476,7 @@ def ignore_known_warnings() -> None:
         ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know
         ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
         ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
+        ".*sync_dist=True.*",  # torchmetrics has summed over the processes; Lightning cannot know
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -369,11 +369,18 @@ def load_weights(model: PeftModel, adapter_dir: str | os.PathLike[str]) -> None:
     Raises:
         UserError: If the adapter is damaged or has other keys or shapes.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     verify(adapter_dir)
     check_weights(model, adapter_dir)
-    set_peft_model_state_dict(model, load_peft_weights(str(adapter_dir), device="cpu"))
+    weights = load_peft_weights(str(adapter_dir), device="cpu")
+    for name, own in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        # A process that holds the model in slices takes its slice; every process has read the file.
+        if isinstance(own, DTensor):
+            whole = weights[name].to(own.device)
+            weights[name] = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+    set_peft_model_state_dict(model, weights)
 
 
 def check_base(

@@ -85,12 +85,15 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle where the files go and remove what a killed writer left."""
-        if self.dirpath is None and trainer.log_dir is not None:
-            self.dirpath = os.path.join(trainer.log_dir, "checkpoints")
+        log_dir = trainer.log_dir  # asks the first process, so all processes must
+        if self.dirpath is None and log_dir is not None:
+            self.dirpath = os.path.join(log_dir, "checkpoints")
         super().setup(trainer, pl_module, stage)
         assert self.dirpath is not None
         if self.adapter_dir is None:
             self.adapter_dir = Path(self.dirpath).parent / "lora_adapters" / "model_artifacts"
+        # Processes that a launcher started apart from each other may name another directory; the first one's counts.
+        self.adapter_dir = trainer.strategy.broadcast(self.adapter_dir)
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(self.adapter_dir.parent, self.adapter_dir.name)
@@ -139,7 +142,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step:
             self._save_last(trainer)
         assert self.adapter_dir is not None
-        if not (self.adapter_dir / store.METADATA_FILE).is_file():
+        # One process looks: another might see what the first has meanwhile written, and then not wait for it.
+        if not trainer.strategy.broadcast((self.adapter_dir / store.METADATA_FILE).is_file()):
             self._export(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Timer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
@@ -289,7 +289,11 @@ class LoRALightningModule(pl.LightningModule):
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
 
         def factor(step: int) -> float:
-            return self._learning_rate_factor(step, total_steps, _elapsed_share(timer))
+            elapsed_share = _elapsed_share(timer)
+            if timer is not None:
+                # Clocks differ from process to process; learning rates must not, or the adapters drift apart.
+                elapsed_share = self.trainer.strategy.broadcast(elapsed_share)
+            return self._learning_rate_factor(step, total_steps, elapsed_share)
 
         schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}

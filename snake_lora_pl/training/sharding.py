@@ -1,8 +1,8 @@
 """Fully sharded data parallelism (FSDP2): every process holds a slice of each layer, and the layer only while it runs.
 
-Lightning's ``ModelParallelStrategy`` is the engine rather than its ``FSDPStrategy``: FSDP2 cuts each parameter by itself,
-so that a frozen base in bfloat16 or 4 bits and an adapter in float32 share a layer, where FSDP1 flattens a layer into
-one tensor of one type; and it runs on a CPU, where it is tested.
+Lightning's ``ModelParallelStrategy`` is the engine rather than its ``FSDPStrategy``: FSDP2 cuts each parameter by
+itself, so that a frozen base in bfloat16 or 4 bits and an adapter in float32 share a layer, where FSDP1 flattens a
+layer into one tensor of one type; and it runs on a CPU, where it is tested.
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Let all processes share the data; Lightning's default is one share a node."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Each process its share of the rows; of prompts to complete each takes all.
+
+        Completions differ in length, and a process that writes on needs the slices of all others.
+        """
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.predicting:
+            return {"num_replicas": 1, "rank": 0}
+        return super().distributed_sampler_kwargs
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -158,9 +169,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, whole, on the CPU of the first process; the others get an empty dict. All must call it."""
+    """The trained parameters, whole, on the CPU of the first process; the others get nothing, but all must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
 
 
 def load_whole(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool = False) -> None:
