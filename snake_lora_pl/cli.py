@@ -477,6 +477,7 @@ def ignore_known_warnings() -> None:
         ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
         ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
         ".*sync_dist=True.*",  # torchmetrics has summed over the processes; Lightning cannot know
+        ".*functional.all_gather is deprecated.*",  # again Lightning 2.6 and torch 2.13
     ):
         warnings.filterwarnings("ignore", message=message)
 
