@@ -290,7 +290,7 @@ class SnakeCLI(LightningCLI):
             return
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.adapter_dir is not None:
-            store.load_weights(self.model.peft_model, checkpoint.adapter_dir)
+            self.model.load_adapter(checkpoint.adapter_dir)
         self._play(settings.final_games, self.run_paths.games)
 
     def _play(self, num_games: int, paths: GamesPaths, *, has_adapter: bool = True) -> None:

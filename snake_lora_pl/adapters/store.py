@@ -60,6 +60,7 @@ class AdapterMetadata:
         metrics: Last logged value of each metric.
         data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
         play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
+        quantization: How the base was quantised while it was trained on (``QuantizationConfig``), or None.
         peft_config: PEFT's settings as plain JSON.
         packages: Version of each package that matters to the result.
         weights_sha256: Hash of ``adapter_model.safetensors``.
@@ -79,6 +80,7 @@ class AdapterMetadata:
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     play: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
     peft_config: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -103,9 +105,18 @@ def save(
     Returns:
         ``adapter_dir`` as a path.
     """
+    from snake_lora_pl.adapters.factory import AdapterFactory
+
+    kind = AdapterFactory.kind(metadata.adapter_type)
+    config_in_memory = model.peft_config["default"]
+    config, weights = kind.saved_form(model, model.state_dict() if state_dict is None else state_dict)
     with directory_durably(adapter_dir) as directory:
-        # PEFT's own "auto" asks the model hub whether the vocabulary was resized; it never is here.
-        model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+        model.peft_config["default"] = config
+        try:
+            # PEFT's own "auto" asks the model hub whether the vocabulary was resized; it never is here.
+            model.save_pretrained(str(directory), state_dict=weights, save_embedding_layers=False)
+        finally:
+            model.peft_config["default"] = config_in_memory
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
         metadata = dataclasses.replace(
@@ -260,6 +271,7 @@ def load(
     base_model: PreTrainedModel | str | None = None,
     *,
     is_trainable: bool = False,
+    full_precision_base: bool = False,
     **load_options: Any,
 ) -> PeftModel:
     """Load a verified adapter onto its base model; every key of the file must find its place and no place stay empty.
@@ -269,6 +281,7 @@ def load(
         base_model: A loaded base, a name, or None for the base that the metadata names. A loaded one is left as it was
             where the adapter does not fit.
         is_trainable: Whether the adapter's parameters take gradients.
+        full_precision_base: Load the base unquantised also where the adapter was trained on a quantised one.
         load_options: Passed to ``load_base_model`` where the base is loaded here.
 
     Raises:
@@ -276,7 +289,9 @@ def load(
     """
     from peft import PeftModel
 
+    from snake_lora_pl.adapters.qlora import prepare_quantized_base
     from snake_lora_pl.models import load_base_model
+    from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 
     directory = Path(adapter_dir)
     metadata = verify(directory)
@@ -285,9 +300,13 @@ def load(
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
         check_base(metadata, base_model, directory, revision=load_options.get("revision"))
+        if metadata.quantization is not None and not full_precision_base:
+            load_options["quantization"] = QuantizationConfig(**metadata.quantization)
         base_model = load_base_model(base_model, **load_options)
     elif base_model.name_or_path not in ("", metadata.base_model):
         check_base(metadata, base_model.name_or_path, directory)
+    if quantization_of(base_model) is not None:
+        prepare_quantized_base(base_model)
     try:
         with warnings.catch_warnings():
             # What does not match is refused below, by name.

@@ -214,7 +214,7 @@ def test_weights_of_another_rank_are_refused_by_a_model_that_carries_an_adapter(
 ) -> None:
     other = AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig(rank=2), dtype="float32")
     with pytest.raises(UserError, match="rank 4 instead of 2"):
-        store.load_weights(other, adapter_dir)
+        store.check_weights(other, adapter_dir)
 
 
 @pytest.fixture
