@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.durable import directory_durably, open_durably, recover_directory
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 from snake_lora_pl.models.wheel import file_sha256, one_line
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class AdapterMetadata:
         metrics: Last logged value of each metric.
         data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
         play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
-        quantization: How the base was quantised while it was trained on (``QuantizationConfig``), or None.
+        quantization: How the base was quantised while it was trained on (``QuantizationConfig``); empty if it
+            was not.
         peft_config: PEFT's settings as plain JSON.
         packages: Version of each package that matters to the result.
         weights_sha256: Hash of ``adapter_model.safetensors``.
@@ -80,7 +82,7 @@ class AdapterMetadata:
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     play: dict[str, Any] = field(default_factory=dict)
-    quantization: dict[str, Any] | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
     peft_config: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -195,6 +197,8 @@ def _checked_metadata(content: dict[str, Any]) -> AdapterMetadata:
     for name, value in known.get("metrics", {}).items():
         if not _is_number(value):
             raise TypeError(f"the metric {name} is {json.dumps(value)[:60]}, which is no number")
+    if known.get("quantization"):
+        QuantizationConfig(**known["quantization"])  # raises
     return AdapterMetadata(**known)
 
 
@@ -291,7 +295,6 @@ def load(
 
     from snake_lora_pl.adapters.qlora import prepare_quantized_base
     from snake_lora_pl.models import load_base_model
-    from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 
     directory = Path(adapter_dir)
     metadata = verify(directory)
@@ -300,7 +303,7 @@ def load(
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
         check_base(metadata, base_model, directory, revision=load_options.get("revision"))
-        if metadata.quantization is not None and not full_precision_base:
+        if metadata.quantization and not full_precision_base:
             load_options["quantization"] = QuantizationConfig(**metadata.quantization)
         base_model = load_base_model(base_model, **load_options)
     elif base_model.name_or_path not in ("", metadata.base_model):

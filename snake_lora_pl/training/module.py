@@ -499,7 +499,7 @@ class LoRALightningModule(pl.LightningModule):
             base_sha256=source.sha256,
             trainable_parameters=trainable,
             total_parameters=total,
-            quantization=None if quantization is None else dataclasses.asdict(quantization),
+            quantization={} if quantization is None else dataclasses.asdict(quantization),
         )
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
