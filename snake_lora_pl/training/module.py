@@ -31,7 +31,14 @@ from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.training.allocator import keep_freed_memory
 from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
-from snake_lora_pl.training.sharding import FullyShardedStrategy, check_strategy, is_sharded, local_parts, shard, total_norm
+from snake_lora_pl.training.sharding import (
+    FullyShardedStrategy,
+    check_strategy,
+    is_sharded,
+    local_parts,
+    shard,
+    total_norm,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,8 +175,8 @@ class LoRALightningModule(pl.LightningModule):
         if frozen:
             raise UserError(
                 f"trainer.strategy: this adapter ({self.adapter_type}, init_lora_weights="
-                f"{self.lora.init_lora_weights}) cannot be cut into slices, {frozen[0]} is not trained and would not be "
-                "saved. Use --config ddp.yaml."
+                f"{self.lora.init_lora_weights}) cannot be cut into slices: {frozen[0]} is not trained and would not "
+                "be saved. Use --config ddp.yaml."
             )
 
     def load_adapter(self, adapter_dir: str | os.PathLike[str]) -> None:
