@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata as importlib_metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.durable import directory_durably, open_durably, recover_directory
@@ -86,6 +87,22 @@ class AdapterMetadata:
     peft_config: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
+
+
+class StoredAdapter(NamedTuple):
+    """One adapter directory that was found.
+
+    Attributes:
+        path: The directory.
+        metadata: What its metadata says, or None where that cannot be read.
+        weights_bytes: Size of the weights file; 0 where it is missing.
+        problem: Why it cannot be loaded, or None where it is whole.
+    """
+
+    path: Path
+    metadata: AdapterMetadata | None
+    weights_bytes: int
+    problem: str | None
 
 
 def save(
@@ -161,6 +178,13 @@ def _write_description(directory: Path, metadata: AdapterMetadata) -> None:
             file.write(text)
 
 
+def _is_of(value: Any, type_hint: Any) -> bool:
+    """Whether a value that came from JSON has a field's type; what a dict holds is not looked at."""
+    if get_origin(type_hint) is UnionType:
+        return any(_is_of(value, option) for option in get_args(type_hint))
+    return isinstance(value, get_origin(type_hint) or type_hint)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -192,7 +216,7 @@ def _checked_metadata(content: dict[str, Any]) -> AdapterMetadata:
     types = get_type_hints(AdapterMetadata)
     known = {name: value for name, value in content.items() if name in types}
     for name, value in known.items():
-        if not isinstance(value, dict if get_origin(types[name]) is dict else types[name]):
+        if not _is_of(value, types[name]):
             raise TypeError(f"{name} is {json.dumps(value)[:60]}, which is no {types[name]}")
     for name, value in known.get("metrics", {}).items():
         if not _is_number(value):
@@ -237,6 +261,34 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
             f"{there}. Copy the file again, or train again."
         )
     return metadata
+
+
+def list_adapters(root: str | os.PathLike[str]) -> list[StoredAdapter]:
+    """Every adapter directory under ``root``, each verified, the newest last; hidden directories are passed over.
+
+    Raises:
+        UserError: If ``root`` is no directory.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such directory. Give one that holds runs or adapters.")
+    found = []
+    for path in sorted(root.rglob(METADATA_FILE)):
+        # A run that is being written, or that was killed while writing, leaves hidden directories.
+        if not any(part.startswith(".") for part in path.relative_to(root).parts):
+            found.append(_stored_adapter(path.parent))
+    return sorted(found, key=lambda adapter: adapter.metadata.training_timestamp if adapter.metadata else "")
+
+
+def _stored_adapter(directory: Path) -> StoredAdapter:
+    metadata, problem = None, None
+    try:
+        metadata = read_metadata(directory)
+        verify(directory)
+    except UserError as error:
+        problem = str(error)
+    weights = directory / WEIGHTS_FILE
+    return StoredAdapter(directory, metadata, weights.stat().st_size if weights.is_file() else 0, problem)
 
 
 def _refuse_code(directory: Path) -> None:

@@ -9,6 +9,7 @@ from snake_lora_pl.models.base_model import (
     load_tokenizer,
     prepare_base_model,
     resolve_base_model,
+    stored_dtype,
 )
 from snake_lora_pl.models.dtype import DTYPES, choose_dtype
 from snake_lora_pl.models.quantization import QuantizationConfig
@@ -24,4 +25,5 @@ __all__ = [
     "load_tokenizer",
     "prepare_base_model",
     "resolve_base_model",
+    "stored_dtype",
 ]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -121,6 +122,12 @@ def _prepare(name: str, revision: str | None, *, with_weights: bool) -> BaseMode
     if with_weights:
         _check_has_safetensors(Path(source.path_or_id))
     return source
+
+
+def stored_dtype(source: BaseModelSource) -> str:
+    """Name of the type that a prepared base model's files say they hold; ``float32`` where they say nothing."""
+    config = json.loads((Path(source.path_or_id) / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _check_is_model_dir(directory: Path) -> None:
