@@ -26,13 +26,16 @@ _OLD_SUFFIX = ".old"
 
 
 @contextlib.contextmanager
-def open_durably(path: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None) -> Iterator[IO]:
+def open_durably(
+    path: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None, newline: str | None = None
+) -> Iterator[IO]:
     """Open a file for writing that takes ``path``'s place only when the block ends without an exception.
 
     Args:
         path: The file's final place; its directory is created.
         mode: ``wb`` or ``w``.
         encoding: Text encoding for ``w``.
+        newline: As the built-in ``open`` takes it.
 
     Yields:
         The open temporary file.
@@ -43,7 +46,7 @@ def open_durably(path: str | os.PathLike[str], mode: str = "wb", encoding: str |
     try:
         # mkstemp makes files only their owner can read; what lands in a shared directory follows the umask.
         os.chmod(temporary, 0o666 & ~_umask())
-        with os.fdopen(handle, mode, encoding=encoding) as file:
+        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -82,13 +85,6 @@ def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         # After an exchange this is the old directory.
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def move_durably(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Give a finished file its place, once its content is on the disk; both lie on one file system."""
-    _sync(Path(source))
-    os.replace(source, path)
-    sync_directory(Path(path).parent)
 
 
 @contextlib.contextmanager

@@ -69,9 +69,13 @@ class PlayEvaluation(pl.Callback):
         """Whether a metric that is not there now will come with the next games."""
         return self._style is not None and metric.startswith(_PREFIX)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count; a resumed run goes on."""
-        self._num_turns = self._count_turns(trainer)
+    def state_dict(self) -> dict[str, Any]:
+        """Which turns have been taken, so that a resumed run plays the next one."""
+        return {"num_turns": self._num_turns, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._num_turns, self._last_step = state_dict["num_turns"], state_dict["last_step"]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Play where it is time to, before checkpoints are judged."""

@@ -15,6 +15,8 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.durable import remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.checkpoint_io import DurableCheckpointIO
+from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
+from snake_lora_pl.training.resumption import is_between_steps, restore_run_state, run_state, settle_counters
 from snake_lora_pl.training.sharding import gather_trained, is_sharded
 
 if TYPE_CHECKING:
@@ -24,13 +26,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STATE_KEY = "snake_lora_pl.run_state"
+
 
 class AdapterCheckpoint(ModelCheckpoint):
     """Writes the best adapter to ``adapter_dir`` and resumable state, without base weights, to ``dirpath``.
 
     The bookkeeping of best-k and last is Lightning's; this class decides when, and writes the adapter directory.
-    ``last.ckpt`` is written every ``save_every_n_steps`` optimiser steps and after each validation, the best-k after
-    each validation. Both are whole or absent, also after a kill.
+    ``last.ckpt`` is written every ``save_every_n_steps`` optimiser steps, before and after each validation, the best-k
+    after each validation. All are whole or absent, also after a kill, and are written between two optimiser steps, so
+    that a run that goes on from any of them is the run that was never stopped: the same batches, random numbers,
+    weights and metrics.
 
     A metric that is logged at some validations only, such as ``play/apples_mean``, is compared among these. The
     callback that logs it says so by a method ``waits_for(metric)``.
@@ -76,7 +82,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         )
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
         self.save_every_n_steps = save_every_n_steps
-        self._last_step = 0
+        self._is_saving = False
+        self._validation_is_due = False
+        self._restored: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -87,7 +95,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Settle where the files go and remove what a killed writer left."""
         log_dir = trainer.log_dir  # asks the first process, so all processes must
         if self.dirpath is None and log_dir is not None:
-            self.dirpath = os.path.join(log_dir, "checkpoints")
+            self.dirpath = os.path.realpath(os.path.join(log_dir, "checkpoints"))
         super().setup(trainer, pl_module, stage)
         assert self.dirpath is not None
         if self.adapter_dir is None:
@@ -101,16 +109,45 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     # ModelCheckpoint ties `last` to the monitored metric; the hooks below untie them.
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on where the checkpoint was written, if there was one."""
+        super().on_train_start(trainer, pl_module)
+        if self._restored is not None:
+            restore_run_state(trainer, self._restored)
+            self._restored = None
+        _validate_between_steps(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write ``last.ckpt`` every ``save_every_n_steps`` optimiser steps.
+
+        This is the one hook at which nothing of the step before is left to do: it is logged and validated. The batch
+        that is at hand comes again when the run goes on.
+        """
+        step = trainer.global_step
+        # Lightning counts a step for the loggers after the validation in which it may have written a checkpoint.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = step
+        is_due = self.save_every_n_steps and step and step % self.save_every_n_steps == 0
+        if is_due and step != self._last_global_step_saved and is_between_steps(trainer):
+            self._save_last(trainer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write ``last.ckpt`` every ``save_every_n_steps`` optimiser steps."""
-        step = trainer.global_step
-        if step == self._last_step:  # still accumulating
+        """Let no time limit end the run in the middle of a step; the timer asks again after the next micro-batch."""
+        if trainer.should_stop and trainer.fit_loop._should_accumulate():
+            trainer.should_stop = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save before what may take minutes, unless the run is about to end, of which no checkpoint can tell."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.should_stop or _validates_by_clock(trainer):
             return
-        self._last_step = step
-        if self.save_every_n_steps and step % self.save_every_n_steps == 0:
+        self._validation_is_due = True
+        try:
             self._save_last(trainer)
+        finally:
+            self._validation_is_due = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Without validation an epoch's end is the time to save."""
@@ -149,6 +186,39 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save nothing: in the middle of a step the state is of two steps; the last whole one is on disk."""
 
+    # What is in a checkpoint
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        for run_logger in trainer.loggers:
+            if isinstance(run_logger, MetricsCSVLogger):
+                run_logger.flush()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        finally:
+            self._is_saving = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning leaves out."""
+        checkpoint[_STATE_KEY] = run_state(trainer)
+        if self._is_saving:  # not where Lightning itself saves, at a moment of its own
+            fit_loop = checkpoint["loops"]["fit_loop"]
+            settle_counters(fit_loop, trainer.num_training_batches, validation_is_due=self._validation_is_due)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take what Lightning leaves out; most of it has to wait until training starts."""
+        self._restored = checkpoint.get(_STATE_KEY)
+        self._last_global_step_saved = checkpoint["global_step"]
+        own = checkpoint["callbacks"].get(self.state_key)
+        if own is not None:
+            self.current_score = own["current_score"]
+            if Path(str(trainer.ckpt_path)).resolve().parent == Path(str(self.dirpath)).resolve():
+                _follow_move(own, str(self.dirpath))
+
     def _validates(self, trainer: pl.Trainer) -> bool:
         return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
@@ -179,6 +249,44 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _is_rehearsal(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _validates_by_clock(trainer: pl.Trainer) -> bool:
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def _validate_between_steps(trainer: pl.Trainer) -> None:
+    """Put a validation off to the end of the optimiser step that it would fall into: half a step cannot be saved.
+
+    Raises:
+        UserError: If validations come by the clock or across epochs, and steps end at batches that cannot be foreseen.
+    """
+    accumulate, every = trainer.accumulate_grad_batches, trainer.val_check_batch
+    if accumulate == 1 or not trainer.enable_validation:
+        return
+    num_batches = trainer.num_training_batches
+    across_epochs = trainer.check_val_every_n_epoch is None and num_batches % accumulate != 0
+    if across_epochs or _validates_by_clock(trainer):
+        raise UserError(
+            f"with trainer.accumulate_grad_batches={accumulate} these settings validate in the middle of an optimiser "
+            "step. Set trainer.check_val_every_n_epoch=1, and trainer.val_check_interval to a share of an epoch or a "
+            "number of batches."
+        )
+    if every is not None and every != float("inf"):
+        every = math.ceil(every / accumulate) * accumulate
+        trainer.val_check_batch = every if trainer.check_val_every_n_epoch is None else min(every, int(num_batches))
+
+
+def _follow_move(state: dict[str, Any], dirpath: str) -> None:
+    """Let Lightning find the checkpoints it knows of in a run's directory that has been moved since."""
+
+    def moved(path: str) -> str:
+        return os.path.join(dirpath, os.path.basename(path)) if path else path
+
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = moved(state[name])
+    state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+    state["dirpath"] = dirpath
 
 
 def _comes_later(trainer: pl.Trainer, metric: str) -> bool:

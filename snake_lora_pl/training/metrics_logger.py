@@ -1,33 +1,38 @@
-"""``metrics.csv`` that a resumed run goes on with, instead of starting anew."""
+"""``metrics.csv`` that a resumed run goes on with, instead of starting anew, and that no kill can spoil."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from snake_lora_pl.durable import open_durably
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.paths import RunPaths
 
 
 class MetricsCSVLogger(CSVLogger):
     """Writes every metric to ``DIRECTORY/metrics.csv``, a row a logging step.
 
-    Lightning's own logger deletes the file of an earlier run in the same directory; this one keeps it, and ``rewind``
-    drops what will be logged again.
+    Lightning's own logger deletes the file of an earlier run in the same directory, and rewrites the file in place
+    whenever a metric is new, so that a kill at that moment loses it; this one does neither. ``rewind`` drops what a
+    resumed run will log again.
 
     Args:
         save_dir: The run's directory.
-        flush_every_n_steps: Logging steps between two writings of the file.
+
+    Raises:
+        UserError: If the file cannot be written.
     """
 
-    def __init__(self, save_dir: str, flush_every_n_steps: int = 10) -> None:
-        super().__init__(save_dir=save_dir, name="", version="", flush_logs_every_n_steps=flush_every_n_steps)
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir=save_dir, name="", version="")
+        self._writer: _MetricsFile | None = None
 
     @property
     def log_dir(self) -> str:
@@ -36,15 +41,22 @@ class MetricsCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> _ExperimentWriter:
-        """The writer of the file."""
-        if self._experiment is None:
-            self._experiment = _AppendingWriter(self.log_dir)
-        return self._experiment
+    def experiment(self) -> _MetricsFile:
+        """The file's writer."""
+        if self._writer is None:
+            path = RunPaths(Path(self.log_dir)).metrics_path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = _MetricsFile(path)
+        return self._writer
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: ``config.yaml`` beside the file holds the whole config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Take a row; it is in the file once ``save`` has run, which Lightning calls after each."""
+        self.experiment.add({name: float(value) for name, value in metrics.items()}, step)
 
     @rank_zero_only
     def save(self) -> None:
@@ -52,28 +64,80 @@ class MetricsCSVLogger(CSVLogger):
         self.experiment.save()
 
     @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Drop rows of steps from ``step`` on, which a run resumed there logs again."""
-        self.experiment.keep_rows(lambda row: int(float(row["step"])) < step)
+    def finalize(self, status: str) -> None:
+        """Write what was logged since the last writing."""
+        if self._writer is not None:
+            self.save()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write what was logged, through to the disk."""
+        self.experiment.save(sync=True)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the file; 0 in all processes but the first, which writes it."""
+        return self._writer.num_rows if self._writer is not None else 0
+
+    @rank_zero_only
+    def rewind(self, num_rows: int) -> None:
+        """Keep the first ``num_rows`` rows: a run resumed there logs the others again."""
+        self.experiment.keep(num_rows)
 
 
-class _AppendingWriter(_ExperimentWriter):
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
-        if self._fs.isfile(self.metrics_file_path):
-            with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+class _MetricsFile:
+    """A CSV file that grows by rows and, now and then, by a column."""
 
-    def _check_log_dir_exists(self) -> None:
-        """Keep what is there; Lightning's writer deletes it."""
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._names, rows = _read(path)
+        self.num_rows = len(rows)
+        self._new_rows: list[dict[str, Any]] = []
 
-    def keep_rows(self, keep: Callable[[dict[str, str]], bool]) -> None:
-        if not self._fs.isfile(self.metrics_file_path):
-            return
-        with open(self.metrics_file_path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        with open_durably(self.metrics_file_path, "w", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys, lineterminator="\r\n")
+    def add(self, values: dict[str, Any], step: int | None) -> None:
+        self._new_rows.append({**values, "step": self.num_rows + len(self._new_rows) if step is None else step})
+
+    def save(self, *, sync: bool = False) -> None:
+        """Append the new rows, or write the file anew where they hold a name that it has no column for."""
+        names = sorted(set(self._names).union(*self._new_rows))
+        try:
+            if names != self._names or not self.path.is_file():
+                self._write([*_read(self.path)[1], *self._new_rows], names)
+            elif self._new_rows or sync:
+                with open(self.path, "a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, names).writerows(self._new_rows)
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the metrics could not be written ({error.strerror}). Free space or make the directory "
+                "writable, then go on with --ckpt_path last."
+            ) from error
+        self.num_rows += len(self._new_rows)
+        self._new_rows.clear()
+
+    def keep(self, num_rows: int) -> None:
+        """Drop all rows after the first ``num_rows``, among them a last line of which a kill left only a part."""
+        rows = _read(self.path)[1][:num_rows]
+        if self._names:
+            self._write(rows, self._names)
+        self.num_rows = len(rows)
+
+    def _write(self, rows: list[dict[str, Any]], names: list[str]) -> None:
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(2, "the directory is gone")
+        with open_durably(self.path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
-            # A kill can leave a last line that is only a part.
-            writer.writerows(row for row in rows if None not in row.values() and row["step"] and keep(row))
+            writer.writerows(rows)
+        self._names = names
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names and rows of a file that may not be there."""
+    if not path.is_file():
+        return [], []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)

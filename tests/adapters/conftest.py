@@ -26,17 +26,12 @@ def model(tiny_llama_dir: Path) -> PeftModel:
 
 @pytest.fixture
 def adapter_dir(model: PeftModel, tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    return save_adapter(model, tmp_path / "model_artifacts", tiny_llama_dir)
-
-
-def save_adapter(model: PeftModel, directory: Path, base_dir: Path, adapter_type: str = "lora") -> Path:
-    """Save an adapter as a run does."""
-    source = resolve_base_model(str(base_dir))
+    source = resolve_base_model(str(tiny_llama_dir))
     trainable, total = model.get_nb_trainable_parameters()
     metadata = store.AdapterMetadata(
-        adapter_type=adapter_type,
+        adapter_type="lora",
         base_model=source.canonical_id,
-        base_model_name=str(base_dir),
+        base_model_name=str(tiny_llama_dir),
         base_revision=source.revision,
         base_sha256=source.sha256,
         trainable_parameters=trainable,
@@ -46,4 +41,4 @@ def save_adapter(model: PeftModel, directory: Path, base_dir: Path, adapter_type
         metrics={"val/loss": 0.25},
         data={"data_hash": "abc", "template": "instruction"},
     )
-    return store.save(model, directory, metadata, load_tokenizer(str(base_dir)))
+    return store.save(model, tmp_path / "model_artifacts", metadata, load_tokenizer(str(tiny_llama_dir)))

@@ -9,8 +9,7 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.factory import AdapterFactory
-from snake_lora_pl.adapters.lora import build_lora
+from snake_lora_pl.adapters.factory import AdapterFactory, build_lora
 from snake_lora_pl.errors import UserError
 
 
@@ -26,10 +25,10 @@ def gpt2() -> GPT2LMHeadModel:
 
 @pytest.fixture
 def _registry() -> Iterator[None]:
-    before = dict(AdapterFactory._kinds)
+    before = dict(AdapterFactory._builders)
     yield
-    AdapterFactory._kinds.clear()
-    AdapterFactory._kinds.update(before)
+    AdapterFactory._builders.clear()
+    AdapterFactory._builders.update(before)
 
 
 def adapted_layers(model: PeftModel) -> set[str]:
