@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import transformers
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -24,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from snake_lora_pl.adapters import store
+from snake_lora_pl.console import quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.errors import UserError
@@ -288,7 +288,7 @@ class SnakeCLI(LightningCLI):
             return
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.adapter_dir is not None:
-            store.load_weights(self.model.peft_model, checkpoint.adapter_dir)
+            self.model.load_adapter(checkpoint.adapter_dir)
         self._play(settings.final_games, self.run_paths.games)
 
     def _play(self, num_games: int, paths: GamesPaths, *, has_adapter: bool = True) -> None:
@@ -383,7 +383,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If the user can mend it.
     """
-    _quiet_loggers()
+    quiet_libraries()
     ignore_known_warnings()
     # A launcher of further processes repeats the command line.
     with _command_line(*arguments):
@@ -454,17 +454,6 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeC
         parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
         | {verb: {"description": text, "usage": f"{PROG} {verb} [options]"} for verb, text in LIGHTNING_VERBS.items()},
     )
-
-
-def _quiet_loggers() -> None:
-    """Let this package speak and the libraries only where something is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def ignore_known_warnings() -> None:

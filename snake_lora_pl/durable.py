@@ -87,6 +87,13 @@ def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def move_durably(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Give a finished file its place, once its content is on the disk; both lie on one file system."""
+    _sync(Path(source))
+    os.replace(source, path)
+    sync_directory(Path(path).parent)
+
+
 @contextlib.contextmanager
 def exclusive(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Let one process at a time build a directory; the system frees the lock of one that dies.

@@ -16,6 +16,10 @@ LIGHTNING_VERBS = {
 LIGHT_VERBS = {
     "generate": "write seeded games of a teacher as rows to train on",
     "audit": "say what is in a data set, before any training",
+    "adapters": "list the adapters under a directory",
+    "merge": "write an adapter and its base as one plain Hugging Face model directory",
+    "export": "write an adapter and its base as a GGUF file for llama.cpp and Ollama",
+    "push": "send an adapter to the Hugging Face hub",
 }
 
 

@@ -15,6 +15,7 @@ import yaml
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.paths import RunPaths, shipped_configs
+from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS
 from tests.conftest import SAMPLE_DIR
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -279,10 +280,8 @@ def test_nothing_to_validate_on_is_a_mistake(complain: Callable[..., str], flags
 
 
 def test_unknown_command_names_the_nearest(complain: Callable[..., str]) -> None:
-    assert (
-        "unknown command 'fti'. Commands: fit, validate, test, predict, generate, audit. Did you mean 'fit'?"
-        in complain("fti")
-    )
+    verbs = ", ".join([*LIGHTNING_VERBS, *LIGHT_VERBS])
+    assert f"unknown command 'fti'. Commands: {verbs}. Did you mean 'fit'?" in complain("fti")
 
 
 def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> None:

@@ -8,7 +8,7 @@ import sys
 import lightning
 import pytest
 
-from snake_lora_pl.verbs import LIGHTNING_VERBS, help_path
+from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, help_path
 
 HEAVY = {"torch", "lightning", "transformers", "peft"}
 
@@ -28,11 +28,18 @@ def modules_after(code: str) -> set[str]:
         "import snake_lora_pl.data.generate",
         "from snake_lora_pl.__main__ import main; assert main(['generate']) == 2",
         "from snake_lora_pl.__main__ import main; main(['--help'])",
+        "from snake_lora_pl.__main__ import main; assert main(['adapters', 'snake_lora_pl']) == 0",
         "from snake_lora_pl.__main__ import main; main(['fit', '--help'])",
         "from snake_lora_pl.__main__ import main; assert main(['fitt']) == 2",
     ],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:
+    assert not modules_after(code) & HEAVY
+
+
+@pytest.mark.parametrize("verb", LIGHT_VERBS)
+def test_the_help_of_a_light_verb_imports_nothing_heavy(verb: str) -> None:
+    code = f"import snake_lora_pl.__main__ as m\ntry: m.main([{verb!r}, '--help'])\nexcept SystemExit: pass"
     assert not modules_after(code) & HEAVY
 
 

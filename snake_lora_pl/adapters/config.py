@@ -1,14 +1,65 @@
-"""What is trained on top of the base model: rank, scale, dropout and the layers that carry it."""
+"""What is trained on top of the base model: rank, scale, dropout, the layers that carry it, and how it starts."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.quantization import QuantizationConfig
 
 ALL_LINEAR = "all-linear"
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+# True is PEFT's word for its default.
+_INITS = "true, gaussian, orthogonal, olora, pissa, pissa_niter_N (N iterations)"
+_INIT_PATTERN = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
+
+
+@dataclass
+class AdaLoRAConfig:
+    """What AdaLoRA (https://arxiv.org/abs/2303.10512) adds to rank, alpha, dropout and layers.
+
+    Args:
+        initial_rank: Rank that every layer starts with; ``model.lora.rank`` is the average that is left at the end.
+            1.5 times that if None.
+        initial_steps: Optimiser steps before the first rank is dropped; a tenth of the run if None.
+        final_steps: Optimiser steps at the end, with the ranks settled; half of the run if None.
+        allocate_every_n_steps: Optimiser steps between two allocations.
+        beta1: Decay rate of the running importance, between 0 and 1.
+        beta2: Decay rate of its running uncertainty, between 0 and 1.
+        orthogonal_weight: Weight of the term that keeps the factors orthogonal, beside a mean loss per token.
+
+    Raises:
+        UserError: If a value lies outside its range.
+    """
+
+    initial_rank: int | None = None
+    initial_steps: int | None = None
+    final_steps: int | None = None
+    allocate_every_n_steps: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonal_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check every value and report all that are wrong at once."""
+        problems = [
+            f"{name} must be at least 0, not {value}"
+            for name in ("initial_steps", "final_steps", "orthogonal_weight")
+            if (value := getattr(self, name)) is not None and not value >= 0
+        ]
+        if self.allocate_every_n_steps < 1:
+            problems.append(f"allocate_every_n_steps must be at least 1, not {self.allocate_every_n_steps}")
+        problems += [
+            f"{name} must lie between 0 and 1, not {value}"
+            for name in ("beta1", "beta2")
+            if not 0 < (value := getattr(self, name)) < 1
+        ]
+        if problems:
+            raise UserError("model.lora.adalora: " + "; ".join(problems) + ".")
 
 
 @dataclass
@@ -22,6 +73,17 @@ class LoRAConfig:
         target_modules: Names of the layers that get an adapter; each must exist. ``all-linear`` takes every linear
             layer but the output head, any other string is a regular expression over full module names. The default,
             the four attention projections, follows the architecture where it has other names (GPT-2: ``c_attn``).
+        use_rslora: Scale by ``alpha / sqrt(rank)``, which suits high ranks (https://arxiv.org/abs/2312.03732).
+        use_dora: Train each weight's magnitude apart from its direction; slower (https://arxiv.org/abs/2402.09353).
+        init_lora_weights: How A and B start: ``true`` (B zero, A uniform), ``gaussian`` (B zero, A normal),
+            ``orthogonal``, or from the base's own weights: ``pissa``, ``pissa_niter_N``, ``olora``. Those are saved at
+            twice the rank, as plain LoRA that fits the unchanged base.
+        rank_pattern: Ranks of single layers: the end of a layer's full name after a dot, or a regular expression,
+            and its rank. Each must match a layer that carries the adapter.
+        alpha_pattern: Alphas of single layers, likewise.
+        loraplus_lr_ratio: Learning rate of B over that of A, at least 1 (LoRA+, https://arxiv.org/abs/2402.12354).
+        quantization: How the base is stored; for ``qlora``.
+        adalora: How ranks are shared out; for ``adalora``.
 
     Raises:
         UserError: If a value lies outside its range.
@@ -31,6 +93,14 @@ class LoRAConfig:
     alpha: float = 32
     dropout: float = 0.05
     target_modules: list[str] | str = field(default_factory=lambda: list(ATTENTION_PROJECTIONS))
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    loraplus_lr_ratio: float = 1.0
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    adalora: AdaLoRAConfig = field(default_factory=AdaLoRAConfig)
 
     def __post_init__(self) -> None:
         """Check every value and report all that are wrong at once."""
@@ -43,8 +113,30 @@ class LoRAConfig:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.target_modules:
             problems.append(f"target_modules is empty: name layers, or '{ALL_LINEAR}'")
+        if self.init_lora_weights is not True and not _INIT_PATTERN.fullmatch(str(self.init_lora_weights)):
+            problems.append(f"init_lora_weights must be one of {_INITS}, not '{self.init_lora_weights}'")
+        elif self.use_dora and self.starts_from_base:
+            problems.append(f"init_lora_weights={self.init_lora_weights} does not go with use_dora: choose one")
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.rank, *self.rank_pattern.values())):
+            problems.append("init_lora_weights=orthogonal needs even ranks")
+        if any(rank < 1 for rank in self.rank_pattern.values()):
+            problems.append(f"rank_pattern must hold ranks of at least 1, not {self.rank_pattern}")
+        if not all(alpha > 0 for alpha in self.alpha_pattern.values()):
+            problems.append(f"alpha_pattern must hold alphas above 0, not {self.alpha_pattern}")
+        if not self.loraplus_lr_ratio >= 1:
+            problems.append(f"loraplus_lr_ratio must be at least 1, not {self.loraplus_lr_ratio}")
+        if self.adalora.initial_rank is not None and self.adalora.initial_rank <= self.rank:
+            problems.append(
+                f"adalora.initial_rank must be above rank, {self.rank}, which is what is left in the end, "
+                f"not {self.adalora.initial_rank}"
+            )
         if problems:
             raise UserError("model.lora: " + "; ".join(problems) + ".")
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the factors start as a part of the base's weights."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     @classmethod
     def preset(cls, name: str) -> LoRAConfig:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from snake_lora_pl.adapters.adalora import AdaLoRA
 from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.kind import AdapterKind
+from snake_lora_pl.adapters.lora import LoRA
+from snake_lora_pl.adapters.qlora import QLoRA
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    AdapterBuilder = Callable[[PreTrainedModel, LoRAConfig], PeftModel]
+    from snake_lora_pl.adapters.kind import AdapterBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +30,42 @@ class AdapterFactory:
         >>> AdapterFactory.create("lora", "smollm2-135m", LoRAConfig(rank=8))  # doctest: +SKIP
     """
 
-    _builders: dict[str, AdapterBuilder] = {}  # noqa: RUF012 - the registry is shared by design
+    _kinds: dict[str, AdapterKind] = {}  # noqa: RUF012 - the registry is shared by design
 
     @classmethod
-    def register(cls, adapter_type: str, builder: AdapterBuilder) -> None:
+    def register(cls, adapter_type: str, kind: AdapterKind | AdapterBuilder) -> None:
         """Add a kind of adapter.
 
         Args:
             adapter_type: The name that ``model.adapter_type`` takes.
-            builder: Puts the adapter on a loaded base model and returns the PEFT model.
+            kind: Puts the adapter on a loaded base model and returns the PEFT model; an ``AdapterKind`` where its
+                training differs from LoRA's.
 
         Raises:
             ValueError: If the name is taken.
         """
-        if adapter_type in cls._builders:
+        if adapter_type in cls._kinds:
             raise ValueError(f"Adapter type '{adapter_type}' is registered already.")
-        cls._builders[adapter_type] = builder
+        cls._kinds[adapter_type] = kind if isinstance(kind, AdapterKind) else AdapterKind(kind)
 
     @classmethod
     def registered(cls) -> list[str]:
         """Names of the kinds there are, sorted."""
-        return sorted(cls._builders)
+        return sorted(cls._kinds)
+
+    @classmethod
+    def kind(cls, adapter_type: str) -> AdapterKind:
+        """The kind of a name.
+
+        Raises:
+            UserError: If there is none; the message lists those there are.
+        """
+        if adapter_type not in cls._kinds:
+            known = cls.registered()
+            near = difflib.get_close_matches(adapter_type, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"model.adapter_type: unknown type '{adapter_type}'. Known: {', '.join(known)}.{hint}")
+        return cls._kinds[adapter_type]
 
     @classmethod
     def create(
@@ -67,17 +85,11 @@ class AdapterFactory:
         Raises:
             UserError: If the kind is unknown (the message lists the known ones) or the config does not fit the model.
         """
-        builder = cls._builders.get(adapter_type)
-        if builder is None:
-            known = cls.registered()
-            near = difflib.get_close_matches(adapter_type, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"model.adapter_type: unknown type '{adapter_type}'. Known: {', '.join(known)}.{hint}")
+        kind = cls.kind(adapter_type)
+        kind.check(adapter_type, config)
         if isinstance(base_model, str):
-            from snake_lora_pl.models import load_base_model
-
-            base_model = load_base_model(base_model, **load_options)
-        model = builder(base_model, config)
+            base_model = kind.load_base(base_model, config, **load_options)
+        model = kind.build(base_model, config)
         trainable, total = model.get_nb_trainable_parameters()
         logger.info("%s adapter: %s of %s parameters trained (%.2f%%)", adapter_type, f"{trainable:,}", f"{total:,}",
                     100 * trainable / total)  # fmt: skip
@@ -90,6 +102,7 @@ class AdapterFactory:
         base_model: PreTrainedModel | str | None = None,
         *,
         is_trainable: bool = False,
+        full_precision_base: bool = False,
         **load_options: Any,
     ) -> PeftModel:
         """Load a saved adapter, verified, onto its base model.
@@ -98,6 +111,7 @@ class AdapterFactory:
             adapter_path: Directory that holds ``adapter_model.safetensors`` and ``adapter_metadata.json``.
             base_model: The base it was trained on, loaded or by name; None loads the one its metadata names.
             is_trainable: Whether the adapter's parameters take gradients.
+            full_precision_base: Load the base unquantised also where the adapter was trained on a quantised one.
             load_options: Passed to ``load_base_model`` where the base is loaded here.
 
         Returns:
@@ -108,23 +122,14 @@ class AdapterFactory:
         """
         from snake_lora_pl.adapters import store
 
-        return store.load(adapter_path, base_model, is_trainable=is_trainable, **load_options)
+        return store.load(
+            adapter_path,
+            base_model,
+            is_trainable=is_trainable,
+            full_precision_base=full_precision_base,
+            **load_options,
+        )
 
 
-def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
-    """Plain LoRA (https://arxiv.org/abs/2106.09685): B starts at zero, so training starts at the base model."""
-    from peft import LoraConfig, get_peft_model
-
-    from snake_lora_pl.adapters.targets import resolve_target_modules
-
-    peft_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=resolve_target_modules(base_model, config.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base_model, peft_config)
-
-
-AdapterFactory.register("lora", build_lora)
+for _name, _kind in (("lora", LoRA()), ("qlora", QLoRA()), ("adalora", AdaLoRA())):
+    AdapterFactory.register(_name, _kind)

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata as importlib_metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.durable import directory_durably, open_durably, recover_directory
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 from snake_lora_pl.models.wheel import file_sha256, one_line
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class AdapterMetadata:
         metrics: Last logged value of each metric.
         data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
         play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
+        quantization: How the base was quantised while it was trained on (``QuantizationConfig``); empty if it
+            was not.
         peft_config: PEFT's settings as plain JSON.
         packages: Version of each package that matters to the result.
         weights_sha256: Hash of ``adapter_model.safetensors``.
@@ -79,9 +83,26 @@ class AdapterMetadata:
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     play: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
     peft_config: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
+
+
+class StoredAdapter(NamedTuple):
+    """One adapter directory that was found.
+
+    Attributes:
+        path: The directory.
+        metadata: What its metadata says, or None where that cannot be read.
+        weights_bytes: Size of the weights file; 0 where it is missing.
+        problem: Why it cannot be loaded, or None where it is whole.
+    """
+
+    path: Path
+    metadata: AdapterMetadata | None
+    weights_bytes: int
+    problem: str | None
 
 
 def save(
@@ -103,9 +124,18 @@ def save(
     Returns:
         ``adapter_dir`` as a path.
     """
+    from snake_lora_pl.adapters.factory import AdapterFactory
+
+    kind = AdapterFactory.kind(metadata.adapter_type)
+    config_in_memory = model.peft_config["default"]
+    config, weights = kind.saved_form(model, model.state_dict() if state_dict is None else state_dict)
     with directory_durably(adapter_dir) as directory:
-        # PEFT's own "auto" asks the model hub whether the vocabulary was resized; it never is here.
-        model.save_pretrained(str(directory), state_dict=state_dict, save_embedding_layers=False)
+        model.peft_config["default"] = config
+        try:
+            # PEFT's own "auto" asks the model hub whether the vocabulary was resized; it never is here.
+            model.save_pretrained(str(directory), state_dict=weights, save_embedding_layers=False)
+        finally:
+            model.peft_config["default"] = config_in_memory
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
         metadata = dataclasses.replace(
@@ -148,6 +178,13 @@ def _write_description(directory: Path, metadata: AdapterMetadata) -> None:
             file.write(text)
 
 
+def _is_of(value: Any, type_hint: Any) -> bool:
+    """Whether a value that came from JSON has a field's type; what a dict holds is not looked at."""
+    if get_origin(type_hint) is UnionType:
+        return any(_is_of(value, option) for option in get_args(type_hint))
+    return isinstance(value, get_origin(type_hint) or type_hint)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -179,11 +216,13 @@ def _checked_metadata(content: dict[str, Any]) -> AdapterMetadata:
     types = get_type_hints(AdapterMetadata)
     known = {name: value for name, value in content.items() if name in types}
     for name, value in known.items():
-        if not isinstance(value, dict if get_origin(types[name]) is dict else types[name]):
+        if not _is_of(value, types[name]):
             raise TypeError(f"{name} is {json.dumps(value)[:60]}, which is no {types[name]}")
     for name, value in known.get("metrics", {}).items():
         if not _is_number(value):
             raise TypeError(f"the metric {name} is {json.dumps(value)[:60]}, which is no number")
+    if known.get("quantization"):
+        QuantizationConfig(**known["quantization"])  # raises
     return AdapterMetadata(**known)
 
 
@@ -224,6 +263,34 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     return metadata
 
 
+def list_adapters(root: str | os.PathLike[str]) -> list[StoredAdapter]:
+    """Every adapter directory under ``root``, each verified, the newest last; hidden directories are passed over.
+
+    Raises:
+        UserError: If ``root`` is no directory.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such directory. Give one that holds runs or adapters.")
+    found = []
+    for path in sorted(root.rglob(METADATA_FILE)):
+        # A run that is being written, or that was killed while writing, leaves hidden directories.
+        if not any(part.startswith(".") for part in path.relative_to(root).parts):
+            found.append(_stored_adapter(path.parent))
+    return sorted(found, key=lambda adapter: adapter.metadata.training_timestamp if adapter.metadata else "")
+
+
+def _stored_adapter(directory: Path) -> StoredAdapter:
+    metadata, problem = None, None
+    try:
+        metadata = read_metadata(directory)
+        verify(directory)
+    except UserError as error:
+        problem = str(error)
+    weights = directory / WEIGHTS_FILE
+    return StoredAdapter(directory, metadata, weights.stat().st_size if weights.is_file() else 0, problem)
+
+
 def _refuse_code(directory: Path) -> None:
     """Refuse pickles and programs, also those that this package would not read: other tools would."""
     for path in sorted(directory.rglob("*")):
@@ -260,6 +327,7 @@ def load(
     base_model: PreTrainedModel | str | None = None,
     *,
     is_trainable: bool = False,
+    full_precision_base: bool = False,
     **load_options: Any,
 ) -> PeftModel:
     """Load a verified adapter onto its base model; every key of the file must find its place and no place stay empty.
@@ -269,6 +337,7 @@ def load(
         base_model: A loaded base, a name, or None for the base that the metadata names. A loaded one is left as it was
             where the adapter does not fit.
         is_trainable: Whether the adapter's parameters take gradients.
+        full_precision_base: Load the base unquantised also where the adapter was trained on a quantised one.
         load_options: Passed to ``load_base_model`` where the base is loaded here.
 
     Raises:
@@ -276,6 +345,7 @@ def load(
     """
     from peft import PeftModel
 
+    from snake_lora_pl.adapters.qlora import prepare_quantized_base
     from snake_lora_pl.models import load_base_model
 
     directory = Path(adapter_dir)
@@ -285,9 +355,13 @@ def load(
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
         check_base(metadata, base_model, directory, revision=load_options.get("revision"))
+        if metadata.quantization and not full_precision_base:
+            load_options["quantization"] = QuantizationConfig(**metadata.quantization)
         base_model = load_base_model(base_model, **load_options)
     elif base_model.name_or_path not in ("", metadata.base_model):
         check_base(metadata, base_model.name_or_path, directory)
+    if quantization_of(base_model) is not None:
+        prepare_quantized_base(base_model)
     try:
         with warnings.catch_warnings():
             # What does not match is refused below, by name.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -53,6 +54,29 @@ def resolve_target_modules(base_model: PreTrainedModel, target_modules: list[str
         f"{'match' if len(missing) > 1 else 'matches'} no layer of {type(base_model).__name__}. "
         f"Layers that exist: {', '.join(leaf_names)}; or '{ALL_LINEAR}'.{hint}"
     )
+
+
+def check_layer_patterns(model: PeftModel, setting: str, pattern: Mapping[str, object]) -> None:
+    """Check that each key of a per-layer setting is about a layer that carries the adapter; PEFT ignores others.
+
+    Raises:
+        UserError: If a key matches none; the message names those that carry it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import get_pattern_key
+
+    prefix = "base_model.model."
+    names = [n.removeprefix(prefix) for n, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for key in pattern:
+        try:
+            is_used = any(get_pattern_key([key], name) != name or key == name for name in names)
+        except re.error as error:
+            raise UserError(f"model.lora.{setting}: '{key}' is no regular expression ({error}).") from error
+        if not is_used:
+            raise UserError(
+                f"model.lora.{setting}: '{key}' matches no layer that carries the adapter. Layers are called like "
+                f"{names[0]}; their last parts are {', '.join(_leaf_names(names))}."
+            )
 
 
 def _can_carry_adapter(base_model: PreTrainedModel, name: str, module: nn.Module) -> bool:

@@ -54,3 +54,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report a mistake in one line, without the usage."""
         raise UserError(f"{self.prog}: {message}. See {self.prog} --help.")
+
+
+def add_adapter_argument(parser: Parser) -> None:
+    """The option that names an adapter."""
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR", help="adapter directory: the model_artifacts of a run"
+    )
+
+
+def add_adapter_arguments(parser: Parser) -> None:
+    """The options that name an adapter and say how its base is loaded."""
+    add_adapter_argument(parser)
+    parser.add_argument(
+        "--base_model",
+        metavar="NAME",
+        help="where its base model lies now: a short name, a directory or a hub id; without it where it was trained on",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="let code that comes with the base model run")

@@ -123,9 +123,7 @@ class Encoder:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """The ids of many prompts, none of which ``refuse`` objects to."""
-        return [
-            [*self._prefix_ids, *ids] for ids in self._tokenise([self._render_prompt(prompt) for prompt in prompts])
-        ]
+        return [[*self._prefix_ids, *ids] for ids in self._tokenise([self.render_prompt(prompt) for prompt in prompts])]
 
     def refuse(self, *texts: str, source: str = "") -> Refusal | None:
         """Why no text of these can be encoded, whatever its length; None where they can."""
@@ -227,13 +225,14 @@ class Encoder:
         prompt_ids, completion_ids = self._tokenise(list(self._render(row.prompt, completion)))
         return self._join(prompt_ids, completion_ids, row.source)
 
-    def _render_prompt(self, prompt: str) -> str:
+    def render_prompt(self, prompt: str) -> str:
+        """The text that comes before a completion, special tokens of a chat template spelt out."""
         if self.template == "chat":
             return self._render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return _INSTRUCTION_PROMPT.format(prompt=prompt) if self.template == "instruction" else prompt
 
     def _render(self, prompt: str, completion: str) -> tuple[str, str]:
-        before = self._render_prompt(prompt)
+        before = self.render_prompt(prompt)
         if self.template != "chat":
             return before, completion
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]

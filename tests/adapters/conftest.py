@@ -26,12 +26,17 @@ def model(tiny_llama_dir: Path) -> PeftModel:
 
 @pytest.fixture
 def adapter_dir(model: PeftModel, tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    source = resolve_base_model(str(tiny_llama_dir))
+    return save_adapter(model, tmp_path / "model_artifacts", tiny_llama_dir)
+
+
+def save_adapter(model: PeftModel, directory: Path, base_dir: Path, adapter_type: str = "lora") -> Path:
+    """Save an adapter as a run does."""
+    source = resolve_base_model(str(base_dir))
     trainable, total = model.get_nb_trainable_parameters()
     metadata = store.AdapterMetadata(
-        adapter_type="lora",
+        adapter_type=adapter_type,
         base_model=source.canonical_id,
-        base_model_name=str(tiny_llama_dir),
+        base_model_name=str(base_dir),
         base_revision=source.revision,
         base_sha256=source.sha256,
         trainable_parameters=trainable,
@@ -41,4 +46,4 @@ def adapter_dir(model: PeftModel, tiny_llama_dir: Path, tmp_path: Path) -> Path:
         metrics={"val/loss": 0.25},
         data={"data_hash": "abc", "template": "instruction"},
     )
-    return store.save(model, tmp_path / "model_artifacts", metadata, load_tokenizer(str(tiny_llama_dir)))
+    return store.save(model, directory, metadata, load_tokenizer(str(base_dir)))

@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.factory import AdapterFactory, build_lora
+from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.adapters.lora import build_lora
 from snake_lora_pl.errors import UserError
 
 
@@ -25,10 +26,10 @@ def gpt2() -> GPT2LMHeadModel:
 
 @pytest.fixture
 def _registry() -> Iterator[None]:
-    before = dict(AdapterFactory._builders)
+    before = dict(AdapterFactory._kinds)
     yield
-    AdapterFactory._builders.clear()
-    AdapterFactory._builders.update(before)
+    AdapterFactory._kinds.clear()
+    AdapterFactory._kinds.update(before)
 
 
 def adapted_layers(model: PeftModel) -> set[str]:

@@ -214,7 +214,7 @@ def test_weights_of_another_rank_are_refused_by_a_model_that_carries_an_adapter(
 ) -> None:
     other = AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig(rank=2), dtype="float32")
     with pytest.raises(UserError, match="rank 4 instead of 2"):
-        store.load_weights(other, adapter_dir)
+        store.check_weights(other, adapter_dir)
 
 
 @pytest.fixture
@@ -252,3 +252,29 @@ def test_the_same_weights_in_another_place_are_accepted(
 
     moved = shutil.copytree(tiny_llama_dir, tmp_path / "moved")
     AdapterFactory.load(adapter_dir, str(moved))
+
+
+def test_every_adapter_under_a_directory_is_listed_the_newest_last(adapter_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    newer = shutil.copytree(adapter_dir, tmp_path / "a" / "newer")
+    damaged = shutil.copytree(adapter_dir, tmp_path / "damaged")
+    unreadable = shutil.copytree(adapter_dir, tmp_path / "unreadable")
+    shutil.copytree(adapter_dir, tmp_path / ".model_artifacts.x1.tmp")
+    rewrite_metadata(newer, training_timestamp="2999-01-01T00:00:00+00:00")
+    (damaged / store.WEIGHTS_FILE).unlink()
+    (unreadable / store.METADATA_FILE).write_text("{")
+    found = store.list_adapters(tmp_path)
+    assert [adapter.path for adapter in found] == [unreadable, damaged, adapter_dir, newer]
+    assert found[0].metadata is None
+    assert "damaged" in str(found[0].problem)
+    assert found[1].weights_bytes == 0
+    assert f"{store.WEIGHTS_FILE} is missing" in str(found[1].problem)
+    assert found[2].problem is None
+    assert found[2].metadata == store.verify(adapter_dir)
+    assert found[2].weights_bytes == (adapter_dir / store.WEIGHTS_FILE).stat().st_size
+
+
+def test_listing_what_is_no_directory_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        store.list_adapters(tmp_path / "nowhere")

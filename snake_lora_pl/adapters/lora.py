@@ -1,0 +1,51 @@
+"""LoRA: the builder, and with it every option that PEFT has for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.initialisation import start_from_base
+from snake_lora_pl.adapters.kind import AdapterKind
+from snake_lora_pl.adapters.targets import check_layer_patterns, resolve_target_modules
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
+    """LoRA (https://arxiv.org/abs/2106.09685) on a base model of any precision: training starts at the base model.
+
+    Raises:
+        UserError: If a setting names a layer that does not exist, or does not fit the base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=resolve_target_modules(base_model, config.target_modules),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.starts_from_base else config.init_lora_weights,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base_model, peft_config)
+    check_layer_patterns(model, "rank_pattern", config.rank_pattern)
+    check_layer_patterns(model, "alpha_pattern", config.alpha_pattern)
+    if config.starts_from_base:
+        start_from_base(model, str(config.init_lora_weights))
+    return model
+
+
+class LoRA(AdapterKind):
+    """Two low-rank factors beside each chosen layer of a frozen base."""
+
+    ignored_settings = ("quantization", "adalora")
+
+    def __init__(self) -> None:
+        super().__init__(build_lora)

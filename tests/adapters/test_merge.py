@@ -1,0 +1,159 @@
+"""A merged model is the adapter: same logits, no PEFT, whatever the kind and wherever the adapter sits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from snake_lora_pl.adapters import merge as merge_module
+from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.merge import merge
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import load_base_model
+from tests.adapters.conftest import save_adapter
+
+IDS = torch.tensor([[5, 9, 30, 7, 201]])
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def logits(directory: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(IDS).logits
+
+
+def make_adapter(peft_config: Any, base_dir: Path, directory: Path) -> tuple[Path, torch.Tensor]:
+    """An adapter whose every weight is random, and its logits."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_base_model(str(base_dir), dtype="float32"), peft_config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    return save_adapter(model, directory, base_dir), expected
+
+
+@pytest.fixture(scope="module")
+def base_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model with tied and with untied embeddings."""
+    untied_dir = tmp_path_factory.mktemp("untied")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, tie_word_embeddings=False)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    model.save_pretrained(untied_dir)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(untied_dir)
+    return {"tied": tiny_llama_dir, "untied": untied_dir}
+
+
+@pytest.mark.parametrize("embeddings", ["tied", "untied"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ATTENTION},
+        {"target_modules": "all-linear"},
+        {"target_modules": ATTENTION, "use_dora": True},
+        {"target_modules": ATTENTION, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        # An adapter on one of two tied layers must not reach the other (peft#2018), also after loading
+        # (transformers#45127).
+        {"target_modules": [*ATTENTION, "lm_head"]},
+        {"target_modules": [*ATTENTION, "embed_tokens"]},
+        {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
+    ],
+    ids=["attention", "all-linear", "dora", "rslora", "head", "embedding", "saved head"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_merged_model_has_the_adapters_logits(
+    settings: dict[str, Any], embeddings: str, base_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    adapter_dir, expected = make_adapter(config, base_dirs[embeddings], tmp_path / "adapter")
+    merged = merge(adapter_dir, tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(base_dirs[embeddings]), expected, atol=0.1)
+    assert merged.logit_difference < 1e-3
+
+
+def test_adalora_merges(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, tinit=1, tfinal=1, total_step=10, target_modules=ATTENTION, task_type="CAUSAL_LM"
+    )
+    adapter_dir, expected = make_adapter(config, tiny_llama_dir, tmp_path / "adapter")
+    merge(adapter_dir, tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_directory_is_a_plain_model_with_tokenizer_and_card(adapter_dir: Path, tmp_path: Path) -> None:
+    merged = merge(adapter_dir, tmp_path / "merged")
+    names = {path.name for path in merged.path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not {name for name in names if "adapter" in name}
+    assert AutoTokenizer.from_pretrained(merged.path).eos_token == "<|im_end|>"
+    card = ModelCard.load(merged.path / "README.md")
+    assert card.data.library_name == "transformers"
+    assert store.read_metadata(adapter_dir).weights_sha256 in card.text
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_dtype_is_the_bases_or_the_one_asked_for(adapter_dir: Path, tmp_path: Path, dtype: str, stored: str) -> None:
+    merged = merge(adapter_dir, tmp_path / "merged", dtype=dtype)
+    assert merged.dtype == stored
+    assert json.loads((merged.path / "config.json").read_text())["dtype"] == stored
+    assert str(AutoModelForCausalLM.from_pretrained(merged.path).dtype) == f"torch.{stored}"
+
+
+def test_an_unknown_dtype_is_a_mistake(adapter_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dtype must be one of auto, float32"):
+        merge(adapter_dir, tmp_path / "merged", dtype="int4")
+
+
+def test_nothing_is_written_over(adapter_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is a directory that is not empty"):
+        merge(adapter_dir, adapter_dir)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="there is a file"):
+        merge(adapter_dir, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert merge(adapter_dir, tmp_path / "empty").path == tmp_path / "empty"
+
+
+def test_a_merge_that_computes_something_else_leaves_nothing(
+    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_module, "_merge", lambda model: model.unload())
+    with pytest.raises(UserError, match="not written, for the logits of the merged model differ"):
+        merge(adapter_dir, tmp_path / "out" / "merged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_is_read_back_as_something_else_does_not_appear(
+    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PreTrainedModel.save_pretrained
+
+    def save_damaged(model: PreTrainedModel, directory: str) -> None:
+        model.model.norm.weight.data *= 0.9
+        save(model, directory)
+        model.model.norm.weight.data /= 0.9
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_damaged)
+    with pytest.raises(UserError, match="not written, for the logits of what was written and read back differ"):
+        merge(adapter_dir, tmp_path / "out" / "merged")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_another_base_is_refused_and_the_same_in_another_place_taken(
+    adapter_dir: Path, base_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    with pytest.raises(UserError, match="trained on"):
+        merge(adapter_dir, tmp_path / "merged", base_model=str(base_dirs["untied"]))
+    moved = shutil.copytree(base_dirs["tied"], tmp_path / "moved")
+    merge(adapter_dir, tmp_path / "merged", base_model=str(moved))

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from snake_lora_pl.adapters.qlora import dequantize_base
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import QuantizationConfig, load_base_model
+from snake_lora_pl.models.quantization import compute_dtype, full_weight_bytes, quantization_of, weight_bytes
+
+bnb = pytest.importorskip("bitsandbytes")
+
+IDS = torch.tensor([[5, 9, 30, 7, 120, 44]])
+ALL = [
+    QuantizationConfig(),
+    QuantizationConfig(quant_type="fp4", double_quant=False),
+    QuantizationConfig(storage_dtype="bfloat16"),
+    QuantizationConfig(bits=8),
+]
+
+
+def load(tiny_llama_dir: Path, quantization: QuantizationConfig | None, dtype: str = "float32") -> LlamaForCausalLM:
+    return load_base_model(str(tiny_llama_dir), dtype=dtype, quantization=quantization)
+
+
+def input_gradient(model: LlamaForCausalLM) -> torch.Tensor:
+    """Gradient of a loss with respect to what goes into the first layer: it passes every linear layer."""
+    embedded = model.get_input_embeddings()(IDS).detach().float().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
+    torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]).backward()
+    assert embedded.grad is not None
+    return embedded.grad
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=str)
+def test_linear_layers_but_the_head_are_stored_as_the_settings_say(
+    tiny_llama_dir: Path, quantization: QuantizationConfig
+) -> None:
+    model = load(tiny_llama_dir, quantization)
+    wanted = bnb.nn.Linear8bitLt if quantization.bits == 8 else bnb.nn.Linear4bit
+    assert type(model.model.layers[0].self_attn.q_proj) is wanted
+    assert type(model.lm_head) is torch.nn.Linear
+    assert quantization_of(model) == quantization
+    assert quantization_of(load(tiny_llama_dir, None)) is None
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=str)
+def test_a_dequantised_base_computes_what_the_quantised_one_did(
+    tiny_llama_dir: Path, quantization: QuantizationConfig
+) -> None:
+    # Out of training LLM.int8() rounds activations too, which weights alone cannot show.
+    model = load(tiny_llama_dir, quantization).train()
+    logits = model(IDS).logits
+    full = load(tiny_llama_dir, None)(IDS).logits
+    plain = dequantize_base(model)
+    assert type(plain.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    torch.testing.assert_close(plain(IDS).logits, logits, rtol=1e-3, atol=1e-3)
+    assert (logits - full).abs().max() > 1e-2, "quantisation changed nothing: the comparison above says nothing"
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=str)
+def test_gradients_after_an_evaluation_are_those_before_it_and_those_of_the_dequantised_base(
+    tiny_llama_dir: Path, quantization: QuantizationConfig
+) -> None:
+    model = load(tiny_llama_dir, quantization).train()
+    before = input_gradient(model)
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert torch.equal(input_gradient(model.train()), before)
+    torch.testing.assert_close(input_gradient(dequantize_base(model)), before, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
+def test_bitsandbytes_still_packs_weights_in_an_evaluation_unless_told_not_to(tmp_path: Path) -> None:
+    """When this fails, ``make_trainable`` has nothing left to cure."""
+    # Packing takes layers of at least 64 inputs.
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.3, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = load(tmp_path, QuantizationConfig()).train()
+    before = input_gradient(model)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert not torch.allclose(input_gradient(model.train()), before, rtol=1e-2)
+
+
+def test_memory_is_counted_with_what_quantisation_keeps_beside_the_weights(tiny_llama_dir: Path) -> None:
+    full = load(tiny_llama_dir, None)
+    size = full.get_memory_footprint() - sum(b.numel() * b.element_size() for b in full.buffers())
+    linear = sum(m.weight.numel() for m in full.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    assert weight_bytes(full) == full_weight_bytes(full, torch.float32) == size
+    for quantization, bytes_per_weight in ((QuantizationConfig(), 0.5), (QuantizationConfig(bits=8), 1.0)):
+        model = load(tiny_llama_dir, quantization)
+        assert full_weight_bytes(model, torch.float32) == size
+        least = size - (4 - bytes_per_weight) * linear
+        assert least < weight_bytes(model) < size
+
+
+def test_layers_compute_in_the_type_that_was_asked_for(tiny_llama_dir: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(tiny_llama_dir, QuantizationConfig(), str(dtype).removeprefix("torch."))
+        assert compute_dtype(model) == dtype
+        assert model.model.layers[0].self_attn.q_proj.compute_dtype == dtype
+        assert compute_dtype(load(tiny_llama_dir, None, str(dtype).removeprefix("torch."))) == dtype
+
+
+def test_every_value_out_of_range_is_reported_at_once() -> None:
+    with pytest.raises(
+        UserError, match=r"bits must.*not 3; quant_type must.*not 'nf5'; storage_dtype must.*not 'int4'"
+    ):
+        QuantizationConfig(bits=3, quant_type="nf5", storage_dtype="int4")
+    with pytest.raises(UserError, match="are settings of bits=4"):
+        QuantizationConfig(bits=8, double_quant=False)
+
+
+def test_without_bitsandbytes_the_message_says_how_to_get_it(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="needs bitsandbytes.*pip install 'bitsandbytes.*model.adapter_type=lora"):
+        load(tiny_llama_dir, QuantizationConfig())
