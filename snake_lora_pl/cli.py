@@ -10,8 +10,7 @@ import logging
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,11 +22,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.console import quiet_libraries
+from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.contest import Contest
+from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
 from snake_lora_pl.evaluation.play_callback import PlayEvaluation
 from snake_lora_pl.evaluation.play_settings import PlaySettings
@@ -35,7 +34,7 @@ from snake_lora_pl.evaluation.players import find_style
 from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
 from snake_lora_pl.evaluation.table import differences_in_words, render_table, table_json
 from snake_lora_pl.game import STYLES
-from snake_lora_pl.paths import GamesPaths, RunPaths, find_config, shown
+from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shown
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
@@ -113,6 +112,7 @@ class SnakeCLI(LightningCLI):
     """The verbs fit, validate, test and predict over one module and one data module."""
 
     run_paths: RunPaths | None = None
+    entrants: Sequence[Entrant] = ()
     contest: Contest | None = None
 
     @staticmethod
@@ -141,7 +141,10 @@ class SnakeCLI(LightningCLI):
         parser.add_argument("--root", type=str, default=".", help="Directory whose logs/ holds the runs.")
         parser.add_argument("--adapter_name", type=str, default="snake_reasoning", help="Name of the run's directory.")
         parser.add_argument(
-            "--adapter", type=str | None, default=None, help="Adapter directory to start from or to evaluate."
+            "--adapter",
+            type=str | list[str] | None,
+            default=None,
+            help="Adapter directory to start from or to evaluate; test takes several: --adapter A --adapter B.",
         )
         parser.add_argument("--games", type=int, default=100, help="Games of each player in test.")
         parser.add_class_arguments(PlaySettings, "play")
@@ -156,7 +159,7 @@ class SnakeCLI(LightningCLI):
                 "model.text_metrics": {"class_path": "snake_lora_pl.evaluation.metrics.SnakeMoveMetrics"},
             }
         )
-        parser.link_arguments("adapter", "model.adapter_path")
+        parser.link_arguments("adapter", "model.adapter_path", compute_fn=_first)
         for key in ("base_model", "revision", "trust_remote_code"):
             parser.link_arguments(f"model.{key}", f"data.{key}")
 
@@ -175,10 +178,30 @@ class SnakeCLI(LightningCLI):
         config = self.config[self.subcommand]
         if not re.fullmatch(r"[\w][\w.-]*", config.adapter_name):
             raise UserError(f"--adapter_name '{config.adapter_name}': use letters, digits, '.', '_' and '-' only.")
+        if self.subcommand != "test" and len(_adapter_dirs(config)) > 1:
+            raise UserError(f"{self.subcommand} takes one --adapter; test plays several against each other.")
         if self.subcommand == "fit":
             self.run_paths = self._resolve_run(config)
         elif config.adapter is not None:
-            _prompt_as_trained(config)
+            self._prompt_as_trained(config)
+
+    def _prompt_as_trained(self, config: Namespace) -> None:
+        """Prompts reach an adapter as they did in training, whatever the config says of the rows of another run."""
+        adapter_dirs = _adapter_dirs(config)
+        trained = [store.read_metadata(adapter_dir) for adapter_dir in adapter_dirs]
+        names = [ADAPTER] if len(trained) == 1 else [f"{ADAPTER} {name}" for name in distinct_names(adapter_dirs)]
+        styles = [config.play.style or metadata.data.get("prompt_format") for metadata in trained]
+        self.entrants = [
+            Entrant(name, Prompting(style if style in STYLES else None, metadata.data.get("template")), adapter_dir)
+            for name, style, metadata, adapter_dir in zip(names, styles, trained, adapter_dirs, strict=True)
+        ]
+        # validate and predict know one adapter, test's base takes after the first.
+        config.data.template = trained[0].data.get("template", config.data.template)
+        grid_sizes = list(dict.fromkeys(metadata.grid_size for metadata in trained if metadata.grid_size is not None))
+        if len(grid_sizes) > 1 and config.play.grid_size is None:
+            sizes = " and ".join(f"{size}x{size}" for size in grid_sizes)
+            raise UserError(f"the adapters were trained on {sizes} grids. Set --play.grid_size to play on one.")
+        config.play.grid_size = config.play.grid_size or next(iter(grid_sizes), None)
 
     def _resolve_run(self, config: Namespace) -> RunPaths:
         data = SnakeJSONLDataModule(train_path=config.data.train_path, grid_size=config.data.grid_size)
@@ -289,33 +312,38 @@ class SnakeCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.adapter_dir is not None:
             self.model.load_adapter(checkpoint.adapter_dir)
-        self._play(settings.final_games, self.run_paths.games)
+        entrant = Entrant(adapter_dir=shown(self.run_paths.artifacts_dir))
+        self._play(settings.final_games, self.run_paths.games, [entrant])
 
-    def _play(self, num_games: int, paths: GamesPaths, *, has_adapter: bool = True) -> None:
+    def _play(self, num_games: int, paths: GamesPaths, entrants: Sequence[Entrant]) -> None:
         """Let every player play, and write table, games and replays."""
         config = self.config_init[self.subcommand]
-        self.contest = contest = Contest(self.model, self.datamodule, config.play, num_games, has_adapter=has_adapter)
+        self.contest = contest = Contest(self.model, self.datamodule, config.play, num_games, entrants)
         self.trainer.test(contest, verbose=False)
         if not self.trainer.is_global_zero:
             return
-        adapter = config.adapter if self.run_paths is None else shown(self.run_paths.artifacts_dir)
-        facts = {
-            "base_model": config.model.base_model,
-            "adapter": adapter,
-            "template": config.data.template,
-            **contest.facts,
+        facts = {"base_model": config.model.base_model, **contest.facts}
+        adapters = {
+            entrant.name: {"directory": entrant.adapter_dir, **entrant.prompting._asdict()}
+            for entrant in contest.entrants
         }
-        table = table_json(contest.results, facts)
+        table = table_json(contest.results, facts, adapters)
         with open_durably(paths.table_path, "w", encoding="utf-8") as file:
             json.dump(table, file, indent=2)
-        if has_adapter:
-            _record_play(adapter, table, contest.results[0].name)
+        for entrant in contest.entrants:
+            if entrant.adapter_dir is not None:
+                _record_play(entrant.adapter_dir, table, entrant.name)
         write_games(paths.games_path, contest.results)
-        write_replays(paths, contest.results[0].games)
+        looked_at = [result for result in contest.results if result.name in adapters] or contest.results[:1]
+        for result in looked_at:
+            write_replays(paths if len(looked_at) == 1 else paths.of_player(result.name), result.games)
 
     def _print_games(self) -> None:
         assert self.contest is not None
         print(f"\n{self.contest.title}")
+        if len(self.contest.entrants) > 1:
+            for entrant in self.contest.entrants:
+                print(f"{entrant.name}: {entrant.adapter_dir}, prompts in {entrant.prompting.style}")
         # A log file has no width; 80 columns would cut names.
         Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(render_table(self.contest.results))
         print("\n".join(differences_in_words(self.contest.results)))
@@ -350,11 +378,10 @@ class SnakeCLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Play seeded games, print the table and say where games and replays are."""
         config = self.config[self.subcommand]
-        has_adapter = config.adapter is not None
-        if not has_adapter:
+        if not self.entrants:
             logger.warning("no --adapter given: the base model plays alone, beside the teacher and chance.")
-        paths = GamesPaths.of_adapter(config.adapter)
-        self._play(config.games, paths, has_adapter=has_adapter)
+        paths = GamesPaths.of_adapters([entrant.adapter_dir for entrant in self.entrants if entrant.adapter_dir])
+        self._play(config.games, paths, self.entrants)
         if self.trainer.is_global_zero:
             self._print_games()
             print(f"Table, games and replays written to {shown(paths.games_dir)}")
@@ -369,6 +396,29 @@ class SnakeCLI(LightningCLI):
         given = [Path(str(path)) for path in self.config[self.subcommand].get("config") or []]
         shipped = {path.resolve(): name for name, path in shipped_configs().items()}
         return [shipped.get(path.resolve(), str(path)) for path in given]
+
+
+def _adapter_dirs(config: Namespace) -> list[str]:
+    given = config.adapter
+    return [] if given is None else [given] if isinstance(given, str) else list(dict.fromkeys(given))
+
+
+def _first(adapter: str | list[str] | None) -> str | None:
+    return adapter[0] if isinstance(adapter, list) else adapter
+
+
+def _gather_adapters(arguments: list[str]) -> list[str]:
+    """``--adapter A --adapter B`` as a list; of an option that stands twice a parser takes the last alone."""
+    is_first = True
+    gathered = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "--adapter":
+            gathered.append(f"{name}{'' if is_first else '+'}{equals}{value}")
+            is_first = False
+        else:
+            gathered.append(argument)
+    return gathered
 
 
 def run(arguments: list[str]) -> int:
@@ -422,15 +472,6 @@ def _is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
-def _prompt_as_trained(config: Namespace) -> None:
-    """Prompts reach an adapter as they did in training, whatever the config says of the rows of another run."""
-    metadata = store.read_metadata(config.adapter)
-    config.data.template = metadata.data.get("template", config.data.template)
-    if metadata.data.get("prompt_format") in STYLES:
-        config.play.style = config.play.style or metadata.data["prompt_format"]
-    config.play.grid_size = config.play.grid_size or metadata.grid_size
-
-
 def _record_play(adapter_dir: str, table: dict[str, Any], player: str) -> None:
     """Let the adapter's card say how it plays; one that cannot be written to still has its table."""
     try:
@@ -443,7 +484,7 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeC
     return cli_class(
         LoRALightningModule,
         SnakeJSONLDataModule,
-        args=arguments,
+        args=_gather_adapters(arguments),
         parser_class=OneLineParser,
         seed_everything_default=42,
         auto_configure_optimizers=False,
@@ -454,19 +495,6 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeC
         parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
         | {verb: {"description": text, "usage": f"{PROG} {verb} [options]"} for verb, text in LIGHTNING_VERBS.items()},
     )
-
-
-def ignore_known_warnings() -> None:
-    """Silence what libraries warn of though all is as it should be."""
-    for message in (
-        ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
-        ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know
-        ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
-        ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
-        ".*sync_dist=True.*",  # torchmetrics has summed over the processes; Lightning cannot know
-        ".*functional.all_gather is deprecated.*",  # again Lightning 2.6 and torch 2.13
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def help_text(verb: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 
 def quiet_libraries() -> None:
@@ -17,3 +18,16 @@ def quiet_libraries() -> None:
     # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+
+
+def ignore_known_warnings() -> None:
+    """Silence what libraries warn of though all is as it should be."""
+    for message in (
+        ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
+        ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know
+        ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
+        ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
+        ".*sync_dist=True.*",  # torchmetrics has summed over the processes; Lightning cannot know
+        ".*functional.all_gather is deprecated.*",  # again Lightning 2.6 and torch 2.13
+    ):
+        warnings.filterwarnings("ignore", message=message)

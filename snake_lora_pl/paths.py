@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +26,8 @@ from snake_lora_pl.errors import UserError
 
 EXTENSION_TYPE = "llm_finetune"
 EXTENSION_VERSION = "0.03"
+_RUN_PREFIX = f"{EXTENSION_TYPE}_v{EXTENSION_VERSION}_"
+_FILE_UNSAFE = re.compile(r"[^\w.+-]+")
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
 CACHE_ENV = "SNAKE_LORA_PL_CACHE"
 
@@ -163,9 +167,9 @@ class GamesPaths:
     games_dir: Path
 
     @classmethod
-    def of_adapter(cls, adapter_dir: str | os.PathLike[str] | None) -> GamesPaths:
-        """In the adapter's run; where it has none, a new directory in the working directory."""
-        run = RunPaths.of_adapter(adapter_dir) if adapter_dir is not None else None
+    def of_adapters(cls, adapter_dirs: Sequence[str | os.PathLike[str]]) -> GamesPaths:
+        """In the adapter's run; a new directory in the working directory where it has none, or there are several."""
+        run = RunPaths.of_adapter(adapter_dirs[0]) if len(adapter_dirs) == 1 else None
         return run.games if run is not None else cls(Path(f"games_{datetime.now().strftime(TIMESTAMP_FORMAT)}"))
 
     @property
@@ -186,6 +190,40 @@ class GamesPaths:
             kind: ``gif`` or ``html``.
         """
         return self.games_dir / f"{which}.{kind}"
+
+    def of_player(self, player: str) -> GamesPaths:
+        """The places of what is one player's alone, where several are looked at."""
+        return GamesPaths(self.games_dir / _FILE_UNSAFE.sub("_", player))
+
+
+def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Short names that tell directories apart: those parts of their paths in which they differ.
+
+    Args:
+        paths: Different directories; of a run's adapter, time and name of the run count.
+
+    Returns:
+        A name for each, fit for a file's.
+    """
+    parts = [_telling_parts(path) for path in paths]
+    num_front = _num_shared(parts)
+    num_back = _num_shared([p[num_front:][::-1] for p in parts])
+    names = [_FILE_UNSAFE.sub("_", "_".join(p[num_front : len(p) - num_back]) or p[-1]) for p in parts]
+    return [name if names.count(name) == 1 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
+def _telling_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    run = RunPaths.of_adapter(path)
+    if run is None:
+        return Path(path).absolute().parts
+    return (*run.run_dir.parts[:-2], run.run_dir.parts[-2].removeprefix(_RUN_PREFIX), run.run_dir.name)
+
+
+def _num_shared(sequences: Sequence[Sequence[str]]) -> int:
+    """Number of items that all sequences begin with."""
+    return next(
+        (i for i, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1), min(map(len, sequences))
+    )
 
 
 def shipped_configs() -> dict[str, Path]:

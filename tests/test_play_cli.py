@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,112 @@ def test_without_an_adapter_the_base_model_plays_alone_and_says_so(
     table = check_games(GamesPaths(games_dir), ["base", "bfs", "random_legal"], 1)
     assert table["players"]["base"]["unparseable_rate"] == 1  # a random model says nothing that can be read
     assert table["settings"]["adapter"] is None
+
+
+@pytest.fixture(scope="module")
+def other_adapter_dir(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of another rank, trained on rows of another style in another template, moved out of its run."""
+    directory = tmp_path_factory.mktemp("other")
+    rows = directory / "rows.jsonl"
+    arguments = [*flags, f"--data.train_path={rows}", "--data.template=chat", "--model.lora.rank=4", "--root"]
+    arguments += [str(directory), "--trainer.max_steps=2", "--model.learning_rate=0.1", "--data.max_length=1500"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
+        assert main(["generate", "--out", str(rows), "--games", "4", "--grid_size", "5", "--style", "bfs-512"]) == 0
+        assert main(["fit", "--config", "balanced.yaml", *arguments]) == 0
+    (run_dir,) = directory.glob(RUN_PATTERN)
+    return RunPaths(run_dir).artifacts_dir.rename(directory / "rank four")
+
+
+def test_two_adapters_play_the_same_games_each_as_it_does_alone(
+    run: RunPaths, other_adapter_dir: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    arguments = ["test", "--config", "balanced.yaml", *flags, "--games=3", "--play.max_steps=8"]
+    alone, games = [], []
+    for adapter_dir in (run.artifacts_dir, other_adapter_dir):
+        assert main([*arguments, "--adapter", str(adapter_dir)]) == 0
+        paths = GamesPaths.of_adapters([adapter_dir])
+        if adapter_dir == other_adapter_dir:
+            (paths,) = map(GamesPaths, tmp_path.glob("games_*"))
+        alone.append(check_games(paths, ["adapter", "base", "bfs", "random_legal"], 3))
+        games.append({game.player: game for game in read_games(paths.games_path)})
+        shutil.rmtree(paths.games_dir)
+    capsys.readouterr()
+
+    assert main([*arguments, "--adapter", str(run.artifacts_dir), f"--adapter={other_adapter_dir}"]) == 0
+    printed = capsys.readouterr().out
+    (paths,) = map(GamesPaths, tmp_path.glob("games_*"))
+    table = json.loads(paths.table_path.read_text())
+    first, second = table["adapters"]
+    assert first.startswith("adapter ")
+    assert second.startswith("adapter ")
+    assert second.endswith("rank_four")
+    assert table["adapters"][first] == {
+        "directory": str(run.artifacts_dir), "style": "compact", "template": "instruction",
+    }  # fmt: skip
+    assert table["adapters"][second] == {"directory": str(other_adapter_dir), "style": "bfs-512", "template": "chat"}
+    bases = ["base compact", "base bfs-512"]
+    assert list(table["players"]) == [first, second, *bases, "bfs", "random_legal"]
+    for index, (adapter, base) in enumerate(zip((first, second), bases, strict=True)):
+        assert table["players"][adapter] == alone[index]["players"]["adapter"]
+        assert table["players"][base] == alone[index]["players"]["base"]
+        together = {game.player: game for game in read_games(paths.games_path)}
+        assert together[adapter].moves == games[index]["adapter"].moves
+        names = {path.name for path in (paths.games_dir / adapter.replace(" ", "_")).iterdir()}
+        assert names == {f"{which}.{kind}" for which in ("best", "median", "worst") for kind in ("gif", "html")}
+    assert table["players"][first] != table["players"][second]
+
+    difference = table["differences"][f"{first} - {second}"]
+    apples = [table["players"][name]["apples_mean"] for name in (first, second)]
+    assert difference["mean"] == pytest.approx(apples[0] - apples[1])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    line = f"{first} - {second}: {difference['mean']:+.1f} apples on the same games (95%: {difference['low']:+.1f} to"
+    assert line in printed
+    assert f"{second}: {other_adapter_dir}, prompts in bfs-512" in printed
+    assert "style" not in table["settings"]
+    for name, adapter_dir in ((first, run.artifacts_dir), (second, other_adapter_dir)):
+        assert store.read_metadata(adapter_dir).play["player"] == name
+
+
+def test_a_style_that_is_asked_for_is_that_of_all_adapters(
+    run: RunPaths, other_adapter_dir: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["test", "--config", "balanced.yaml", *flags, "--games=1", "--play.style=compact"]
+    assert main([*arguments, f"--adapter={run.artifacts_dir}", "--adapter", str(other_adapter_dir)]) == 0
+    (path,) = tmp_path.glob("games_*/table.json")
+    table = json.loads(path.read_text())
+    assert [adapter["style"] for adapter in table["adapters"].values()] == ["compact", "compact"]
+    assert [name for name in table["players"] if name.startswith("base")] == [
+        "base compact instruction", "base compact chat",
+    ]  # fmt: skip
+
+
+def test_adapters_of_different_grids_need_one_to_play_on(
+    run: RunPaths, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = Path(shutil.copytree(run.artifacts_dir, tmp_path / "other"))
+    metadata = json.loads((other / store.METADATA_FILE).read_text())
+    (other / store.METADATA_FILE).write_text(json.dumps({**metadata, "grid_size": 6}))
+    arguments = ["test", "--config", "balanced.yaml", *flags, "--games=1", "--adapter", str(run.artifacts_dir)]
+    arguments += ["--adapter", str(other)]
+    assert main(arguments) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "trained on 5x5 and 6x6 grids. Set --play.grid_size" in error
+    assert main([*arguments, "--play.grid_size=6"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "predict"])
+def test_other_verbs_take_one_adapter(
+    verb: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "--config", "balanced.yaml", *flags, "--adapter=a", "--adapter", "b"]) == 2
+    assert f"{verb} takes one --adapter; test plays several" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ PEFT loads an adapter whose keys do not match as one that does nothing, with a w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata as importlib_metadata
@@ -326,6 +328,7 @@ def load(
     adapter_dir: str | os.PathLike[str],
     base_model: PreTrainedModel | str | None = None,
     *,
+    adapter_name: str = "default",
     is_trainable: bool = False,
     full_precision_base: bool = False,
     **load_options: Any,
@@ -336,6 +339,7 @@ def load(
         adapter_dir: The adapter directory.
         base_model: A loaded base, a name, or None for the base that the metadata names. A loaded one is left as it was
             where the adapter does not fit.
+        adapter_name: What PEFT is to call it.
         is_trainable: Whether the adapter's parameters take gradients.
         full_precision_base: Load the base unquantised also where the adapter was trained on a quantised one.
         load_options: Passed to ``load_base_model`` where the base is loaded here.
@@ -362,21 +366,54 @@ def load(
         check_base(metadata, base_model.name_or_path, directory)
     if quantization_of(base_model) is not None:
         prepare_quantized_base(base_model)
+    with _fitting(metadata, directory):
+        model = PeftModel.from_pretrained(
+            base_model,
+            str(directory),
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            ignore_mismatched_sizes=True,
+        )
     try:
-        with warnings.catch_warnings():
-            # What does not match is refused below, by name.
-            warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(
-                base_model, str(directory), is_trainable=is_trainable, ignore_mismatched_sizes=True
-            )
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--adapter {directory}: does not fit {metadata.base_model} ({one_line(error)}).") from error
-    try:
-        check_weights(model, directory)
+        check_weights(model, directory, adapter_name)
     except UserError:
         model.unload()
         raise
     return model
+
+
+def add(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str) -> None:
+    """Load another verified adapter beside those that a model carries; which one computes does not change.
+
+    Args:
+        model: A PEFT model with adapters of the same PEFT type.
+        adapter_dir: The adapter directory.
+        adapter_name: What PEFT is to call it.
+
+    Raises:
+        UserError: If the adapter is damaged or does not fit the model, which is then as it was.
+    """
+    directory = Path(adapter_dir)
+    metadata = verify(directory)
+    try:
+        with _fitting(metadata, directory):
+            model.load_adapter(str(directory), adapter_name, ignore_mismatched_sizes=True)
+        check_weights(model, directory, adapter_name)
+    except UserError:
+        if adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        raise
+
+
+@contextlib.contextmanager
+def _fitting(metadata: AdapterMetadata, directory: Path) -> Iterator[None]:
+    """Say in one line that an adapter does not fit; what PEFT only warns of is for ``check_weights`` to refuse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--adapter {directory}: does not fit {metadata.base_model} ({one_line(error)}).") from error
 
 
 def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.cli import ignore_known_warnings
+from snake_lora_pl.console import ignore_known_warnings
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
@@ -67,6 +67,7 @@ def load_player(
     reading: Reading = "generate",
     legal_mask: bool = False,
     max_new_tokens: int = 192,
+    full_precision_base: bool = False,
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -81,6 +82,7 @@ def load_player(
         reading: ``generate`` lets it write and reads its conclusion, ``score`` compares the four moves.
         legal_mask: Compare legal moves only; needs ``score``.
         max_new_tokens: Longest answer, in tokens; a longer one names no move.
+        full_precision_base: Play on the unquantised base also where the adapter was trained on a quantised one.
         dtype: Type of the base, as ``model.dtype`` takes it.
         device: Where to compute, as torch names it; None takes CUDA where there is one, else the CPU.
         trust_remote_code: Whether code that comes with a hub model may run.
@@ -103,6 +105,7 @@ def load_player(
         revision=metadata.base_revision if base_model is None else None,
         dtype=dtype,
         max_new_tokens=max_new_tokens,
+        full_precision_base=full_precision_base,
         trust_remote_code=trust_remote_code,
     )
     with warnings.catch_warnings():

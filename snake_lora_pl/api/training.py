@@ -13,7 +13,8 @@ from typing import Any
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.cli import SnakeCLI, build_and_run, ignore_known_warnings
+from snake_lora_pl.cli import SnakeCLI, build_and_run
+from snake_lora_pl.console import ignore_known_warnings
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint

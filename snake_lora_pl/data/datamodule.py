@@ -148,7 +148,11 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     @functools.cached_property
     def encoder(self) -> Encoder:
         """What turns prompts and rows into ids."""
-        return Encoder(self.tokenizer, self.template, self.max_length, self.on_overflow)
+        return self.encoder_of(self.template)
+
+    def encoder_of(self, template: TemplateName) -> Encoder:
+        """The same in another template, for a model that was trained in it."""
+        return Encoder(self.tokenizer, template, self.max_length, self.on_overflow)
 
     # Data
 

@@ -119,7 +119,7 @@ class PlayEvaluation(pl.Callback):
         module, data = cast(TrainedModule, pl_module), _data(trainer)
         loop = self.settings.loop(self.settings.grid_size or data.resolved_grid_size)
         with _in_eval_mode(pl_module), isolate_rng():
-            policy = make_player(module, data, style, self.settings.reading, "model")
+            policy = make_player(module, data.encoder, style, self.settings.reading, "model")
             with shown_progress(trainer, policy.name) as progress:
                 result = play_shared(policy, self._seeds, Ranks.of(trainer), **loop, progress=progress)
         self._last_step = trainer.global_step

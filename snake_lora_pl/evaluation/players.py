@@ -16,8 +16,10 @@ from snake_lora_pl.game import STYLES, Style
 class TrainedModule(Protocol):
     """What of a LightningModule playing needs."""
 
+    model: Any
     tokenizer: Any
     max_new_tokens: int
+    full_precision_base: bool
 
     @property
     def peft_model(self) -> Any:
@@ -41,10 +43,14 @@ class PlayData(Protocol):
     """What of a DataModule playing needs."""
 
     trainer: Any
+    template: Any
 
     @property
     def encoder(self) -> PromptEncoder:
         """What turns prompts into ids."""
+
+    def encoder_of(self, template: Any) -> PromptEncoder:
+        """What turns prompts into ids in another template."""
 
     @property
     def prompt_format(self) -> str:
@@ -64,13 +70,13 @@ def find_style(settings: PlaySettings, data: PlayData) -> Style | None:
 
 
 def make_player(
-    module: TrainedModule, data: PlayData, style: Style, reading: str, name: str, *, legal_mask: bool = False
+    module: TrainedModule, encoder: PromptEncoder, style: Style, reading: str, name: str, *, legal_mask: bool = False
 ) -> LanguageModelPolicy:
     """A module's model, as it now is, as a player."""
     return LanguageModelPolicy(
         module.peft_model,
         module.tokenizer,
-        data.encoder.encode_prompts,
+        encoder.encode_prompts,
         style,
         name=name,
         reading=reading,

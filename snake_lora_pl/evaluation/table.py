@@ -62,12 +62,20 @@ def render_table(results: Sequence[PlayerResult]) -> Table:
     return table
 
 
-def table_json(results: Sequence[PlayerResult], settings: Mapping[str, Any]) -> dict[str, Any]:
+def table_json(
+    results: Sequence[PlayerResult], settings: Mapping[str, Any], adapters: Mapping[str, Any]
+) -> dict[str, Any]:
     """The same as plain JSON.
 
+    Args:
+        results: The players, having played the same games.
+        settings: What the games follow from.
+        adapters: What to say of each player that is an adapter, by its name.
+
     Returns:
-        ``settings`` as given; ``players``: name -> ``reading`` and every figure but the speed, equal from run to run;
-        ``differences``: what the first player is ahead of each other one, in apples; ``moves_per_second``.
+        ``settings`` and ``adapters`` as given; ``players``: name -> ``reading`` and every figure but the speed, equal
+        from run to run; ``differences``: what the first player is ahead of each other one, in apples;
+        ``moves_per_second``.
     """
     players: dict[str, Any] = {}
     speeds: dict[str, float] = {}
@@ -81,7 +89,13 @@ def table_json(results: Sequence[PlayerResult], settings: Mapping[str, Any]) -> 
         f"{first.name} - {other.name}": paired_difference(first.summaries, other.summaries)._asdict()
         for other in others
     }
-    return {"settings": dict(settings), "players": players, "differences": differences, _SPEED: speeds}
+    return {
+        "settings": dict(settings),
+        "adapters": dict(adapters),
+        "players": players,
+        "differences": differences,
+        _SPEED: speeds,
+    }
 
 
 def differences_in_words(results: Sequence[PlayerResult]) -> list[str]:

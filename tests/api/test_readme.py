@@ -46,3 +46,19 @@ def test_the_three_classes_work_with_a_trainer_and_no_command_line(rows: None) -
     assert metadata.metrics["val/loss"] > 0
     assert any(p.abs().max() > 0 for n, p in store.load("my_run/adapter").named_parameters() if "lora_B" in n)
     assert torch.load("my_run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 50
+
+
+def test_two_adapters_share_one_base(rows: None) -> None:
+    for name in ("first", "second"):
+        exec(
+            compile(
+                examples()[1].replace("my_run/adapter", f"{name}_adapter").replace("=50", "=2").replace("=25", "=2"),
+                "README.md",
+                "exec",
+            ),
+            {},
+        )
+    names: dict = {}
+    exec(compile(examples()[2], "README.md", "exec"), names)
+    assert names["shared"].names == ["second"]
+    assert names["model"] is names["shared"].model

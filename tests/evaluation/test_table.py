@@ -59,14 +59,14 @@ def test_the_table_has_a_column_for_each_player_and_a_row_for_each_figure() -> N
 
 
 def test_two_runs_give_equal_tables_but_for_the_speed() -> None:
-    first, second = (table_json(players(), {"seed": 0}) for _ in range(2))
+    first, second = (table_json(players(), {"seed": 0}, {}) for _ in range(2))
     assert first.pop("moves_per_second").keys() == second.pop("moves_per_second").keys()
     assert json.dumps(first) == json.dumps(second)
 
 
 def test_the_first_player_is_compared_with_each_other_one() -> None:
     results = players()
-    table = table_json(results, {})
+    table = table_json(results, {}, {})
     mean = results[0].figures()["apples_mean"]
     assert table["differences"]["adapter - base"]["mean"] == mean
     assert list(table["differences"]) == ["adapter - base", "adapter - random_legal"]
