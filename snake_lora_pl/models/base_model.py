@@ -202,7 +202,7 @@ def load_base_model(
         attn_implementation: As transformers has it, e.g. ``sdpa``; its own choice if None.
         quantization: Quantise it while it loads; its linear layers then compute in ``dtype``.
         device: Where a quantised model is packed and lies; the current accelerator if None. Any other model is loaded
-            on the CPU.
+            on the CPU. ``meta`` gives a model of the same layers and types without weights, and downloads none.
 
     Returns:
         The model in evaluation mode. Its ``name_or_path`` is the source's ``canonical_id``, which PEFT writes into
@@ -214,7 +214,10 @@ def load_base_model(
     from transformers import AutoModelForCausalLM
 
     chosen_dtype = choose_dtype(dtype) if isinstance(dtype, str) else dtype
-    source = prepare_base_model(name, revision=revision)
+    is_empty = str(device) == "meta"
+    source = _prepare(name, revision, with_weights=not is_empty)
+    if is_empty:
+        return _named(_load_empty(source, chosen_dtype, trust_remote_code, attn_implementation, quantization), source)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization, chosen_dtype)
@@ -240,6 +243,10 @@ def load_base_model(
         )
     if quantization is not None:
         make_trainable(model)
+    return _named(model, source)
+
+
+def _named(model: PreTrainedModel, source: BaseModelSource) -> PreTrainedModel:
     model.name_or_path = model.config._name_or_path = source.canonical_id
     if model.config.pad_token_id is None:
         eos = model.config.eos_token_id
@@ -247,6 +254,29 @@ def load_base_model(
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = model.config.pad_token_id
     return model
+
+
+def _load_empty(
+    source: BaseModelSource,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    quantization: QuantizationConfig | None,
+) -> PreTrainedModel:
+    """The architecture of a base model, in evaluation mode; its weights are on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _load_errors(source, "model", needed_file="config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+        if quantization is not None:
+            from snake_lora_pl.models.empty_quantized import replace_linear_layers
+
+            replace_linear_layers(model, quantization)
+            model.config.quantization_config = bitsandbytes_config(quantization, dtype)
+    return model.eval()
 
 
 @contextlib.contextmanager

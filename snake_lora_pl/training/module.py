@@ -156,17 +156,22 @@ class LoRALightningModule(pl.LightningModule):
             )
         else:
             self.model = AdapterFactory.create(self.adapter_type, self.base_model, self.lora, **options)
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # The frozen embedding's output needs a gradient, or a checkpointed layer has no input that does and its
-            # adapter stays untrained.
-            self.model.enable_input_require_grads()
-        # Weights load in eval mode; Lightning keeps the mode it finds.
-        self.model.train()
+        self.prepare_for_training()
         self._check_head()
         if self._trainer is not None and isinstance(self._trainer.strategy, FullyShardedStrategy):
             self._check_shardable()
             shard(self.model, self._trainer.strategy)
+
+    def prepare_for_training(self) -> None:
+        """Set up, once the model is there, what does not depend on its weights."""
+        model = self.peft_model
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The frozen embedding's output needs a gradient, or a checkpointed layer has no input that does and its
+            # adapter stays untrained.
+            model.enable_input_require_grads()
+        # Weights load in eval mode; Lightning keeps the mode it finds.
+        model.train()
 
     def _check_shardable(self) -> None:
         """Refuse an adapter of which a part is not trained: from slices only what is trained is gathered and saved."""
@@ -237,20 +242,30 @@ class LoRALightningModule(pl.LightningModule):
         """
         return self.peft_model.get_base_model().base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.peft_model.get_base_model())
+
     @contextlib.contextmanager
     def compute_context(self) -> Iterator[None]:
         """Compute in the base's type while the adapter's weights stay in float32."""
-        from peft.helpers import disable_input_dtype_casting
-
-        dtype = compute_dtype(self.peft_model.get_base_model())
+        dtype = self._compute_dtype
         if dtype == torch.float32:
             yield
             return
+        with torch.autocast(self._head.weight.device.type, dtype=dtype), self._without_casts():
+            yield
+
+    @contextlib.contextmanager
+    def _without_casts(self) -> Iterator[None]:
+        """Leave it to autocast, not to PEFT, in which type an adapter computes."""
+        from peft.helpers import disable_input_dtype_casting
+
+        if self._compute_dtype == torch.float32:
+            yield
+            return
         # Without autocast PEFT would cast every adapter's input to float32 and its product back.
-        with (
-            torch.autocast(self._head.weight.device.type, dtype=dtype),
-            disable_input_dtype_casting(self.peft_model),
-        ):
+        with disable_input_dtype_casting(self.peft_model):
             yield
 
     # ------------------------------------------------------------------ training
@@ -265,6 +280,12 @@ class LoRALightningModule(pl.LightningModule):
         self._step_num_targets.append(targets.mask.sum())
         self._step_sources.append(batch["sources"])
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Lightning does; checkpointed layers, which compute again here, find the settings of the forward pass."""
+        # torch.utils.checkpoint restores autocast's state but knows nothing of PEFT's.
+        with self._without_casts():
+            super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over every target token of this optimiser step, on all ranks.

@@ -102,10 +102,11 @@ def test_every_lora_factor_moves_also_under_gradient_checkpointing(
     assert not stuck
 
 
-def test_gradient_checkpointing_gives_the_same_adapter(make_module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_gives_the_same_adapter(make_module, tmp_path: Path, dtype: str) -> None:
     results = []
     for gradient_checkpointing in (False, True):
-        module = make_module(gradient_checkpointing=gradient_checkpointing)
+        module = make_module(gradient_checkpointing=gradient_checkpointing, dtype=dtype)
         make_trainer(tmp_path, max_epochs=2).fit(module, make_loader(make_rows(8), 4))
         results.append(adapter_weights(module))
     for name, weight in results[0].items():
