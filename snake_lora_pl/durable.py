@@ -75,6 +75,9 @@ def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                # Some writers make files only their owner can read; what lands in a shared directory follows the umask.
+                os.chmod(file, 0o666 & ~_umask())
             _sync(file)
         _sync(temporary)
         if path.exists():

@@ -38,11 +38,12 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
         with open_durably(tmp_path / "file"):
             pass
         with directory_durably(tmp_path / "directory") as directory:
-            (directory / "inside").write_text("")
+            (directory / "inside").touch(mode=0o600)
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "directory").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "directory" / "inside").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.fixture(params=["one step", "two renames"])

@@ -133,7 +133,17 @@ def _serving(metadata: AdapterMetadata) -> list[str]:
     if obstacles:
         return ["## Serve", "", f"Not with vLLM as it is ({'; '.join(obstacles)}): merge it first.", ""]
     command = vllm_command(metadata.peft_config, metadata.base_model, "path/to/this/directory")
-    return ["## Serve", "", "```", command, "```", ""]
+    return ["## Serve", "", "```", command, "```", "", *_quantized(metadata)]
+
+
+def _quantized(metadata: AdapterMetadata) -> list[str]:
+    if not metadata.quantization:
+        return []
+    return [
+        f"It was trained on its base in {metadata.quantization['bits']} bits: on the full weights, as above, its "
+        "answers differ a little. `python -m snake_lora_pl merge` writes the model that was trained.",
+        "",
+    ]
 
 
 def _body(metadata: AdapterMetadata) -> list[str]:
@@ -155,6 +165,7 @@ def _body(metadata: AdapterMetadata) -> list[str]:
                 "layers": layers if isinstance(layers, str) else ", ".join(sorted(layers)),
                 "trained parameters": f"{metadata.trainable_parameters:,} of {metadata.total_parameters:,}",
                 "epoch": metadata.epoch,
+                **({"base stored as": metadata.quantization} if metadata.quantization else {}),
             },
         ),
         "## Metrics",

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.card import merged_model_card
+from snake_lora_pl.adapters.qlora import dequantize_base
 from snake_lora_pl.durable import directory_durably
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.quantization import QuantizationConfig
 from snake_lora_pl.models.wheel import one_line
 
 if TYPE_CHECKING:
@@ -56,8 +58,9 @@ def merge(
 ) -> MergedModel:
     """Write an adapter, merged into its base, as a directory that ``AutoModelForCausalLM`` loads without PEFT.
 
-    The merge is computed in float32, whatever the base is stored in: four bytes a parameter. What was written is read
-    back and its logits are compared with the adapter's before the directory appears.
+    The merge is computed in float32, whatever the base is stored in: four bytes a parameter. An adapter that was
+    trained on a quantised base is merged into what that base stood for. What was written is read back and its logits
+    are compared before the directory appears.
 
     Args:
         adapter_dir: The adapter directory.
@@ -86,7 +89,12 @@ def merge(
     store.check_base(metadata, name, adapter_dir)
     chosen = stored_dtype(prepare_base_model(name)) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    base = load_base_model(name, dtype="float32", trust_remote_code=trust_remote_code)
+    quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
+    base = load_base_model(
+        name, dtype="float32", trust_remote_code=trust_remote_code, quantization=quantization, device="cpu"
+    )
+    # The adapter corrects the rounded weights; merged into the rounding itself it would be lost.
+    base = dequantize_base(base)
     model = store.load(adapter_dir, base).eval()
     expected = _probe(model)
     merged = _merge(model)

@@ -313,9 +313,6 @@ def _quiet_transformers() -> Iterator[None]:
 def _write_manifest(directory: Path, model: WheelModel) -> None:
     """Record what a finished directory holds and how it was made."""
     files = sorted(directory.iterdir())
-    for path in files:
-        # Weights are written for the owner alone; a cache that several users share needs the mode of its neighbours.
-        shutil.copymode(directory / "config.json", path)
     manifest = {
         "format": MANIFEST_FORMAT,
         "canonical_id": model.canonical_id,

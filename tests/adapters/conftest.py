@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,3 +49,8 @@ def save_adapter(model: PeftModel, directory: Path, base_dir: Path, adapter_type
         data={"data_hash": "abc", "template": "instruction"},
     )
     return store.save(model, directory, metadata, load_tokenizer(str(base_dir)))
+
+
+def rewrite_metadata(adapter_dir: Path, **changes: Any) -> None:
+    path = adapter_dir / store.METADATA_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

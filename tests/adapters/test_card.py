@@ -121,3 +121,11 @@ def test_the_card_says_how_to_serve_it_or_why_not(adapter_dir: Path, changes: di
     metadata = on_the_hub(adapter_dir)
     metadata = dataclasses.replace(metadata, peft_config={**metadata.peft_config, **changes})
     assert part in model_card(metadata)
+
+
+def test_the_card_of_an_adapter_of_a_quantised_base_says_so(adapter_dir: Path) -> None:
+    metadata = dataclasses.replace(store.read_metadata(adapter_dir), quantization={"bits": 4, "quant_type": "nf4"})
+    text = model_card(metadata)
+    assert "| base stored as | bits: 4, quant_type: nf4 |" in text
+    assert "It was trained on its base in 4 bits" in text
+    assert "4 bits" not in model_card(store.read_metadata(adapter_dir))

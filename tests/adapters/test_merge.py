@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from snake_lora_pl.adapters import merge as merge_module
 from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.merge import merge
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import load_base_model
-from tests.adapters.conftest import save_adapter
+from snake_lora_pl.models.quantization import QuantizationConfig
+from tests.adapters.conftest import rewrite_metadata, save_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 201]])
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -87,6 +91,33 @@ def test_adalora_merges(tiny_llama_dir: Path, tmp_path: Path) -> None:
     adapter_dir, expected = make_adapter(config, tiny_llama_dir, tmp_path / "adapter")
     merge(adapter_dir, tmp_path / "merged")
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_of_a_quantised_base_is_merged_into_what_that_base_stood_for(
+    bits: int, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = LoRAConfig(rank=4, quantization=QuantizationConfig(bits=bits))
+    model = AdapterFactory.create("qlora", str(tiny_llama_dir), config, dtype="float32").eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    adapter_dir = save_adapter(model, tmp_path / "adapter", tiny_llama_dir, "qlora")
+    rewrite_metadata(adapter_dir, quantization=dataclasses.asdict(config.quantization))
+    merged = merge(adapter_dir, tmp_path / "merged")
+
+    assert "quantization_config" not in json.loads((merged.path / "config.json").read_text())
+    # 8-bit layers round what they compute with too, which no plain layer does.
+    tolerance = 1e-3 if bits == 4 else 0.1
+    difference = (logits(merged.path) - expected).abs().max()
+    assert difference < tolerance * expected.std()
+    # On the full weights the adapter is another model.
+    on_full_weights = store.load(adapter_dir, full_precision_base=True, dtype="float32").eval()
+    with torch.no_grad():
+        assert (on_full_weights(IDS).logits - expected).abs().max() > difference + tolerance / 2 * expected.std()
 
 
 def test_the_directory_is_a_plain_model_with_tokenizer_and_card(adapter_dir: Path, tmp_path: Path) -> None:

@@ -16,13 +16,9 @@ from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import load_base_model, load_tokenizer
 from snake_lora_pl.models.wheel import file_sha256
+from tests.adapters.conftest import rewrite_metadata
 
 IDS = torch.tensor([[5, 9, 30, 7]])
-
-
-def rewrite_metadata(adapter_dir: Path, **changes: Any) -> None:
-    path = adapter_dir / store.METADATA_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def rewrite_weights(adapter_dir: Path, tensors: dict[str, torch.Tensor]) -> None:

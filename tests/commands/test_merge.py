@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from snake_lora_pl.__main__ import main
+from tests.adapters.conftest import rewrite_metadata
 from tests.adapters.test_gguf import CONVERTER
 
 
@@ -31,8 +32,6 @@ def test_merge_ends_with_one_line_that_says_what_was_written(
 def test_export_writes_the_prompts_of_the_training_into_the_modelfile(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, expected: str
 ) -> None:
-    from tests.adapters.test_store import rewrite_metadata
-
     rewrite_metadata(adapter_dir, data={"template": template})
     (tmp_path / "convert.py").write_text(CONVERTER)
     out = tmp_path / "out"
