@@ -12,6 +12,7 @@ from snake_lora_pl.models.base_model import (
     stored_dtype,
 )
 from snake_lora_pl.models.dtype import DTYPES, choose_dtype
+from snake_lora_pl.models.layers import repeated_layers
 from snake_lora_pl.models.quantization import QuantizationConfig
 from snake_lora_pl.models.wheel import WHEEL_MODELS
 
@@ -24,6 +25,7 @@ __all__ = [
     "load_base_model",
     "load_tokenizer",
     "prepare_base_model",
+    "repeated_layers",
     "resolve_base_model",
     "stored_dtype",
 ]

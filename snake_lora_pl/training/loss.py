@@ -20,6 +20,10 @@ from torch import Tensor, nn
 IGNORE_INDEX = -100
 
 
+# Rows of logits whose float32 copy stays in a CPU's cache from one pass over it to the next.
+_CPU_ROWS = 32
+
+
 class Targets(NamedTuple):
     """The positions of a batch that carry loss.
 
@@ -89,14 +93,17 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, token_ids.numel(), chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
-                targets = token_ids[chunk, None]
-                logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()  # (chunk, vocab)
-                log_sum = logits.logsumexp(dim=-1, keepdim=True)
-                loss += (log_sum - logits.gather(1, targets)).sum()
+                logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias)  # (chunk, vocab)
+                rows = _CPU_ROWS if logits.device.type == "cpu" else chunk_tokens
+                for part, targets in zip(logits.split(rows), token_ids[chunk, None].split(rows), strict=True):
+                    log_probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+                    loss -= log_probabilities.gather(1, targets).sum()
+                    if grad_hidden is not None:
+                        grad_part = log_probabilities.exp_()
+                        grad_part.scatter_add_(1, targets, grad_part.new_full((1, 1), -1.0).expand_as(targets))
+                        part.copy_(grad_part)
                 if grad_hidden is not None:
-                    grad_logits = logits.sub_(log_sum).exp_()
-                    grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
-                    grad_hidden[chunk] = (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype)
+                    grad_hidden[chunk] = logits @ weight
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return loss

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import repeated_layers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -142,8 +143,7 @@ def shard(model: nn.Module, strategy: FullyShardedStrategy) -> None:
     _share_trained(model, strategy)
     base = model.get_base_model()  # type: ignore[operator]
     backbone: nn.Module = base.base_model
-    layer_names = set(base._no_split_modules or ())
-    layers = [part for part in backbone.modules() if type(part).__name__ in layer_names]
+    layers = repeated_layers(base)
     if not layers:
         raise UserError(
             f"trainer.strategy: {type(base).__name__} does not say which of its parts are layers, so it cannot be cut "

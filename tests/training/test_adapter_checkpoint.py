@@ -68,7 +68,7 @@ def test_last_is_written_every_n_steps_and_best_k_are_kept(make_module, tmp_path
 
 def test_the_adapter_directory_is_the_best_by_the_monitored_metric(make_module, tmp_path: Path) -> None:
     # A rate this high ruins the model after the first epochs, so that the best is not the last.
-    module = make_module(learning_rate=3e-1)
+    module = make_module(learning_rate=1.0)
     checkpoint = make_checkpoint(tmp_path)
     trainer = fit(module, tmp_path, checkpoint, max_epochs=4)
     adapter_dir = tmp_path / "run" / "lora_adapters" / "model_artifacts"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from torchmetrics import Metric
 
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import repeated_layers
 from tests.training.conftest import PAD, collate, make_loader, make_rows, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
@@ -272,3 +274,44 @@ def test_share_of_trained_parameters_is_logged(make_module, caplog: pytest.LogCa
     with caplog.at_level("INFO", logger="snake_lora_pl"):
         make_module(lora=LoRAConfig()).configure_model()
     assert any("parameters trained (" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("share_head", [False, True])
+def test_fused_layers_train_as_the_models_own(make_module, tmp_path: Path, share_head: bool) -> None:
+    rows = make_rows(8)
+    if share_head:
+        rows = [([5, 6, 7, 8, *ids], prompt + 4) for ids, prompt in rows]
+    weights, losses = [], []
+    for fused_layers in ("always", "never"):
+        module = make_module(fused_layers=fused_layers)
+        trainer = make_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=2)
+        trainer.fit(module, make_loader(rows, 2), make_loader(rows, 3))
+        assert (module._fused is not None) == (fused_layers == "always")
+        weights.append(adapter_weights(module))
+        losses.append({k: v for k, v in trainer.callback_metrics.items() if k.startswith(("train", "val"))})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_cannot_be_fused_are_an_error_where_they_must_be(make_module) -> None:
+    module = make_module(fused_layers="always")
+    module.configure_model()
+    module.peft_model.base_model.disable_adapter_layers()
+    with pytest.raises(UserError, match="model.fused_layers is 'always', but .* Set it to 'auto'"):
+        module._fuse()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_train_as_the_others(make_module, tmp_path: Path) -> None:
+    rows = make_rows(6)
+    losses = []
+    for compiled in (True, False):
+        module = make_module(compile_layers=compiled, fused_layers="auto" if compiled else "never")
+        trainer = make_trainer(tmp_path, max_epochs=2)
+        trainer.fit(module, make_loader(rows, 3))
+        layers = repeated_layers(module.peft_model.get_base_model())
+        assert all((layer._compiled_call_impl is not None) == compiled for layer in layers)
+        losses.append(trainer.callback_metrics["train/loss"])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)

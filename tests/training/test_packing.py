@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snake_lora_pl.training.loss import IGNORE_INDEX, select_targets
+from snake_lora_pl.training.packing import pack
+
+PAD = 0
+
+# A row: tokens, and which of them carry a label.
+rows_strategy = st.lists(
+    st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5
+)
+
+
+def batch_of(rows: list[list[tuple[int, bool]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows) + 1
+    input_ids = torch.full((len(rows), width), PAD)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
+    for i, row in enumerate(rows):
+        for j, (token, labelled) in enumerate(row):
+            input_ids[i, j] = token
+            if labelled:
+                labels[i, j] = token
+    return input_ids, labels
+
+
+@given(rows_strategy, st.booleans())
+@settings(deadline=None, max_examples=300)
+def test_every_target_is_predicted_after_exactly_its_own_row(rows: list, share_head: bool) -> None:
+    input_ids, labels = batch_of(rows)
+    targets = select_targets(labels)
+    batch = pack(input_ids, labels, share_head=share_head)
+    if batch is None:
+        assert targets.token_ids.numel() == 0
+        return
+    assert batch.target_ids.tolist() == targets.token_ids.tolist()
+    assert share_head or batch.head_length == 0
+
+    # What each packed token may see, written down the slow way: the head, and the tokens of its row before it.
+    rest = list(range(batch.head_length, len(batch.token_ids)))
+    places = batch.rest_index.tolist() if batch.rest_index.numel() else [p - batch.head_length for p in rest]
+    row_of = {packed: place // batch.rest_length for packed, place in zip(rest, places, strict=True)}
+    seen = []
+    for packed in batch.target_index.tolist():
+        own_row = [p for p in rest if p <= packed and row_of[p] == row_of.get(packed)]
+        context = [*range(min(batch.head_length, packed + 1)), *own_row]
+        assert batch.position_ids[context].tolist() == list(range(len(context)))
+        seen.append(batch.token_ids[context].tolist())
+    expected = [input_ids[i, : j + 1].tolist() for i, j in targets.mask.nonzero().tolist()]
+    assert seen == expected
+
+
+@given(rows_strategy)
+@settings(deadline=None, max_examples=100)
+def test_padded_rests_hold_the_rows(rows: list) -> None:
+    batch = pack(*batch_of(rows))
+    if batch is None or not batch.padded_index.numel():
+        return
+    padded = batch.token_ids[batch.padded_index].view(batch.num_rows, batch.rest_length)
+    flat = padded.flatten()[batch.rest_index]
+    assert flat.tolist() == batch.token_ids[batch.head_length :].tolist()
+
+
+def test_padding_and_what_carries_no_loss_are_not_packed() -> None:
+    input_ids, labels = batch_of([[(1, False), (2, False), (3, True)], [(1, False), (1, True), (2, False), (2, False)]])
+    batch = pack(input_ids, labels)
+    assert batch is not None
+    assert batch.head_length == 0  # the second row is read up to its first token alone, and keeps that for itself
+    assert batch.token_ids.tolist() == [1, 2, 1]
+
+
+def test_equal_rows_share_all_but_their_last_token() -> None:
+    row = [(1, False), (2, False), (3, False), (1, True)]
+    batch = pack(*batch_of([row] * 4))
+    assert batch is not None
+    assert batch.head_length == 2
+    assert batch.token_ids.tolist() == [1, 2, 3, 3, 3, 3]
