@@ -76,7 +76,8 @@ class LoRALightningModule(pl.LightningModule):
             frozen base, where architecture and adapter allow it, and the model's own code elsewhere (the log says
             why); ``always`` makes the latter an error; ``never`` runs the model's own code.
         compile_layers: Compile the model's own layers with ``torch.compile``: minutes at the start, for a long run on
-            a GPU. ``data.pad_to_multiple_of`` at ``data.max_length`` gives every batch one shape. Excludes fused layers.
+            a GPU. ``data.pad_to_multiple_of`` at ``data.max_length`` gives every batch one shape. Excludes fused
+            layers.
         text_metrics: Metrics that read text: ``update(prompts, targets, predictions)`` takes three lists of strings
             and ``compute()`` returns a dict of scalars, logged as ``val/NAME``; a NaN says that nothing could be read.
     """
