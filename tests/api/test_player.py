@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,15 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.play import play_games
 from snake_lora_pl.game import Board, Move, get_style
+from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 
 BOARD = Board(5, ((2, 2), (2, 1)), (4, 4))
 
 
-def save_adapter(directory: Path, base: Path, **data: str) -> Path:
+def save_adapter(directory: Path, base: Path, adapter_type: str = "lora", **data: str) -> Path:
     """An adapter that does something, as a run would leave it."""
     torch.manual_seed(1)
-    module = LoRALightningModule(str(base), lora=LoRAConfig(rank=4), dtype="float32")
+    module = LoRALightningModule(str(base), adapter_type, LoRAConfig(rank=4), dtype="float32")
     module.configure_model()
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
@@ -126,3 +128,16 @@ def test_a_directory_that_holds_no_adapter_is_refused(tmp_path: Path, adapter_di
         load_player(tmp_path / "nowhere")
     metadata = json.loads((adapter_dir / store.METADATA_FILE).read_text())
     assert metadata["data"]["prompt_format"] == "compact"
+
+
+def test_an_adapter_of_a_quantised_base_plays_on_a_quantised_base(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    adapter_dir = save_adapter(
+        tmp_path / "qlora", tiny_llama_dir, adapter_type="qlora", prompt_format="compact", template="raw"
+    )
+    settings: dict[str, Any] = {"reading": "score", "dtype": "float32", "device": "cpu"}
+    player = load_player(adapter_dir, **settings)
+    assert quantization_of(player.policy._model.get_base_model()) == QuantizationConfig()
+    assert player.move(BOARD) in Move
+    plain = load_player(adapter_dir, **settings, full_precision_base=True)
+    assert quantization_of(plain.policy._model.get_base_model()) is None
+    assert plain.move(BOARD) in Move
