@@ -12,11 +12,25 @@ from transformers import AutoModelForCausalLM
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.adapters.gguf import find_converter
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import load_base_model, load_tokenizer, prepare_base_model
+from snake_lora_pl.models import load_base_model, load_tokenizer, prepare_base_model, resolve_base_model
 from snake_lora_pl.paths import RunPaths, base_model_cache_dir
 
 SHARED_ROWS = Path(__file__).parents[2] / "shared/data/heuristics_v0.04/grid-size-10/bfs-512/BFS-512_dataset.jsonl"
+
+
+def fetch_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch the base model into a cache of the test's own, or skip where nothing can be fetched."""
+    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path / "cache"))
+    try:
+        prepare_base_model("smollm2-135m")
+    except UserError as error:
+        if "cannot download" not in str(error):  # a wrong hash or a failed conversion is a failure
+            raise
+        pytest.skip(f"the base model cannot be fetched here: {error}")
 
 
 @pytest.mark.slow
@@ -25,13 +39,7 @@ def test_the_real_model_learns_from_real_rows_and_its_adapter_loads_in_plain_pef
     bfs512_sample_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path / "cache"))
-    try:
-        prepare_base_model("smollm2-135m")
-    except UserError as error:
-        if "cannot download" not in str(error):  # a wrong hash or a failed conversion is a failure
-            raise
-        pytest.skip(f"the base model cannot be fetched here: {error}")
+    fetch_base_model(tmp_path, monkeypatch)
     rows = SHARED_ROWS if SHARED_ROWS.is_file() else bfs512_sample_path
 
     arguments = ["--config", "balanced.yaml", "--config", "quickstart.yaml", f"--data.train_path={rows}"]
@@ -57,3 +65,42 @@ def test_the_real_model_learns_from_real_rows_and_its_adapter_loads_in_plain_pef
     plain = PeftModel.from_pretrained(plain_base, adapter_dir)(ids).logits
     assert torch.equal(plain, ours)
     assert not torch.equal(plain, untrained)
+
+    merged_dir = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(adapter_dir), "--out", str(merged_dir), "--dtype", "float32"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(merged_dir)(ids).logits
+    expected = store.load(adapter_dir, dtype="float32").eval()(ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_llama_cpp_s_own_converter_writes_the_merged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        find_converter()
+    except UserError as error:
+        pytest.skip(str(error))
+    fetch_base_model(tmp_path, monkeypatch)
+    model = AdapterFactory.create("lora", "smollm2-135m", LoRAConfig(rank=4), dtype="float32")
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    source = resolve_base_model("smollm2-135m")
+    metadata = store.AdapterMetadata(
+        adapter_type="lora",
+        base_model=source.canonical_id,
+        base_model_name="smollm2-135m",
+        base_revision=None,
+        base_sha256=source.sha256,
+        trainable_parameters=0,
+        total_parameters=0,
+    )
+    adapter_dir = store.save(model, tmp_path / "adapter", metadata)
+    out = tmp_path / "out"
+    assert main(["export", "--adapter", str(adapter_dir), "--format", "gguf", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"model.gguf", "Modelfile"}
+    written = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    for name, weight in model.merge_and_unload().state_dict().items():
+        # bfloat16, as the base is stored: eight bits.
+        torch.testing.assert_close(written[name], weight, rtol=2**-8, atol=1e-6)

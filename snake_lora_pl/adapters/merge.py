@@ -86,12 +86,18 @@ def merge(
     _check_is_free(out_dir)
     metadata = store.verify(adapter_dir)
     name = base_model or metadata.base_model_name
-    store.check_base(metadata, name, adapter_dir)
-    chosen = stored_dtype(prepare_base_model(name)) if dtype == "auto" else dtype
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    revision = store.trained_revision(metadata, name)
+    store.check_base(metadata, name, adapter_dir, revision)
+    chosen = stored_dtype(prepare_base_model(name, revision=revision)) if dtype == "auto" else dtype
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
     base = load_base_model(
-        name, dtype="float32", trust_remote_code=trust_remote_code, quantization=quantization, device="cpu"
+        name,
+        dtype="float32",
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        device="cpu",
     )
     # The adapter corrects the rounded weights; merged into the rounding itself it would be lost.
     base = dequantize_base(base)

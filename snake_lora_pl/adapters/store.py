@@ -155,7 +155,8 @@ def record_play(adapter_dir: str | os.PathLike[str], table: dict[str, Any], play
 
     Args:
         adapter_dir: The adapter directory; its weights are not touched.
-        table: Games as plain JSON: ``settings``, and ``players``: name -> figures such as ``apples_mean``.
+        table: Games as plain JSON: ``settings``; ``players``: name -> figures such as ``apples_mean``; ``adapters``:
+            name -> settings of that player alone.
         player: Which of the players is the adapter; its figures become the metrics ``play/NAME``.
 
     Raises:
@@ -166,8 +167,9 @@ def record_play(adapter_dir: str | os.PathLike[str], table: dict[str, Any], play
     figures = {f"play/{name}": value for name, value in table["players"][player].items() if _is_number(value)}
     others = {name: value for name, value in metadata.metrics.items() if not name.startswith("play/")}
     # Where things lie on this machine says nothing on another.
-    settings = {name: value for name, value in table["settings"].items() if name not in ("adapter", "base_model")}
-    play = {"player": player, **table, "settings": settings}
+    settings = {**table["settings"], **table["adapters"].get(player, {})}
+    settings = {name: value for name, value in settings.items() if name not in ("directory", "base_model")}
+    play = {"player": player, "settings": settings, "players": table["players"]}
     _write_description(Path(adapter_dir), dataclasses.replace(metadata, metrics=others | figures, play=play))
 
 
@@ -358,7 +360,8 @@ def load(
     if base_model is None:
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
-        check_base(metadata, base_model, directory, revision=load_options.get("revision"))
+        load_options["revision"] = load_options.get("revision") or trained_revision(metadata, base_model)
+        check_base(metadata, base_model, directory, revision=load_options["revision"])
         if metadata.quantization and not full_precision_base:
             load_options["quantization"] = QuantizationConfig(**metadata.quantization)
         base_model = load_base_model(base_model, **load_options)
@@ -492,6 +495,15 @@ def load_weights(model: PeftModel, adapter_dir: str | os.PathLike[str]) -> None:
             whole = weights[name].to(own.device)
             weights[name] = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
     set_peft_model_state_dict(model, weights)
+
+
+def trained_revision(metadata: AdapterMetadata, base_model: str) -> str | None:
+    """The commit that an adapter was trained on, where ``base_model`` is the hub model that it belongs to."""
+    from snake_lora_pl.models import resolve_base_model
+
+    source = resolve_base_model(base_model)
+    is_same = source.kind == "hub" and source.canonical_id == metadata.base_model
+    return metadata.base_revision if is_same else None
 
 
 def check_base(

@@ -30,8 +30,11 @@ def run(arguments: list[str]) -> int:
     find_converter(options.converter)  # what is missing is said before anything is loaded
     metadata = store.verify(options.adapter)
     quiet_libraries()
+    base_model = options.base_model or metadata.base_model_name
     tokenizer = load_tokenizer(
-        options.base_model or metadata.base_model_name, trust_remote_code=options.trust_remote_code
+        base_model,
+        revision=store.trained_revision(metadata, base_model),
+        trust_remote_code=options.trust_remote_code,
     )
     exported = export_gguf(
         options.adapter,

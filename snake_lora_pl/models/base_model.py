@@ -206,7 +206,7 @@ def load_base_model(
 
     Returns:
         The model in evaluation mode. Its ``name_or_path`` is the source's ``canonical_id``, which PEFT writes into
-        ``adapter_config.json``; its config has a pad token.
+        ``adapter_config.json``; its config has a pad token and, for a hub model, the commit (``_commit_hash``).
 
     Raises:
         UserError: If it cannot be had or read, or its files lack weights of the architecture.
@@ -248,6 +248,8 @@ def load_base_model(
 
 def _named(model: PreTrainedModel, source: BaseModelSource) -> PreTrainedModel:
     model.name_or_path = model.config._name_or_path = source.canonical_id
+    # Where transformers keeps the commit; it cannot know that of a local snapshot.
+    model.config._commit_hash = source.revision
     if model.config.pad_token_id is None:
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos

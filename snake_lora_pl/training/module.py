@@ -570,12 +570,13 @@ class LoRALightningModule(pl.LightningModule):
         """What is known here of the adapter; step, metrics and data are the caller's to add."""
         source = resolve_base_model(self.base_model, revision=self.revision)
         trainable, total = self.peft_model.get_nb_trainable_parameters()
-        quantization = quantization_of(self.peft_model.get_base_model())
+        base = self.peft_model.get_base_model()
+        quantization = quantization_of(base)
         return store.AdapterMetadata(
             adapter_type=self.adapter_type,
             base_model=source.canonical_id,
             base_model_name=self.base_model,
-            base_revision=source.revision,
+            base_revision=getattr(base.config, "_commit_hash", None),
             base_sha256=source.sha256,
             trainable_parameters=trainable,
             total_parameters=total,

@@ -17,7 +17,8 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.card import merged_model_card, model_card
 
 TABLE: dict[str, Any] = {
-    "settings": {"adapter": "/home/me/run", "base_model": "/home/me/base", "num_games": 2, "style": "compact"},
+    "settings": {"base_model": "/home/me/base", "num_games": 2},
+    "adapters": {"adapter": {"directory": "/home/me/run", "style": "compact"}},
     "players": {
         "adapter": {"reading": "generate", "apples_mean": 12.25, "apples_low": 9.0, "win_rate": 0.5, "num_games": 2},
         "base": {"reading": "generate", "apples_mean": 0.0, "win_rate": 0.0, "num_games": 2},
@@ -97,7 +98,7 @@ def test_games_become_metrics_and_a_table_in_the_card(adapter_dir: Path) -> None
 def test_games_played_later_replace_those_before(adapter_dir: Path) -> None:
     store.record_play(adapter_dir, TABLE, "adapter")
     players = {"a": {"apples_mean": 1.0}}
-    store.record_play(adapter_dir, {"settings": {}, "players": players}, "a")
+    store.record_play(adapter_dir, {"settings": {}, "adapters": {}, "players": players}, "a")
     metrics = store.read_metadata(adapter_dir).metrics
     assert {name: value for name, value in metrics.items() if name.startswith("play/")} == {"play/apples_mean": 1.0}
 

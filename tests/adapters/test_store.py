@@ -241,6 +241,26 @@ def test_a_loaded_base_that_is_another_is_refused(adapter_dir: Path, other_base:
         AdapterFactory.load(adapter_dir, load_base_model(str(other_base)))
 
 
+@pytest.mark.parametrize(
+    ("asked", "loaded"), [({}, "c" * 40), ({"revision": "main"}, "main")], ids=["trained on", "asked for"]
+)
+def test_a_base_on_the_hub_is_loaded_at_the_commit_that_was_trained_on(
+    adapter_dir: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], loaded: str
+) -> None:
+    rewrite_metadata(
+        adapter_dir, base_model="owner/tiny", base_model_name="owner/tiny", base_revision="c" * 40, base_sha256=None
+    )
+    revisions = []
+
+    def load_from_hub(name: str, revision: str | None = None) -> Any:
+        revisions.append((name, revision))
+        return load_base_model(str(tiny_llama_dir))
+
+    monkeypatch.setattr("snake_lora_pl.models.load_base_model", load_from_hub)
+    AdapterFactory.load(adapter_dir, **asked)
+    assert revisions == [("owner/tiny", loaded)]
+
+
 def test_the_same_weights_in_another_place_are_accepted(
     adapter_dir: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

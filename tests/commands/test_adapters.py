@@ -12,7 +12,8 @@ from snake_lora_pl.adapters import store
 def test_the_table_has_a_line_for_each_adapter(
     adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.record_play(adapter_dir, {"settings": {}, "players": {"adapter": {"apples_mean": 26.04}}}, "adapter")
+    table = {"settings": {}, "adapters": {}, "players": {"adapter": {"apples_mean": 26.04}}}
+    store.record_play(adapter_dir, table, "adapter")
     monkeypatch.chdir(tmp_path)
     assert main(["adapters"]) == 0
     header, line = capsys.readouterr().out.splitlines()

@@ -109,7 +109,8 @@ def test_a_hub_model_is_fetched_once_and_works_when_the_hub_has_gone(
     assert len(fake_hub.downloaded) == num_downloads
 
     _point_to("http://127.0.0.1:9", monkeypatch)
-    assert load_base_model("owner/tiny", dtype="float32").name_or_path == "owner/tiny"
+    model = load_base_model("owner/tiny", dtype="float32")
+    assert (model.name_or_path, model.config._commit_hash) == ("owner/tiny", COMMIT)
     assert load_tokenizer("owner/tiny").eos_token == "<|im_end|>"
     assert "the hub cannot be reached; using the snapshot in" in caplog.text
 
