@@ -80,13 +80,14 @@ class AdaLoRA(AdapterKind):
             )
         adalora = config.adalora
         initial = total_steps // 10 if adalora.initial_steps is None else adalora.initial_steps
-        final = total_steps // 2 if adalora.final_steps is None else adalora.final_steps
-        if initial + final >= total_steps:
+        final = (total_steps - 1) // 2 if adalora.final_steps is None else adalora.final_steps
+        # Ranks are dropped by importance, which takes a step to be measured.
+        needed = max(initial, 1) + final + 1
+        if total_steps < needed:
             raise UserError(
                 f"model.adapter_type=adalora: {initial} steps before ranks are lowered and {final} after do not fit "
-                f"into a run of {total_steps}. Train for at least {initial + final + 1} steps (trainer.max_steps, "
-                "trainer.max_epochs), or lower model.lora.adalora.initial_steps and model.lora.adalora.final_steps "
-                f"to {total_steps - 1} together."
+                f"into a run of {total_steps}. Train for at least {needed} steps (trainer.max_steps, "
+                "trainer.max_epochs), or lower model.lora.adalora.initial_steps and model.lora.adalora.final_steps."
             )
         peft_config.total_step, peft_config.tinit, peft_config.tfinal = total_steps, initial, final
 

@@ -123,6 +123,11 @@ class LoRAConfig:
             problems.append(f"rank_pattern must hold ranks of at least 1, not {self.rank_pattern}")
         if not all(alpha > 0 for alpha in self.alpha_pattern.values()):
             problems.append(f"alpha_pattern must hold alphas above 0, not {self.alpha_pattern}")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                problems.append(f"'{key}' in rank_pattern or alpha_pattern is no regular expression ({error})")
         if not self.loraplus_lr_ratio >= 1:
             problems.append(f"loraplus_lr_ratio must be at least 1, not {self.loraplus_lr_ratio}")
         if self.adalora.initial_rank is not None and self.adalora.initial_rank <= self.rank:

@@ -77,7 +77,7 @@ def as_plain_lora(model: PeftModel, weights: dict[str, Tensor]) -> tuple[PeftCon
     ]
     if not started:
         return config, weights
-    weights = dict(weights)
+    weights = {key: value for key, value in weights.items() if not key.endswith((".initial_A", ".initial_B"))}
     for name, layer in started:
         a, b = f"{name}.lora_A.{ADAPTER_NAME}.weight", f"{name}.lora_B.{ADAPTER_NAME}.weight"
         weights[a] = torch.cat([weights[a], layer.initial_A.to(weights[a])], dim=0)

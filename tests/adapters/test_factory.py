@@ -108,3 +108,14 @@ def test_a_layer_that_does_not_exist_is_an_error_that_names_those_that_do(
 def test_a_pattern_without_a_match_is_an_error(llama: LlamaForCausalLM, pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         AdapterFactory.create("lora", llama, LoRAConfig(target_modules=pattern))
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_single_layers_that_matches_none_is_an_error(llama: LlamaForCausalLM, setting: str) -> None:
+    with pytest.raises(UserError, match=f"model.lora.{setting}: 'gate_proj' matches no layer that carries.*q_proj"):
+        AdapterFactory.create("lora", llama, LoRAConfig(**{setting: {"gate_proj": 2}}))
+
+
+def test_qlora_on_a_loaded_base_wants_a_quantised_one(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(UserError, match="needs a quantised base"):
+        AdapterFactory.create("qlora", llama, LoRAConfig())
