@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +27,7 @@ from rich.console import Console
 from snake_lora_pl.adapters import store
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
-from snake_lora_pl.durable import open_durably
+from snake_lora_pl.durable import open_durably, sole_use
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
@@ -36,6 +39,7 @@ from snake_lora_pl.evaluation.table import differences_in_words, render_table, t
 from snake_lora_pl.game import STYLES
 from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shown
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.interruption import Interrupted, Interruption, leave_at_once
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.progress import RunProgress
@@ -115,6 +119,10 @@ class SnakeCLI(LightningCLI):
     entrants: Sequence[Entrant] = ()
     contest: Contest | None = None
 
+    def __init__(self, *args: Any, resources: contextlib.ExitStack, **kwargs: Any) -> None:
+        self._resources = resources  # what a run holds until it ends; everything happens in the constructor
+        super().__init__(*args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs, and which arguments of the trainer's methods are not the user's to give."""
@@ -182,6 +190,8 @@ class SnakeCLI(LightningCLI):
             raise UserError(f"{self.subcommand} takes one --adapter; test plays several against each other.")
         if self.subcommand == "fit":
             self.run_paths = self._resolve_run(config)
+            if _is_first_process():
+                self._resources.enter_context(sole_use(self.run_paths.lock_path))
         elif config.adapter is not None:
             self._prompt_as_trained(config)
 
@@ -241,6 +251,7 @@ class SnakeCLI(LightningCLI):
         callbacks: list[Any] = []
         if trainer_config["enable_progress_bar"] is not False:
             callbacks.append(RunProgress())
+        callbacks.append(Interruption())
         if self.subcommand == "fit":
             callbacks += [ThroughputMonitor(), config.early_stopping]
             if config.play.val_games:
@@ -248,6 +259,9 @@ class SnakeCLI(LightningCLI):
             if trainer_config["enable_checkpointing"] is not False:
                 callbacks.append(config.checkpoint)
             trainer_config["logger"] = self._loggers(trainer_config["logger"])
+            assert self.run_paths is not None
+            # Where a SLURM job that is requeued leaves its state: never where another run would find it.
+            trainer_config["default_root_dir"] = trainer_config["default_root_dir"] or str(self.run_paths.run_dir)
         else:
             trainer_config["logger"] = False
             trainer_config["enable_checkpointing"] = False
@@ -436,9 +450,38 @@ def run(arguments: list[str]) -> int:
     quiet_libraries()
     ignore_known_warnings()
     # A launcher of further processes repeats the command line.
-    with _command_line(*arguments):
-        build_and_run(arguments)
+    with _command_line(*arguments), _leaving_on_signals():
+        try:
+            build_and_run(arguments)
+        except Interrupted as stop:
+            if _is_first_process():
+                print(f"{stop}. {_how_to_go_on(stop.checkpoint_path)}".strip(), file=sys.stderr)
+            return 128 + stop.signum  # as shells have it
     return 0
+
+
+@contextlib.contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end what there is no state of yet; in training ``Interruption`` takes over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, leave_at_once) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _how_to_go_on(checkpoint_path: Path | None) -> str:
+    if checkpoint_path is None:
+        return ""
+    run = RunPaths.of_checkpoint(checkpoint_path)
+    again = f"--ckpt_path {shlex.quote(shown(checkpoint_path))}"
+    if run is None or not run.config_path.is_file():
+        return f"Go on with the same command and {again}"
+    return f"Go on with: {PROG} fit --config {shlex.quote(shown(run.config_path))} {again}"
 
 
 def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeCLI:
@@ -456,7 +499,8 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
     """
     inherited = os.environ.get(RUN_DIR_ENV)
     try:
-        return _build(arguments, cli_class)
+        with contextlib.ExitStack() as resources:
+            return _build(arguments, cli_class, resources)
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     finally:
@@ -480,11 +524,12 @@ def _record_play(adapter_dir: str, table: dict[str, Any], player: str) -> None:
         logger.warning("%s: the games are not noted in the adapter's card (%s).", adapter_dir, error)
 
 
-def _build(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeCLI:
+def _build(arguments: list[str], cli_class: type[SnakeCLI], resources: contextlib.ExitStack) -> SnakeCLI:
     return cli_class(
         LoRALightningModule,
         SnakeJSONLDataModule,
         args=_gather_adapters(arguments),
+        resources=resources,
         parser_class=OneLineParser,
         seed_everything_default=42,
         auto_configure_optimizers=False,
@@ -501,7 +546,7 @@ def help_text(verb: str) -> str:
     """The help of a verb as its parser prints it, 100 columns wide."""
     with _environment(COLUMNS=_HELP_WIDTH, NO_COLOR="1"), contextlib.redirect_stdout(io.StringIO()) as text:
         with contextlib.suppress(SystemExit):
-            _build([verb, "--help"])
+            _build([verb, "--help"], SnakeCLI, contextlib.ExitStack())
         return text.getvalue()
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from snake_lora_pl.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _AT_FDCWD = -100
@@ -114,6 +116,41 @@ def exclusive(directory: str | os.PathLike[str]) -> Iterator[None]:
     except Timeout:
         logger.info("Another process is preparing %s: waiting for it.", directory.name)
         lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def sole_use(lock_path: str | os.PathLike[str], timeout_s: float = 10.0) -> Iterator[None]:
+    """Keep every other process that asks for the same directory out of it; the system frees the lock of one that dies.
+
+    Args:
+        lock_path: The lock file, in the directory.
+        timeout_s: How long to wait for another process. One that was killed holds its lock until the workers it left
+            behind notice, which takes some seconds.
+
+    Raises:
+        UserError: If another process uses the directory, or no lock can be written in it.
+    """
+    from filelock import FileLock, Timeout
+
+    directory = Path(lock_path).parent
+    lock = FileLock(lock_path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("Another process uses %s: waiting %g s for it to end.", directory, timeout_s)
+            lock.acquire(timeout=timeout_s)
+    except Timeout as error:
+        raise UserError(
+            f"{directory}: another run is writing there. Wait for it to end, or leave out --ckpt_path for a directory "
+            "of its own."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to ({error.strerror}). Make it writable.") from error
     try:
         yield
     finally:

@@ -94,6 +94,8 @@ class RunPaths:
         """Leave no directory behind of a run that failed before it wrote anything; what is not empty stays."""
         directory = self.run_dir
         with contextlib.suppress(OSError):
+            if list(directory.iterdir()) == [self.lock_path]:
+                self.lock_path.unlink()
             while directory.name != "logs":
                 directory.rmdir()
                 directory = directory.parent
@@ -148,6 +150,11 @@ class RunPaths:
     def last_checkpoint_path(self) -> Path:
         """The newest resumable state."""
         return self.checkpoints_dir / "last.ckpt"
+
+    @property
+    def lock_path(self) -> Path:
+        """Held by the process that writes the run."""
+        return self.run_dir / ".lock"
 
     @property
     def config_path(self) -> Path:

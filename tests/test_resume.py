@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
-import math
+import functools
+import re
+import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+import snake_lora_pl.cli
 from benchmarks.kill import differences
 from snake_lora_pl.__main__ import main
+from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.durable import sole_use
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
@@ -41,52 +47,77 @@ BASE = [
 ]
 
 
+Fit = Callable[..., Path]
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+def die() -> None:
+    raise Killed
+
+
 @pytest.fixture(scope="module")
 def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short rows: some 110 of six games."""
+    """427 short rows of eight games."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     write_dataset(path, 8, 5, "bfs", "compact", 0)
     return path
 
 
 @pytest.fixture
-def fit(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Fit in a directory of its own, dying at a batch if told so, and return the run's directory."""
-    calls = 0
-    last_call = math.inf
+def fit(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """Fit in a directory of its own and return the run's; something may happen at a batch, validation's or not."""
+    num_batches = 0
+    then: tuple[int, Callable[[], None]] | None = None
 
-    def dying(step: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: LoRALightningModule, batch: dict[str, Any], batch_idx: int) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == last_call:
-                raise Killed
+            nonlocal num_batches
+            num_batches += 1
+            if then is not None and num_batches == then[0]:
+                then[1]()
             return step(self, batch, batch_idx)
 
         return run
 
     for name in ("training_step", "validation_step"):
-        monkeypatch.setattr(LoRALightningModule, name, dying(getattr(LoRALightningModule, name)))
+        monkeypatch.setattr(LoRALightningModule, name, watched(getattr(LoRALightningModule, name)))
 
-    def run(name: str, *flags: str, die_at: float = math.inf) -> Path:
-        nonlocal calls, last_call
-        calls, last_call = 0, die_at
+    def run(name: str, *flags: str, at: tuple[int, Callable[[], None]] | None = None, code: int = 0) -> Path:
+        nonlocal num_batches, then
+        num_batches, then = 0, at
         root = tmp_path / name
-        root.mkdir(exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(root)
         arguments = ["fit", "--config", "balanced.yaml", *BASE, *flags]
         arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
-        if die_at == math.inf:
-            assert main(arguments) == 0
-        else:
+        if at is not None and at[1] is die:
             with pytest.raises(Killed):
                 main(arguments)
+        else:
+            assert main(arguments) == code
         (run_dir,) = root.glob(RUN_PATTERN)
         return run_dir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs_never_stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, ...], Path]]:
+    return tmp_path_factory.mktemp("straight"), {}
+
+
+@pytest.fixture
+def fit_straight(fit: Fit, runs_never_stopped: tuple[Path, dict[tuple[str, ...], Path]]) -> Fit:
+    """The run that is never stopped, once for all tests that ask for the same settings."""
+    root, runs = runs_never_stopped
+
+    def run(*flags: str) -> Path:
+        if flags not in runs:
+            runs[flags] = fit(str(root / str(len(runs))), *flags)
+        return runs[flags]
 
     return run
 
@@ -95,44 +126,50 @@ def fit(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pyte
 # since the last checkpoint is lost each time. Among them are the first batch after a checkpoint, validations, the ends
 # of epochs, and the middle of an accumulated step.
 @pytest.mark.parametrize(
-    ("accumulate", "deaths"), [(1, [6, 6, 7, 13, 5, 20]), (4, [14, 9, 13, 16])], ids=["plain", "accumulated"]
+    ("flags", "deaths"),
+    [
+        (["--play.val_games=2", "--play.max_steps=3"], [6, 6, 7, 13, 5, 20]),
+        (["--trainer.accumulate_grad_batches=4", "--play.val_games=2", "--play.max_steps=3"], [14, 9, 13, 16]),
+        (["--model.adapter_type=qlora"], [6, 10, 17]),
+        (["--model.adapter_type=adalora", "--trainer.accumulate_grad_batches=2"], [8, 12, 24]),
+    ],
+    ids=["lora", "lora-accumulated", "qlora", "adalora-accumulated"],
 )
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
-    fit: Callable[..., Path], accumulate: int, deaths: list[int]
+    fit: Fit, fit_straight: Fit, flags: list[str], deaths: list[int]
 ) -> None:
-    settings = [f"--trainer.accumulate_grad_batches={accumulate}", "--play.val_games=2", "--play.max_steps=3"]
-    straight = fit("straight", *settings)
-    fit("killed", *settings, die_at=deaths[0])
-    for die_at in deaths[1:]:
-        fit("killed", *settings, "--ckpt_path=last", die_at=die_at)
-    killed = fit("killed", *settings, "--ckpt_path=last")
+    straight = fit_straight(*flags)
+    fit("killed", *flags, at=(deaths[0], die))
+    for death in deaths[1:]:
+        fit("killed", *flags, "--ckpt_path=last", at=(death, die))
+    killed = fit("killed", *flags, "--ckpt_path=last")
     assert differences(straight, killed) == []
 
 
 def test_every_checkpoint_of_a_run_goes_on_the_same_also_from_a_directory_that_was_moved(
-    fit: Callable[..., Path], tmp_path: Path
+    fit: Fit, fit_straight: Fit, tmp_path: Path
 ) -> None:
-    straight = fit("straight", "--data.num_workers=1")
+    straight = fit_straight()
     names = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert len(names) == 3
     for name in names:
-        moved = Path(shutil.copytree(tmp_path / "straight", tmp_path / f"moved-{name}"))
+        moved = Path(shutil.copytree(straight.parents[5], tmp_path / f"moved-{name}"))
         (run_dir,) = moved.glob(RUN_PATTERN)
-        fit(moved.name, f"--ckpt_path={run_dir / 'checkpoints' / name}")
+        fit(moved.name, "--data.num_workers=1", f"--ckpt_path={run_dir / 'checkpoints' / name}")
         assert differences(straight, run_dir) == []
 
 
 def test_a_run_that_had_ended_early_does_not_train_on(
-    fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fit: Fit,
+    fit_straight: Fit,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     flags = ["--early_stopping.patience=1", "--early_stopping.min_delta=9"]
-    straight = fit("straight", *flags)
-
-    def die(*args: Any) -> None:
-        raise Killed
+    straight = fit_straight(*flags)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AdapterCheckpoint, "on_train_end", die)
+        patch.setattr(AdapterCheckpoint, "on_train_end", lambda *_: die())
         fit("killed", *flags)
     killed = fit("killed", *flags, "--ckpt_path=last")
     assert any("The run had ended" in message for message in caplog.messages)
@@ -140,11 +177,13 @@ def test_a_run_that_had_ended_early_does_not_train_on(
 
 
 @pytest.mark.parametrize("validates", [True, False])
-def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(fit: Callable[..., Path], validates: bool) -> None:
+def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(
+    fit: Fit, fit_straight: Fit, validates: bool
+) -> None:
     # A schedule that depends on the number of steps planned could not be the same.
     flags = ["--model.final_learning_rate_fraction=1", "--model.warmup_steps=0"]
     flags.append(f"--data.val_fraction={0.2 if validates else 0}")
-    straight = fit("straight", *flags, "--trainer.max_steps=30")
+    straight = fit_straight(*flags, "--trainer.max_steps=30")
     fit("stopped", *flags, "--trainer.max_steps=7")
     fit("stopped", *flags, "--trainer.max_steps=25", "--ckpt_path=last")
     stopped = fit("stopped", *flags, "--trainer.max_steps=30", "--ckpt_path=last")
@@ -158,3 +197,92 @@ def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(fit: Callabl
 def losses(run_dir: Path) -> list[str]:
     with open(RunPaths(run_dir).metrics_path, newline="") as file:
         return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
+
+
+# ---------------------------------------------------------------------- signals
+
+
+def command_to_go_on(printed: str, signal_name: str) -> list[str]:
+    (line,) = [line for line in printed.splitlines() if line.startswith("stopped by")]
+    stopped, command = line.split("Go on with: python -m snake_lora_pl ")
+    assert re.fullmatch(rf"stopped by {signal_name} after step \d+\. ", stopped)
+    return shlex.split(command)
+
+
+# In the middle of an accumulated step; in a validation, whose first batch is the 9th; in the last validation of all.
+@pytest.mark.parametrize(("signum", "batch"), [(signal.SIGINT, 6), (signal.SIGTERM, 9), (signal.SIGTERM, 32)])
+def test_a_signal_lets_the_step_end_and_the_printed_command_goes_on(
+    fit: Fit,
+    fit_straight: Fit,
+    capfd: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    batch: int,
+) -> None:
+    flags = ["--trainer.accumulate_grad_batches=4", "--trainer.max_steps=7"]
+    straight = fit_straight(*flags)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    capfd.readouterr()
+    stopped = fit("stopped", *flags, at=(batch, lambda: signal.raise_signal(signum)), code=128 + signum)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert main(command_to_go_on(capfd.readouterr().err, signum.name)) == 0
+    assert differences(straight, stopped) == []
+
+
+def test_the_second_ctrl_c_is_the_systems(fit: Fit) -> None:
+    seen = []
+
+    def interrupt() -> None:
+        seen.append(signal.getsignal(signal.SIGINT))
+        signal.raise_signal(signal.SIGINT)
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    fit("stopped", at=(3, interrupt), code=130)
+    assert seen[0] not in (signal.SIG_DFL, signal.default_int_handler)
+    assert seen[1] is signal.SIG_DFL
+
+
+def test_a_signal_before_training_leaves_nothing_behind(
+    tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SnakeJSONLDataModule, "prepare_data", lambda self: signal.raise_signal(signal.SIGTERM))
+    arguments = [*BASE, f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
+    assert main(["fit", "--config", "balanced.yaml", *arguments]) == 143
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_slurm_job_is_requeued_between_two_steps(
+    fit: Fit, fit_straight: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
+    scontrol.chmod(0o755)
+    straight = fit_straight()
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=":")
+    job = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    signum = signal.SIGUSR1
+    fit("requeued", "--ckpt_path=auto", at=(13, lambda: signal.raise_signal(signum)), code=128 + signum)
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
+    requeued = fit("requeued", "--ckpt_path=auto")
+    assert differences(straight, requeued) == []
+    # What Lightning leaves for the job lies where no other run looks for it.
+    assert [path.parent for path in (tmp_path / "requeued").rglob("hpc_ckpt*")] == [requeued]
+
+
+# ---------------------------------------------------------------------- one run, one directory
+
+
+def test_two_runs_never_write_into_one_directory(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(snake_lora_pl.cli, "sole_use", functools.partial(sole_use, timeout_s=0.1))
+    run_dir = fit("run", "--trainer.max_steps=3")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    with sole_use(RunPaths(run_dir).lock_path):
+        fit("run", "--ckpt_path=last", code=2)
+    assert "another run is writing there" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    fit("run", "--trainer.max_steps=4", "--ckpt_path=last")

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         )
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
         self.save_every_n_steps = save_every_n_steps
-        self._is_saving = False
+        self._is_between_steps = False
         self._validation_is_due = False
         self._restored: dict[str, Any] | None = None
 
@@ -129,8 +131,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         # Lightning counts a step for the loggers after the validation in which it may have written a checkpoint.
         trainer.fit_loop.epoch_loop._batches_that_stepped = step
         is_due = self.save_every_n_steps and step and step % self.save_every_n_steps == 0
-        if is_due and step != self._last_global_step_saved and is_between_steps(trainer):
-            self._save_last(trainer)
+        if is_due and not self.has_saved(trainer) and is_between_steps(trainer):
+            self.write_last(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,14 +147,14 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         self._validation_is_due = True
         try:
-            self._save_last(trainer)
+            self.write_last(trainer)
         finally:
             self._validation_is_due = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Without validation an epoch's end is the time to save."""
         if not self._validates(trainer):
-            self._save_last(trainer)
+            self.write_last(trainer)
             self._export(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,7 +164,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         candidates = self._monitor_candidates(trainer)
         if self.monitor is not None and self.monitor not in candidates:
             if _comes_later(trainer, self.monitor):
-                self._save_last(trainer)
+                self.write_last(trainer)
                 return
             there = ", ".join(sorted(set(trainer.callback_metrics)))
             raise UserError(f"checkpoint.monitor: no metric '{self.monitor}' was logged. There are: {there}.")
@@ -170,14 +172,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         newest_is_best = self._last_checkpoint_saved == self.best_model_path
         if newest_is_best and self._last_global_step_saved == trainer.global_step:
             self._export(trainer, pl_module)
-        self._save_last(trainer)
+        self.write_last(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a checkpoint and an adapter behind, however the run was cut."""
         if _is_rehearsal(trainer):
             return
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_last(trainer)
+        if not self.has_saved(trainer):
+            self.write_last(trainer)
         assert self.adapter_dir is not None
         # One process looks: another might see what the first has meanwhile written, and then not wait for it.
         if not trainer.strategy.broadcast((self.adapter_dir / store.METADATA_FILE).is_file()):
@@ -192,18 +194,28 @@ class AdapterCheckpoint(ModelCheckpoint):
         for run_logger in trainer.loggers:
             if isinstance(run_logger, MetricsCSVLogger):
                 run_logger.flush()
-        self._is_saving = True
-        try:
+        with self.between_steps():
             super()._save_checkpoint(trainer, filepath)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Say of checkpoints that are written in this context that they are written between two optimiser steps."""
+        before, self._is_between_steps = self._is_between_steps, True
+        try:
+            yield
         finally:
-            self._is_saving = False
+            self._is_between_steps = before
+
+    def has_saved(self, trainer: pl.Trainer) -> bool:
+        """Whether the state after the last step is on the disk."""
+        return self._last_global_step_saved == trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what Lightning leaves out."""
         checkpoint[_STATE_KEY] = run_state(trainer)
-        if self._is_saving:  # not where Lightning itself saves, at a moment of its own
+        if self._is_between_steps:  # not where Lightning itself saves, at a moment of its own
             fit_loop = checkpoint["loops"]["fit_loop"]
             settle_counters(fit_loop, trainer.num_training_batches, validation_is_due=self._validation_is_due)
 
@@ -222,7 +234,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _validates(self, trainer: pl.Trainer) -> bool:
         return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
-    def _save_last(self, trainer: pl.Trainer) -> None:
+    def write_last(self, trainer: pl.Trainer) -> None:
+        """Write ``last.ckpt`` now; all processes must call it, between two optimiser steps."""
         if not _is_rehearsal(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
