@@ -127,12 +127,13 @@ def play_games(
     games = [_RunningGame(Game(grid_size, seed, max_steps, max_steps_without_apple), seed) for seed in seeds]
     waiting = iter(games)
     running = list(islice(waiting, batch_size))
-    while running:
-        _play_round(policy, running)
-        running = [game for game in running if game.end is None]
-        running.extend(islice(waiting, batch_size - len(running)))
-        if progress is not None:
-            progress(sum(game.end is not None for game in games), len(games))
+    with policy.playing():
+        while running:
+            _play_round(policy, running)
+            running = [game for game in running if game.end is None]
+            running.extend(islice(waiting, batch_size - len(running)))
+            if progress is not None:
+                progress(sum(game.end is not None for game in games), len(games))
     return [game.judged(policy.name, judge) for game in games]
 
 

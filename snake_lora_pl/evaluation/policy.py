@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from snake_lora_pl.game.board import Board, Move
@@ -32,6 +34,9 @@ class Policy(Protocol):
     def reading(self) -> str:
         """How its moves are read: ``generate``, ``score``, ``score+mask`` (illegal moves barred), or ``code``."""
 
+    def playing(self) -> AbstractContextManager[None]:
+        """Entered once before a series of games: whoever answers faster with something kept keeps it as long."""
+
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """One answer for each board.
 
@@ -57,6 +62,10 @@ class TeacherPolicy:
         self.name = name
         self._make_teacher = get_seeded_teacher(name)
         self._teachers: dict[int, Teacher] = {}
+
+    def playing(self) -> AbstractContextManager[None]:
+        """A teacher keeps nothing."""
+        return contextlib.nullcontext()
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """The teacher's move on each board; a teacher that draws draws from the game's seed."""

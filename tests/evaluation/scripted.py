@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from snake_lora_pl.evaluation.policy import Answer
@@ -19,6 +20,9 @@ class ScriptedPolicy:
         self.name = name
         self._words = words
         self.batch_sizes: list[int] = []
+
+    def playing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         self.batch_sizes.append(len(boards))
