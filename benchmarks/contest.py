@@ -23,6 +23,7 @@ class Turn:
     tokens: int
     loss: float
     peak_memory_gib: float
+    report: Any = None
 
 
 class Referee:
@@ -38,9 +39,9 @@ class Referee:
         self._pipe.recv()
         self._started = time.perf_counter()
 
-    def end_turn(self, tokens: int, loss: float, peak_memory_gib: float) -> None:
-        """Report the turn that ``start_turn`` began."""
-        self._pipe.send(Turn(time.perf_counter() - self._started, tokens, loss, peak_memory_gib))
+    def end_turn(self, tokens: int, loss: float, peak_memory_gib: float, report: Any = None) -> None:
+        """Report the turn that ``start_turn`` began, and whatever else there is to compare."""
+        self._pipe.send(Turn(time.perf_counter() - self._started, tokens, loss, peak_memory_gib, report))
 
 
 def run_contest(

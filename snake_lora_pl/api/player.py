@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+import weakref
 from typing import get_args
 
 import torch
@@ -32,6 +34,10 @@ class Player:
         self.policy = policy
         self.metadata = metadata
         self._last: tuple[Board, Answer] | None = None
+        # A player plays as long as it lives: the adapter is merged once, not for every board.
+        stack = contextlib.ExitStack()
+        stack.enter_context(policy.playing())
+        weakref.finalize(self, stack.close)
 
     def move(self, board: Board) -> Move | None:
         """The move that the adapter makes; None where its words name none.

@@ -73,7 +73,7 @@ AttentionInterface.register(_NAME, grouped_attention)
 
 @contextlib.contextmanager
 def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend by ``grouped_attention`` for a while, where its architecture takes any attention but its own."""
+    """Let a model attend by ``grouped_attention`` for a while, if its architecture takes any attention but its own."""
     before = model.config._attn_implementation
     if model._can_set_attn_implementation():
         model.set_attn_implementation(_NAME)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from snake_lora_pl.adapters.merging import merged
+from snake_lora_pl.adapters.temporary_merge import temporarily_merged
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.drafter import Drafter
-from snake_lora_pl.evaluation.lockstep_decoder import LockstepDecoder, Written, check_lockstep
+from snake_lora_pl.evaluation.lockstep_decoder import LockstepDecoder, Written
 from snake_lora_pl.evaluation.policy import Answer
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text import Style, read_move
@@ -102,8 +102,8 @@ class LanguageModelPolicy:
         if self._session is not None:
             yield
             return
-        with _in_eval_mode(self._model), merged(self._model):
-            self._session = _Session(Drafter())
+        with in_eval_mode(self._model), temporarily_merged(self._model):
+            self._session = _Session()
             try:
                 yield
             finally:
@@ -112,48 +112,47 @@ class LanguageModelPolicy:
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """The model's words and move on each board; the seeds are not used, decoding is greedy."""
         with self.playing(), torch.no_grad(), self._compute_context():
-            return [
-                answer
-                for start in range(0, len(boards), self._max_batch)
-                for answer in self._answer_batch(boards[start : start + self._max_batch])
-            ]
+            assert self._session is not None
+            answers = self._session.answers
+            # The same board gets the same answer: a snake that circles until it starves costs one round.
+            new = [board for board in dict.fromkeys(boards) if board not in answers]
+            for start in range(0, len(new), self._max_batch):
+                batch = new[start : start + self._max_batch]
+                answers.update(zip(batch, self._answer_batch(batch, self._session.decoders), strict=True))
+            return [answers[board] for board in boards]
 
-    def _answer_batch(self, boards: Sequence[Board]) -> list[Answer]:
+    def _answer_batch(self, boards: Sequence[Board], decoders: dict[int, LockstepDecoder]) -> list[Answer]:
+        grid_size = boards[0].size
+        if grid_size not in decoders:
+            decoders[grid_size] = self._make_decoder(boards)
         prompts = [ids + self._lead_ids for ids in self._encode(boards)]
-        decoder = self._decoder(boards)
         if self._scores:
-            logits = decoder.next_logits(prompts)
+            logits = decoders[grid_size].next_logits(prompts)
             return [self._best_move(row, board) for row, board in zip(logits, boards, strict=True)]
-        texts = map(self._text, decoder.write(prompts))
+        texts = map(self._text, decoders[grid_size].write(prompts))
         return [Answer(read_move(text), text) for text in texts]
 
     def _encode(self, boards: Sequence[Board]) -> list[list[int]]:
         return self._encode_prompts([self._style.write_prompt(board) for board in boards])
 
-    def _decoder(self, boards: Sequence[Board]) -> LockstepDecoder:
-        """The session's decoder for boards of a size, with the tokens that every prompt begins with."""
-        session, grid_size = self._session, boards[0].size
-        assert session is not None
-        if session.grid_size != grid_size:
-            samples = self._encode(_sample_boards(grid_size))
-            decoder = LockstepDecoder(
-                self._model,
-                session.drafter,
-                samples[0][: _common_length(samples)],
-                pad_id=self._pad_id,
-                eos_id=self._eos_id,
-                ends_text=self._ends_text,
-                max_new_tokens=self._max_new_tokens,
-            )
-            check_lockstep(self._model, decoder, samples[0])
-            for board in () if self._scores else boards[:_NUM_FIRST_BOARDS]:
-                for move in Move:
-                    text = self._style.write_completion(board, move)
-                    ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-                    session.drafter.learn([*ids, self._eos_id])
-            session.grid_size, session.decoder = grid_size, decoder
-        assert session.decoder is not None
-        return session.decoder
+    def _make_decoder(self, boards: Sequence[Board]) -> LockstepDecoder:
+        """A decoder for boards of the size of these, with the tokens that every prompt begins with."""
+        drafter = Drafter()
+        for board in () if self._scores else boards[:_NUM_FIRST_BOARDS]:
+            for move in Move:
+                text = self._style.write_completion(board, move)
+                drafter.learn([*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._eos_id])
+        samples = self._encode(_sample_boards(boards[0].size))
+        return LockstepDecoder(
+            self._model,
+            drafter,
+            samples[0][: _common_length(samples)],
+            samples[0],
+            pad_id=self._pad_id,
+            eos_id=self._eos_id,
+            ends_text=self._ends_text,
+            max_new_tokens=self._max_new_tokens,
+        )
 
     # ------------------------------------------------------------------ the two readings
 
@@ -197,24 +196,24 @@ class _Session:
     """What is kept while games are played.
 
     Attributes:
-        drafter: What has been learnt of how the model writes.
-        grid_size: The boards' size that ``decoder`` is for.
-        decoder: What reads and writes.
+        answers: What was said of each board.
+        decoders: What reads and writes, for each size of boards.
     """
 
-    drafter: Drafter
-    grid_size: int = 0
-    decoder: LockstepDecoder | None = None
+    answers: dict[Board, Answer] = field(default_factory=dict)
+    decoders: dict[int, LockstepDecoder] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every part of a model in eval mode for a while, then each as it was."""
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part, was_training in modes.items():
+            part.training = was_training
 
 
 def _sample_boards(size: int) -> list[Board]:

@@ -86,7 +86,7 @@ class LockstepCache(Cache):
 
     @property
     def _layers(self) -> list[_LockstepLayer]:
-        return self.layers  # type: ignore[no-any-return]
+        return self.layers
 
 
 class _LockstepLayer(DynamicLayer):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.language_model import in_eval_mode
 from snake_lora_pl.evaluation.play_settings import PlaySettings
 from snake_lora_pl.evaluation.players import PlayData, TrainedModule, find_style, make_player, shown_progress
 from snake_lora_pl.evaluation.ranks import Ranks, play_shared
@@ -118,7 +116,7 @@ class PlayEvaluation(pl.Callback):
     def _play(self, trainer: pl.Trainer, pl_module: pl.LightningModule, style: Style) -> dict[str, float]:
         module, data = cast(TrainedModule, pl_module), _data(trainer)
         loop = self.settings.loop(self.settings.grid_size or data.resolved_grid_size)
-        with _in_eval_mode(pl_module), isolate_rng():
+        with in_eval_mode(pl_module), isolate_rng():
             policy = make_player(module, data.encoder, style, self.settings.reading, "model")
             with shown_progress(trainer, policy.name) as progress:
                 result = play_shared(policy, self._seeds, Ranks.of(trainer), **loop, progress=progress)
@@ -155,15 +153,3 @@ def _is_last(trainer: pl.Trainer) -> bool:
 
 def _is_rehearsal(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every part of a model in eval mode for a while, then each as it was."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, was_training in modes.items():
-            part.training = was_training

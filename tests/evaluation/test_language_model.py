@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from snake_lora_pl.data.encoding import Encoder
@@ -35,13 +36,13 @@ def boards(num_boards: int, size: int = 10) -> list[Board]:
     return seen[::5]
 
 
-def make_policy(model: LlamaForCausalLM, encoder: Encoder, style: str, **settings: object) -> LanguageModelPolicy:
+def make_policy(model: torch.nn.Module, encoder: Encoder, style: str, **settings: object) -> LanguageModelPolicy:
     return LanguageModelPolicy(
         model, encoder.tokenizer, encoder.encode_prompts, get_style(style), name="tiny", **settings
     )  # type: ignore[arg-type]
 
 
-def plain_words(model: LlamaForCausalLM, encoder: Encoder, style: str, board: Board, max_new_tokens: int) -> str:
+def plain_words(model: torch.nn.Module, encoder: Encoder, style: str, board: Board, max_new_tokens: int) -> str:
     """The obvious way: one prompt, no cache of ours."""
     ids = torch.tensor([encoder.encode_prompt(get_style(style).write_prompt(board))])
     output = model.generate(
@@ -110,27 +111,106 @@ def test_a_legal_mask_bars_illegal_moves_and_is_named(model: LlamaForCausalLM, e
         assert answer.move in board.legal_moves()
 
 
-def test_words_end_with_the_conclusion_line(model: LlamaForCausalLM, encoder: Encoder) -> None:
-    script = "Moving UP\n\nConclusion: The move is: LEFT\nand so on for ever"
+@pytest.mark.parametrize(
+    ("script", "words", "move"),
+    [
+        (
+            "Moving UP\n\nConclusion: The move is: LEFT\nand so on",
+            "Moving UP\n\nConclusion: The move is: LEFT\n",
+            "LEFT",
+        ),
+        ("Conclusion: LEFT\n\nConclusion: LEFT", "Conclusion: LEFT\n", "LEFT"),
+        ("Conclusion: The move is: LEFTISH", "Conclusion: The move is: LEFTISH...", None),
+        ("UP", "UP...", None),
+    ],
+)
+def test_words_end_with_the_conclusion_line(
+    model: LlamaForCausalLM, encoder: Encoder, script: str, words: str, move: str | None
+) -> None:
+    (board,) = boards(1)
     tokens = encoder.tokenizer(script, add_special_tokens=False)["input_ids"]
+    start = len(encoder.encode_prompt(get_style("bfs-512").write_prompt(board)))
 
     class Scripted(LlamaForCausalLM):
-        """Writes the script, whatever it reads."""
+        """Writes the script behind the prompt, whatever it reads."""
 
-        num_calls = 0
-
-        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-            output = super().forward(*args, **kwargs)
-            self.num_calls += 1
-            output.logits[:, -1] = torch.nn.functional.one_hot(
-                torch.tensor(tokens[max(0, self.num_calls - 2)]), output.logits.shape[-1]
-            ).float()
+        def forward(self, position_ids=None, past_key_values=None, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+            if past_key_values is not None and len(position_ids) == 1:
+                for column, position in enumerate(position_ids[0].tolist()[-output.logits.shape[1] :]):
+                    output.logits[0, column] = torch.nn.functional.one_hot(
+                        torch.tensor(tokens[min(max(0, position + 1 - start), len(tokens) - 1)]),
+                        output.logits.shape[-1],
+                    )
             return output
 
     scripted = Scripted(model.config).eval()
-    (answer,) = make_policy(scripted, encoder, "bfs-512", max_new_tokens=len(tokens)).answer(boards(1), [0])
-    assert answer.move is Move.LEFT
-    assert answer.words == "Moving UP\n\nConclusion: The move is: LEFT\n"
+    (answer,) = make_policy(scripted, encoder, "bfs-512", max_new_tokens=len(tokens)).answer([board], [0])
+    assert answer == (move and Move[move], words)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_llama_dir: Path) -> PeftModel:
+    torch.manual_seed(1)
+    base = LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    peft_model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return peft_model.eval()
+
+
+@pytest.mark.parametrize("style", ["bfs-512", "compact"])
+def test_an_adapter_writes_what_it_writes_one_game_at_a_time_and_its_model_comes_back_unchanged(
+    adapted: PeftModel, encoder: Encoder, style: str
+) -> None:
+    some = boards(6)
+    plain = [plain_words(adapted, encoder, style, board, 7) for board in some]
+    with adapted.disable_adapter():
+        base = [plain_words(adapted, encoder, style, board, 7) for board in some]
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    policy = make_policy(adapted, encoder, style, max_new_tokens=7)
+    with policy.playing():
+        assert not torch.equal(
+            adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data,
+            before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
+        )
+        assert [a.words for a in policy.answer(some, range(6))] == plain
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    assert adapted.get_base_model().config._attn_implementation == "sdpa"
+    with adapted.disable_adapter():
+        assert [a.words for a in policy.answer(some, range(6))] == base
+    assert plain != base
+
+
+def test_weights_that_changed_between_games_play_from_then_on(adapted: PeftModel, encoder: Encoder) -> None:
+    board, policy = boards(1)[0], make_policy(adapted, encoder, "compact", max_new_tokens=7)
+    before = policy.answer([board], [0])[0].words
+    weight = adapted.get_base_model().model.layers[0].self_attn.v_proj.lora_B["default"].weight
+    with torch.no_grad():
+        weight.neg_()
+    after = policy.answer([board], [0])[0].words
+    assert after == plain_words(adapted, encoder, "compact", board, 7)
+    assert after != before
+    with torch.no_grad():
+        weight.neg_()
+
+
+def test_a_board_is_answered_once_while_games_are_played(
+    model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, some = make_policy(model, encoder, "compact", max_new_tokens=3), boards(3)
+    asked: list[int] = []
+    encode = policy._encode
+    monkeypatch.setattr(policy, "_encode", lambda boards: asked.append(len(boards)) or encode(boards))
+    expected = policy.answer(some, range(3))
+    with policy.playing():
+        policy.answer(some[:1], [0])
+        asked.clear()
+        assert policy.answer([some[0], some[1], some[1], some[2], some[0]], range(5)) == [
+            expected[i] for i in (0, 1, 1, 2, 0)
+        ]
+        assert asked == [2]
 
 
 def test_words_that_were_cut_off_name_no_move(model: LlamaForCausalLM, encoder: Encoder) -> None:

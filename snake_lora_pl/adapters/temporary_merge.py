@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def merged(model: nn.Module) -> Iterator[int]:
+def temporarily_merged(model: nn.Module) -> Iterator[int]:
     """Merge the active adapters into copies of the base's weights while the context lasts.
 
     A merged layer is one matrix product in place of three. PEFT's own way back subtracts what it added, which in
@@ -36,9 +37,9 @@ def merged(model: nn.Module) -> Iterator[int]:
         yield len(layers)
 
 
-def _can_merge(layer: nn.Module, owners: Counter[int]) -> bool:
+def _can_merge(layer: Any, owners: Counter[int]) -> bool:
     weight = getattr(layer.get_base_layer(), "weight", None)
-    return (
+    return bool(
         hasattr(layer, "merge")
         and not layer.disable_adapters
         and not layer.merged
@@ -50,7 +51,7 @@ def _can_merge(layer: nn.Module, owners: Counter[int]) -> bool:
 
 
 @contextlib.contextmanager
-def _merged_layer(layer: nn.Module) -> Iterator[None]:
+def _merged_layer(layer: Any) -> Iterator[None]:
     base = layer.get_base_layer()
     parameters = list(base.parameters(recurse=False))
     originals = [parameter.data for parameter in parameters]
