@@ -263,9 +263,10 @@ class LoRALightningModule(pl.LightningModule):
             own = self._head(self._target_states({"input_ids": ids, "labels": ids}, select_targets(ids)))
             whole = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         model.train(was_training)
-        # The two sum in another order, which in 16 bits and over many layers is a few percent.
-        tolerance = 1e-3 if own.dtype == torch.float32 else 5e-2
-        if not (own - whole).float().norm() <= tolerance * whole.float().norm():
+        # The two sum in another order. In 16 bits single positions may differ by their whole size, but most do not.
+        tolerance = 1e-3 if own.dtype == torch.float32 else 0.1
+        difference = (own - whole).float().norm(dim=-1) / whole.float().norm(dim=-1)
+        if not difference.median() <= tolerance:
             raise UserError(
                 f"model.base_model {self.base_model}: {type(model.get_base_model()).__name__} changes its logits after "
                 "the output head (a soft cap or a scale), which this trainer does not support. Choose another base."
