@@ -11,8 +11,8 @@ from torch import Tensor
 
 from snake_lora_pl.training.packing import PackedBatch
 
-# Queries that attend at once; what lies above the diagonal is computed only within such a block.
-BLOCK_QUERIES = 96
+# Positions that attend at once; what lies above the diagonal is computed only within such a block.
+BLOCK_POSITIONS = 96
 # Length of rows up to which probabilities are kept for the backward pass.
 KEEP_PROBABILITIES = 512
 
@@ -114,8 +114,8 @@ class BlockAttention(torch.autograd.Function):
             spread_values = part.spread_keys(values)
             output = torch.empty_like(queries)
             for span, end in part.blocks():
-                probabilities = part.probabilities(queries, keys, span, end)
-                output[:, :, span] = torch.bmm(probabilities, spread_values[:, :end]).view_as(output[:, :, span])
+                probabilities = part.probabilities(queries[:, span], keys[:, :end])
+                torch.bmm(probabilities, spread_values[:, :end], out=output[:, span])
                 if keep:
                     kept.append(probabilities)
             outputs.append(part.gather_queries(output))
@@ -140,13 +140,13 @@ class BlockAttention(torch.autograd.Function):
             for span, end in part.blocks():
                 probabilities = next(kept_blocks, None)
                 if probabilities is None:
-                    probabilities = part.probabilities(queries, keys, span, end)
-                grad_block = grad_out[:, :, span].flatten(1, 2)
+                    probabilities = part.probabilities(queries[:, span], keys[:, :end])
+                grad_block = grad_out[:, span]
                 grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad_block)
                 grad_probabilities = torch.bmm(grad_block, spread_values[:, :end].transpose(1, 2))
                 grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, keys.dtype)
-                grad_q[:, :, span] = torch.bmm(grad_scores, keys[:, :end]).view_as(grad_q[:, :, span])
-                grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), queries[:, :, span].flatten(1, 2))
+                torch.bmm(grad_scores, keys[:, :end], out=grad_q[:, span])
+                grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), queries[:, span])
             grad_queries.append(part.gather_queries(grad_q.mul_(heads.scale)))
             part.add_keys(grad_keys, grad_k.mul_(heads.scale))
             part.add_keys(grad_values, grad_v)
@@ -158,8 +158,9 @@ class BlockAttention(torch.autograd.Function):
 class _Part:
     """Queries that stand at the same positions in every row, and the keys up to them: the head, or the rests.
 
-    Spread tensors have rows and key heads as their batch: queries (rows * keys, group, length, size), where ``group``
-    query heads share a key head, and keys (rows * keys, start + length, size).
+    Spread tensors have rows and key heads as their batch: queries (rows * keys, length * group, size), where the
+    ``group`` query heads of a key head stand side by side at each position, and keys (rows * keys, start + length,
+    size). So a block of queries is a slice, and one product serves the whole group.
     """
 
     def __init__(self, heads: Heads, batch: PackedBatch, *, is_head: bool) -> None:
@@ -187,11 +188,11 @@ class _Part:
 
     def spread_queries(self, x: Tensor, padding: int | None = None) -> Tensor:
         rows = self._to_rows(x, padding).unflatten(2, (self.heads.keys, self.group))
-        return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+        return rows.transpose(1, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
     def gather_queries(self, spread: Tensor) -> Tensor:
-        rows = spread.unflatten(0, (self.rows, self.heads.keys)).permute(0, 3, 1, 2, 4)
-        return self._to_tokens(rows.flatten(2, 3))
+        rows = spread.unflatten(1, (-1, self.group)).unflatten(0, (self.rows, self.heads.keys))
+        return self._to_tokens(rows.transpose(1, 2).flatten(2, 3))
 
     def spread_keys(self, x: Tensor) -> Tensor:
         head = x[: self.start].expand(self.rows, -1, -1, -1)
@@ -205,21 +206,18 @@ class _Part:
         total[self.tokens] += self._to_tokens(rows[:, self.start :])
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
-        """The queries of each block, and the number of keys that its last query sees."""
+        """Where the queries of each block lie, and the number of keys that its last position sees."""
         length = self.batch.head_length if self.is_head else self.batch.rest_length
-        for begin in range(0, length, BLOCK_QUERIES):
-            end = min(begin + BLOCK_QUERIES, length)
-            yield slice(begin, end), self.start + end
+        for begin in range(0, length, BLOCK_POSITIONS):
+            end = min(begin + BLOCK_POSITIONS, length)
+            yield slice(begin * self.group, end * self.group), self.start + end
 
-    def probabilities(self, queries: Tensor, keys: Tensor, span: slice, end: int) -> Tensor:
-        """Attention of a block of queries, (rows * keys, group * queries in the block, end)."""
-        block = queries[:, :, span].flatten(1, 2)
-        scores = torch.baddbmm(
-            block.new_empty(()), block, keys[:, :end].transpose(1, 2), beta=0, alpha=self.heads.scale
-        )
-        size = span.stop - span.start
-        future = torch.ones(size, size, dtype=torch.bool, device=keys.device).triu_(1)
-        scores.unflatten(1, (self.group, size))[..., end - size :].masked_fill_(future, -torch.inf)
+    def probabilities(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attention of a block of queries, the last of which stands at the last key: (rows * keys, queries, keys)."""
+        scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=self.heads.scale)
+        positions = queries.shape[1] // self.group
+        future = scores.new_full((positions, positions), -torch.inf).triu_(1).unsqueeze(1)
+        scores.unflatten(1, (positions, self.group))[..., -positions:].add_(future)
         return torch.softmax(scores, dim=-1)
 
 

@@ -61,7 +61,7 @@ def plain_attention(qkv: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch) -
 def test_attention_and_its_gradient_equal_the_plain_ones(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], head: int, block: int, keep: int, function
 ) -> None:
-    monkeypatch.setattr(attention, "BLOCK_QUERIES", block)
+    monkeypatch.setattr(attention, "BLOCK_POSITIONS", block)
     monkeypatch.setattr(attention, "KEEP_PROBABILITIES", keep)
     batch = make_batch(lengths, head)
     qkv, cos, sin = make_inputs(batch)
