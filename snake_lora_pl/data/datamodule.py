@@ -82,9 +82,6 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         UserError: From ``prepare_data`` and ``setup``, for everything that is wrong with a setting or a row.
     """
 
-    # A rank may have no prompt to complete.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         base_model: str = "smollm2-135m",
@@ -110,6 +107,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
+        # A rank may have no prompt to complete.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.base_model = base_model
         self.train_path = train_path
         self.val_path = val_path
