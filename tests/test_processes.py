@@ -247,17 +247,14 @@ TORCHRUN = ("-m", "torch.distributed.run")
 # (pytorch/pytorch#135712). With this each attempt has a store of its own.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-DYING = """
-import os, signal, time, datetime
-import torch.distributed as dist
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "0":
-    time.sleep(4)  # the other one looks meanwhile for where this one listens
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=10))
-dist.barrier()
+REMEMBERING = """
+import os, sys
+from torch.distributed import rendezvous
+store, _, _ = next(rendezvous("env://"))
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    signal.pause()
+    store.set("where I listen", "port 1")
+    sys.exit("let me be started again")
+sys.exit("what the first attempt wrote is still there" if store.check(["where I listen"]) else 0)
 """
 
 
@@ -288,10 +285,10 @@ def test_a_restarted_group_of_processes_goes_on_from_last(
     ],
     ids=["own-store", "shared-store"],
 )
-def test_torchrun_can_restart_processes(environment: dict[str, str], tmp_path: Path) -> None:
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
-    command = [sys.executable, *TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script)]
+def test_processes_that_torchrun_restarts_find_an_empty_store(environment: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "remembering.py"
+    script.write_text(REMEMBERING)
+    command = [sys.executable, *TORCHRUN, "--standalone", "--nproc-per-node=1", "--max-restarts=1", str(script)]
     done = subprocess.run(command, env={**os.environ, **environment}, timeout=HANGS_S, capture_output=True, check=False)
     assert done.returncode == 0
 
