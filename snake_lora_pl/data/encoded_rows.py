@@ -139,7 +139,7 @@ class EncodedRows:
         return self._files[which][index - int(self._starts[which])]
 
     def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each row, as an array in memory."""
+        """Tokens of each row."""
         return _join([np.diff(file.offsets).astype(np.int32) for file in self._files], np.int32)
 
     def num_targets(self) -> int:
@@ -147,12 +147,18 @@ class EncodedRows:
         return sum(int(file.offsets[-1]) - int(file.num_prompt.sum(dtype=np.int64)) for file in self._files)
 
     def games(self) -> npt.NDArray[np.int32]:
-        """The game of each row, counted from 0 over all files, as an array in memory."""
+        """The game of each row, counted from 0 over all files."""
         firsts = np.cumsum([0, *(file.num_games for file in self._files)])
-        return _join([file.game + np.int32(first) for file, first in zip(self._files, firsts, strict=False)], np.int32)
+        return _join(
+            [
+                file.game + np.int32(first) if first else file.game
+                for file, first in zip(self._files, firsts, strict=False)
+            ],
+            np.int32,
+        )
 
     def prompt_hashes(self) -> npt.NDArray[np.uint64]:
-        """A hash of each row's prompt, as an array in memory."""
+        """A hash of each row's prompt."""
         return _join([file.prompt_hash for file in self._files], np.uint64)
 
 
@@ -443,6 +449,9 @@ def _map_array(path: Path, dtype: npt.DTypeLike, length: int) -> npt.NDArray[Any
 
 
 def _join(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Arrays end to end; one alone stays as it is, mapped if it was."""
+    if len(arrays) == 1:
+        return arrays[0]
     return np.concatenate(arrays) if arrays else np.empty(0, dtype)
 
 

@@ -15,6 +15,8 @@ from snake_lora_pl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_ROWS_AT_A_TIME = 2**17
+
 
 class Split(NamedTuple):
     """Indices of rows, ascending.
@@ -83,7 +85,10 @@ def leave_out_duplicates(
     Raises:
         UserError: If none are left.
     """
-    kept = train[~np.isin(prompt_hashes[train], val_prompt_hashes)]
+    # In parts: at ten million rows the temporary arrays of one np.isin would be the largest thing in the process.
+    val_hashes = np.unique(val_prompt_hashes)
+    parts = [train[first : first + _ROWS_AT_A_TIME] for first in range(0, len(train), _ROWS_AT_A_TIME)]
+    kept = np.concatenate([train[:0], *(part[~np.isin(prompt_hashes[part], val_hashes)] for part in parts)])
     if len(kept) == 0:
         raise UserError(
             "no training row is left: every prompt is also one of the validation rows, and those are removed from "
