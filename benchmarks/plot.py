@@ -1,6 +1,6 @@
 """One picture of the step beside other trainers', from the figures that ``benchmarks.train_step --json`` wrote.
 
-    python -m benchmarks.plot step.json --out docs/step.svg
+python -m benchmarks.plot step.json --out docs/step.svg
 """
 
 from __future__ import annotations
