@@ -1,45 +1,45 @@
-"""What vLLM takes; the cases are those that its own check was asked about, with the answers it gave."""
+"""What vLLM takes; where it is installed, its own check is asked about the same cases."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 
-from snake_lora_pl.adapters.serving import adapter_rank, vllm_command, vllm_obstacles
+from snake_lora_pl.adapters.serving import VLLM_RANKS, adapter_rank, vllm_command, vllm_obstacles
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj"]}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"use_rslora": True},
-        {"init_lora_weights": "gaussian"},
-        {"rank_pattern": {"q_proj": 64}, "alpha_pattern": {"q_proj": 8}},
-        {"target_modules": ["q_proj", "down_proj"]},
-        {"modules_to_save": None, "layer_replication": None},
-    ],
-)
+SERVED = [
+    {},
+    {"use_rslora": True},
+    {"init_lora_weights": "gaussian"},
+    {"rank_pattern": {"q_proj": 64}, "alpha_pattern": {"q_proj": 8}},
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"modules_to_save": None, "layer_replication": None},
+]
+
+NOT_SERVED = [
+    ({"peft_type": "ADALORA"}, "plain LoRA, not ADALORA"),
+    ({"use_dora": True}, "DoRA"),
+    ({"lora_bias": True}, "bias on B"),
+    ({"bias": "all"}, "trained biases"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 changed the base"),
+    ({"layer_replication": [[0, 4]]}, "replicated layers"),
+    ({"r": 1024}, "rank 1024 is above"),
+    ({"rank_pattern": {"q_proj": 600}}, "rank 600 is above"),
+]
+
+
+@pytest.mark.parametrize("changes", SERVED)
 def test_plain_lora_is_served(changes: dict[str, Any]) -> None:
     assert vllm_obstacles({**LORA, **changes}) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"peft_type": "ADALORA"}, "plain LoRA, not ADALORA"),
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "bias on B"),
-        ({"bias": "all"}, "trained biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 changed the base"),
-        ({"layer_replication": [[0, 4]]}, "replicated layers"),
-        ({"r": 1024}, "rank 1024 is above"),
-        ({"rank_pattern": {"q_proj": 600}}, "rank 600 is above"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "reason"), NOT_SERVED)
 def test_what_is_not_served_is_said_with_its_reason(changes: dict[str, Any], reason: str) -> None:
     (obstacle,) = vllm_obstacles({**LORA, **changes})
     assert reason in obstacle
@@ -59,3 +59,27 @@ def test_the_rank_is_the_largest_that_a_layer_has() -> None:
     assert adapter_rank({**LORA, "rank_pattern": {"q_proj": 64}}) == 64
     assert adapter_rank({"peft_type": "ADALORA", "r": 8, "init_r": 12, "rank_pattern": {"x": [True]}}) == 12
     assert adapter_rank({"peft_type": "IA3"}) is None
+
+
+@pytest.fixture(scope="session")
+def vllm_peft_helper() -> Any:
+    """vLLM's own reading of ``adapter_config.json``; importing it sets environment variables, so it comes first."""
+    return pytest.importorskip("vllm.lora.peft_helper", reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize("changes", [*SERVED, *(changes for changes, _ in NOT_SERVED if "peft_type" not in changes)])
+def test_vllms_own_check_says_the_same(changes: dict[str, Any], vllm_peft_helper: Any) -> None:
+    helper = vllm_peft_helper.PEFTHelper.from_dict({**LORA, **changes})
+    limits = SimpleNamespace(max_lora_rank=VLLM_RANKS[-1])
+    if vllm_obstacles({**LORA, **changes}):
+        with pytest.raises(ValueError, match="."):
+            helper.validate_legal(limits)
+    else:
+        helper.validate_legal(limits)
+
+
+@pytest.mark.usefixtures("vllm_peft_helper")
+def test_vllms_ranks_are_these() -> None:
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == VLLM_RANKS
