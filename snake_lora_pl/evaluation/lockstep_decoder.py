@@ -33,6 +33,9 @@ _PROMPT_TOKENS_ACCELERATOR = 16384
 
 _MAX_DRAFT_TOKENS = 32
 
+# Most logits of one pass: half a GiB in bfloat16.
+_MAX_LOGITS = 2**28
+
 
 @dataclass
 class Written:
@@ -91,9 +94,9 @@ class LockstepDecoder:
         self._ends_text = ends_text
         self._max_new_tokens = max_new_tokens
         self._base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
-        weight = next(model.parameters())
-        self._device = weight.device
-        self._dtype = model.get_output_embeddings().weight.dtype
+        output_head = model.get_output_embeddings().weight
+        self._vocab_size = len(output_head)
+        self._device, self._dtype = output_head.device, output_head.dtype
         self._pass_cost_tokens = _PASS_COST_TOKENS.get(self._device.type, _PASS_COST_TOKENS_ACCELERATOR)
         self._prompt_tokens = _PROMPT_TOKENS.get(self._device.type, _PROMPT_TOKENS_ACCELERATOR)
         self._cache = LockstepCache(model.config.get_text_config().num_hidden_layers)
@@ -144,10 +147,9 @@ class LockstepDecoder:
 
     def _step(self, rows: list[_Row]) -> None:
         """One pass over all rows: at least a token more for each."""
+        max_tokens = min(_MAX_DRAFT_TOKENS, _MAX_LOGITS // (len(rows) * self._vocab_size) - 1)
         drafts = [
-            self._drafter.guess(
-                row.written.tokens, min(_MAX_DRAFT_TOKENS, self._max_new_tokens - len(row.written.tokens) - 1)
-            )
+            self._drafter.guess(row.written.tokens, min(max_tokens, self._max_new_tokens - len(row.written.tokens) - 1))
             for row in rows
         ]
         width = best_width(drafts, self._pass_cost_tokens)
