@@ -257,13 +257,19 @@ def main() -> None:
             options.rounds,
             {"adapter": adapter, "num_moves": options.moves, "longest": options.longest, "dtype": options.dtype},
         )
+        figures = report(turns, options)
         shares = matrix_product_share(adapter, max(options.games), options.longest, options.dtype)
-        report(turns, shares, options)
+        print(
+            f"of a round of {max(options.games)} games: {', '.join(f'{n} {share:.0%}' for n, share in shares.items())}"
+        )
+        if options.json is not None:
+            options.json.write_text(json.dumps(figures | {"time_shares": shares}, indent=2) + "\n")
         if options.check_boards:
             check_same_words(adapter, options.check_boards, options.longest)
 
 
-def report(turns: dict[str, list[Turn]], shares: dict[str, float], options: argparse.Namespace) -> None:
+def report(turns: dict[str, list[Turn]], options: argparse.Namespace) -> dict[str, Any]:
+    """Print the table; the figures in it."""
     figures: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}, "contenders": {}}
     print(f"\n{'':18} {'moves/s':>8} {'ratio':>6} {'least':>6} {'most':>6} {'peak GiB':>9} {'equal moves':>12}")
     plain = turns[GENERATE]
@@ -278,10 +284,8 @@ def report(turns: dict[str, list[Turn]], shares: dict[str, float], options: argp
             "moves_per_second": rate, "peak_memory_gib": memory, "equal_moves": equal, "compared_moves": compared,
             "ratio_to_generate": {"median": median, "min": least, "max": greatest},
         }  # fmt: skip
-    figures["time_shares"] = shares
-    print(f"\nof a round of {max(options.games)} games: {', '.join(f'{n} {share:.0%}' for n, share in shares.items())}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(flush=True)
+    return figures
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ class LanguageModelPolicy:
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """The model's words and move on each board; the seeds are not used, decoding is greedy."""
-        with self.playing(), torch.no_grad(), self._compute_context():
+        # Every pass has another shape, so that layers compiled for training would be compiled anew and anew.
+        eager = torch.compiler.set_stance("force_eager")
+        with self.playing(), eager, torch.no_grad(), self._compute_context():
             assert self._session is not None
             answers = self._session.answers
             # The same board gets the same answer: a snake that circles until it starves costs one round.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,23 @@ def test_a_board_is_answered_once_while_games_are_played(
             expected[i] for i in (0, 1, 1, 2, 0)
         ]
         assert asked == [2]
+
+
+def test_layers_compiled_for_training_play_uncompiled(tiny_llama_dir: Path, encoder: Encoder) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+    expected = make_policy(compiled, encoder, "compact", max_new_tokens=5).answer(boards(3), range(3))
+    for layer in compiled.model.layers:
+        layer.compile(backend=backend)
+    assert make_policy(compiled, encoder, "compact", max_new_tokens=5).answer(boards(3), range(3)) == expected
+    assert not graphs
+    compiled(input_ids=torch.tensor([[1, 2]]))
+    assert graphs
 
 
 def test_words_that_were_cut_off_name_no_move(model: LlamaForCausalLM, encoder: Encoder) -> None:
