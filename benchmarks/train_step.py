@@ -261,17 +261,15 @@ def run_litgpt(
         referee.end_turn(tokens, statistics.mean(losses), peak_memory_gib(device))
 
 
-CONTENDERS = {
-    OURS: run_ours, "TRL SFTTrainer": run_trl, "transformers Trainer": run_transformers, "LitGPT LoRA": run_litgpt,
-}  # fmt: skip
+CONTENDERS = {"trl": run_trl, "transformers": run_transformers, "litgpt": run_litgpt}
 
 
-def installed_contenders() -> dict[str, Any]:
-    """All contenders but LitGPT where it is missing: it pins other versions of our dependencies."""
-    if importlib.util.find_spec("litgpt") is None:
+def installed_contenders(names: list[str]) -> dict[str, Any]:
+    """Ours and the named ones, but LitGPT where it is missing: it pins other versions of our dependencies."""
+    if "litgpt" in names and importlib.util.find_spec("litgpt") is None:
         print("LitGPT takes no part; pip install --no-deps litgpt adds it.")
-        return {name: run for name, run in CONTENDERS.items() if run is not run_litgpt}
-    return CONTENDERS
+        names = [name for name in names if name != "litgpt"]
+    return {OURS: run_ours} | {name: CONTENDERS[name] for name in names}
 
 
 def make_step(base_model: str, rank: int, dtype: str) -> Callable[[dict[str, Any]], None]:
@@ -401,6 +399,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimiser steps a turn")
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each contender")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--against", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument(
         "--tables", nargs="+", choices=["contest", "growth", "share"], default=["contest", "growth", "share"]
     )
@@ -413,7 +412,7 @@ def main() -> None:
     prepare_base_model(options.base_model)
     figures: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}}
     if "contest" in options.tables:
-        contenders = installed_contenders()
+        contenders = installed_contenders(options.against)
         arguments = {
             "base_model": options.base_model, "rows_path": options.rows, "batch_size": options.batch_size,
             "steps": options.steps, "dtype": options.dtype,
