@@ -12,6 +12,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.lora import build_lora
 from snake_lora_pl.errors import UserError
+from tests.registry import restored_registry
 
 
 @pytest.fixture
@@ -26,10 +27,8 @@ def gpt2() -> GPT2LMHeadModel:
 
 @pytest.fixture
 def _registry() -> Iterator[None]:
-    before = dict(AdapterFactory._kinds)
-    yield
-    AdapterFactory._kinds.clear()
-    AdapterFactory._kinds.update(before)
+    with restored_registry():
+        yield
 
 
 def adapted_layers(model: PeftModel) -> set[str]:

@@ -1,0 +1,140 @@
+"""Every kind of adapter from its overlay to its games: real rows, the commands as a user gives them, the tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.paths import RunPaths
+from tests.registry import restored_registry
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+README = Path(__file__).parents[1] / "README.md"
+RUN_PATTERN = "logs/extensions/models/grid-size-10/llm_finetune_v0.03_*/snake_reasoning"
+IDS = torch.arange(3, 40)[None]
+
+
+class Run(NamedTuple):
+    kind: str
+    paths: RunPaths
+    flags: list[str]
+
+
+def fit_flags(tiny_llama_dir: Path, rows_path: Path) -> list[str]:
+    """What makes a run small."""
+    return [
+        f"--model.base_model={tiny_llama_dir}",
+        f"--data.train_path={rows_path}",
+        "--data.batch_size=4",
+        "--model.dtype=float32",
+        "--model.max_new_tokens=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_val_batches=2",
+    ]
+
+
+@pytest.fixture(scope="module", params=["lora", "qlora", "adalora"])
+def run(
+    request: pytest.FixtureRequest,
+    tiny_llama_dir: Path,
+    bfs512_sample_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """A finished run of each kind: a preset, and the kind's overlay."""
+    directory = tmp_path_factory.mktemp(request.param)
+    configs = ["--config", "lightweight.yaml"]
+    configs += ["--config", f"{request.param}.yaml"] if request.param != "lora" else []
+    flags = [*configs, *fit_flags(tiny_llama_dir, bfs512_sample_path)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
+        patch.chdir(directory)
+        learning = ["--model.learning_rate=3e-2", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+        assert main(["fit", *flags, *learning]) == 0
+    (run_dir,) = directory.glob(RUN_PATTERN)
+    return Run(request.param, RunPaths(run_dir), flags)
+
+
+def logged(run: Run, name: str) -> list[float]:
+    with open(run.paths.metrics_path, newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_the_loss_falls_on_real_rows(run: Run) -> None:
+    first, last = logged(run, "val/loss")
+    assert last < first
+    assert sum(logged(run, "train/loss")[-3:]) < sum(logged(run, "train/loss")[:3])
+
+
+def test_metadata_and_metrics_tell_the_kind(run: Run) -> None:
+    metadata = store.verify(run.paths.artifacts_dir)
+    assert metadata.adapter_type == run.kind
+    assert metadata.quantization.get("bits") == (4 if run.kind == "qlora" else None)
+    budget = logged(run, "train/rank_budget") if run.kind == "adalora" else []
+    assert budget == sorted(budget, reverse=True)
+    assert (len(set(budget)) > 2) == (run.kind == "adalora")
+
+
+def test_the_checkpoint_holds_the_adapter_alone(run: Run, tiny_llama_dir: Path) -> None:
+    content = torch.load(run.paths.last_checkpoint_path, weights_only=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    assert all("lora_" in name or "ranknum" in name for name in content["state_dict"])
+    assert sum(t.numel() for t in content["state_dict"].values()) < base.num_parameters()
+
+
+def test_the_adapter_scores_again_what_it_scored_in_its_run(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["validate", *run.flags, "--adapter", str(run.paths.artifacts_dir)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
+    metadata = store.read_metadata(run.paths.artifacts_dir)
+    assert float(printed["val/loss"]) == pytest.approx(metadata.metrics["val/loss"], rel=1e-4)
+
+
+def test_the_adapter_plays(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["test", *run.flags, "--adapter", str(run.paths.artifacts_dir), "--games=2"]
+    assert main([*arguments, "--play.reading=score", "--play.max_steps=3"]) == 0
+    table: dict[str, Any] = json.loads(run.paths.games.table_path.read_text())
+    assert "adapter" in json.dumps(table)
+
+
+def test_the_merged_model_agrees_with_the_adapter(run: Run, tmp_path: Path) -> None:
+    merged_dir = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(run.paths.artifacts_dir), "--out", str(merged_dir)]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32)(IDS).logits
+    loaded = AdapterFactory.load(run.paths.artifacts_dir, dtype="float32").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged, loaded(input_ids=IDS).logits, rtol=1e-3, atol=1e-2)
+
+
+def test_the_readme_s_kind_is_registered_trained_and_played_in_under_twenty_lines(
+    tiny_llama_dir: Path, bfs512_sample_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (section,) = re.findall(r"^## Adapters\n(.*?)^## ", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    assert len(example.splitlines()) < 20
+    with restored_registry():
+        exec(compile(example, "README.md", "exec"), {"__name__": "loha"})
+        flags = ["--config", "balanced.yaml", *fit_flags(tiny_llama_dir, bfs512_sample_path)]
+        assert main(["fit", *flags, "--model.adapter_type=loha", "--trainer.max_steps=2", "--play.final_games=1"]) == 0
+        (run_dir,) = tmp_path.glob(RUN_PATTERN)
+        adapter_dir = RunPaths(run_dir).artifacts_dir
+        assert store.verify(adapter_dir).adapter_type == "loha"
+        loaded = AdapterFactory.load(adapter_dir)
+        assert any("hada_" in name for name, _ in loaded.named_parameters())
