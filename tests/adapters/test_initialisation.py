@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.lora import build_lora
+from snake_lora_pl.adapters.temporary_merge import temporarily_merged
 from snake_lora_pl.errors import UserError
 
 IDS = torch.tensor([[5, 9, 30, 7, 12, 44]])
@@ -78,6 +79,11 @@ def test_the_adapter_starts_as_a_part_of_the_weight_that_is_subtracted_again(
     targets = "c_attn" if isinstance(base, GPT2LMHeadModel) else "v_proj"
     model = build_lora(base, LoRAConfig(rank=4, dropout=0.0, target_modules=[targets], init_lora_weights=method)).eval()
     torch.testing.assert_close(model(input_ids=IDS).logits, other(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    move(model)
+    moved = model(input_ids=IDS).logits
+    with temporarily_merged(model) as num_merged:
+        torch.testing.assert_close(model(input_ids=IDS).logits, moved, rtol=1e-4, atol=1e-4)
+    assert num_merged == 2
     layer = next(m for m in model.modules() if hasattr(m, "initial_A"))
     weight = layer.get_base_layer().weight.T if layer.fan_in_fan_out else layer.get_base_layer().weight
     part = layer.scaling["default"] * layer.initial_B @ layer.initial_A
