@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_REHEARSED_STEPS = 10_000
+
 
 class LoRALightningModule(pl.LightningModule):
     """Trains an adapter on prompt/completion batches; the loss covers completions only.
@@ -434,7 +436,9 @@ class LoRALightningModule(pl.LightningModule):
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
         # A time limit beside a given number of steps is a safeguard; without one it is what ends the run.
         is_length_known = math.isfinite(total_steps) and (timer is None or self.trainer.max_steps != -1)
-        self._kind.start(self.peft_model, self.lora, int(total_steps) if is_length_known else None)
+        # A rehearsal is the beginning of a run of any length.
+        planned_steps = _REHEARSED_STEPS if self.trainer.fast_dev_run else total_steps  # type: ignore[attr-defined]
+        self._kind.start(self.peft_model, self.lora, int(planned_steps) if is_length_known else None)
         optimizer = self._optimizer()
 
         def factor(step: int) -> float:

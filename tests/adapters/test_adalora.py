@@ -294,3 +294,10 @@ def test_the_shortest_run_that_fits_is_as_long_as_the_message_says(make, tmp_pat
     watch = Watch()
     fit(make(initial_steps=None, final_steps=None, initial_rank=6), tmp_path, watch, max_steps=2)
     assert watch.nonzero[-1] == 4 * NUM_LAYERS
+
+
+def test_a_rehearsal_of_one_step_rehearses_a_run_that_is_long_enough(make, tmp_path: Path) -> None:
+    module = make(initial_steps=20, final_steps=20)
+    trainer = make_trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(module, make_loader(ROWS, 4))
+    assert trainer.global_step == 1
