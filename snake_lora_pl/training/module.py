@@ -260,7 +260,11 @@ class LoRALightningModule(pl.LightningModule):
         model = self.peft_model
         was_training = model.training
         model.eval()
-        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=next(model.parameters()).device)
+        # Spread over the vocabulary: the first ids are often special tokens, on which a trained adapter's states are so
+        # large that 16 bits say nothing of the logits.
+        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=self._head.weight.device) * (
+            len(self._head.weight) // 8
+        )
         with torch.no_grad(), self.compute_context():
             own = self._head(self._target_states({"input_ids": ids, "labels": ids}, select_targets(ids)))
             whole = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
