@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from snake_lora_pl import dry_run
 from snake_lora_pl.adapters import store
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
@@ -155,6 +157,11 @@ class SnakeCLI(LightningCLI):
             help="Adapter directory to start from or to evaluate; test takes several: --adapter A --adapter B.",
         )
         parser.add_argument("--games", type=int, default=100, help="Games of each player in test.")
+        parser.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="fit: show config, data, memory, one step and where files would go; write nothing.",
+        )
         parser.add_class_arguments(PlaySettings, "play")
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
@@ -186,11 +193,13 @@ class SnakeCLI(LightningCLI):
         config = self.config[self.subcommand]
         if not re.fullmatch(r"[\w][\w.-]*", config.adapter_name):
             raise UserError(f"--adapter_name '{config.adapter_name}': use letters, digits, '.', '_' and '-' only.")
+        if config.dry_run and self.subcommand != "fit":
+            raise UserError(f"--dry_run is for fit; {self.subcommand} has none.")
         if self.subcommand != "test" and len(_adapter_dirs(config)) > 1:
             raise UserError(f"{self.subcommand} takes one --adapter; test plays several against each other.")
         if self.subcommand == "fit":
             self.run_paths = self._resolve_run(config)
-            if _is_first_process():
+            if _is_first_process() and not config.dry_run:
                 self._resources.enter_context(sole_use(self.run_paths.lock_path))
         elif config.adapter is not None:
             self._prompt_as_trained(config)
@@ -235,7 +244,7 @@ class SnakeCLI(LightningCLI):
                 return run
         if (inherited := os.environ.get(RUN_DIR_ENV)) is not None:
             return RunPaths(Path(inherited))
-        if not _is_first_process():
+        if config.dry_run or not _is_first_process():
             # Not this run's directory yet: AdapterCheckpoint.setup brings the first process's choice.
             return RunPaths.new(config.root, grid_size, config.adapter_name)
         run = RunPaths.claim(config.root, grid_size, config.adapter_name)
@@ -271,6 +280,10 @@ class SnakeCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
         trainer_config["enable_model_summary"] = False
+        if config.dry_run:
+            callbacks = [Interruption()]
+            trainer_config |= {**dry_run.TRAINER_SETTINGS, "callbacks": None}
+            self.save_config_callback = None
         try:
             return self._instantiate_trainer(trainer_config, callbacks)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
@@ -295,9 +308,27 @@ class SnakeCLI(LightningCLI):
 
     # ------------------------------------------------------------------ the verbs
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train, or rehearse it."""
+        config = self.config[self.subcommand]
+        if not config.dry_run:
+            self.trainer.fit(**kwargs)
+            return
+        assert self.run_paths is not None
+        resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
+        accumulated = config.trainer.accumulate_grad_batches
+        sections = dry_run.rehearse(self.trainer, self.model, self.datamodule, self.run_paths, accumulated)
+        for title, text in itertools.chain([("config", resolved.rstrip())], sections):
+            if self.trainer.is_global_zero:
+                print(f"{title}\n{text}\n", flush=True)
+        if self.trainer.is_global_zero:
+            print("Nothing was written. Without --dry_run this trains.")
+
     def after_fit(self) -> None:
         """Let the adapter play, and say what came out."""
         settings: PlaySettings = self.config_init[self.subcommand].play
+        if self.config[self.subcommand].dry_run:
+            return
         if self.run_paths is None or self.config[self.subcommand].trainer.fast_dev_run:
             return
         self.run_paths = self.trainer.strategy.broadcast(self.run_paths)

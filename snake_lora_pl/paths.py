@@ -14,8 +14,10 @@ import contextlib
 import difflib
 import os
 import re
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +29,7 @@ from snake_lora_pl.errors import UserError
 EXTENSION_TYPE = "llm_finetune"
 EXTENSION_VERSION = "0.03"
 _RUN_PREFIX = f"{EXTENSION_TYPE}_v{EXTENSION_VERSION}_"
+_temporary_row_cache: ContextVar[Path | None] = ContextVar("temporary_row_cache", default=None)
 _FILE_UNSAFE = re.compile(r"[^\w.+-]+")
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
 CACHE_ENV = "SNAKE_LORA_PL_CACHE"
@@ -283,9 +286,27 @@ def base_model_cache_dir(short_name: str) -> Path:
 def generated_data_path(grid_size: int, teacher: str, style: str, num_games: int, noise: float, seed: int) -> Path:
     """Where a generated data set is kept; its name says how it was made."""
     name = f"{teacher}_games-{num_games}_noise-{noise:g}_seed-{seed}.jsonl"
-    return cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
+    return _row_cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
 
 
 def encoded_rows_dir(key: str) -> Path:
     """Where the encoded rows of one data set are kept, by the hash of all that made them."""
-    return cache_dir() / "encoded_rows" / key
+    return _row_cache_dir() / "encoded_rows" / key
+
+
+def _row_cache_dir() -> Path:
+    return _temporary_row_cache.get() or cache_dir()
+
+
+@contextlib.contextmanager
+def temporary_row_cache() -> Iterator[Path]:
+    """Let rows that are generated or encoded meanwhile lie in a directory of their own, which is then removed.
+
+    Base models stay where they are.
+    """
+    with tempfile.TemporaryDirectory(prefix="snake_lora_pl_rows_", ignore_cleanup_errors=True) as directory:
+        token = _temporary_row_cache.set(Path(directory))
+        try:
+            yield Path(directory)
+        finally:
+            _temporary_row_cache.reset(token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from snake_lora_pl.console import ignore_known_warnings
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.interruption import Interrupted
 
 DEFAULT_CONFIG = "balanced.yaml"
 
@@ -73,6 +75,7 @@ def train_on_heuristic_data(
 
     Raises:
         UserError: For whatever is a mistake on the command line, with its one line.
+        KeyboardInterrupt: On Ctrl-C, when the step is finished and saved; it says how to go on.
 
     Example:
         >>> train_on_heuristic_data("rows.jsonl", "lightweight", {"trainer.max_steps": 500})  # doctest: +SKIP
@@ -80,7 +83,15 @@ def train_on_heuristic_data(
     arguments = _arguments(dataset_path, adapter_config, training_config or {})
     with warnings.catch_warnings():
         ignore_known_warnings()
-        run = build_and_run(arguments, _Fit)
+        try:
+            run = build_and_run(arguments, _Fit)
+        except Interrupted as stop:
+            if stop.signum != signal.SIGINT:
+                raise
+            way_on = (
+                f'; training_config={{"ckpt_path": "{stop.checkpoint_path}"}} goes on' if stop.checkpoint_path else ""
+            )
+            raise KeyboardInterrupt(f"{stop}{way_on}") from stop
     checkpoint: AdapterCheckpoint = run.config_init[run.subcommand].checkpoint
     assert run.run_paths is not None
     assert checkpoint.adapter_dir is not None

@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from snake_lora_pl.data.encoded_rows import GameCounter
@@ -139,19 +140,20 @@ class Audit:
     tokens: TokenReport | None = None
 
 
-def audit_rows(spec: str | Sequence[str], encoder: Encoder | None = None) -> Audit:
+def audit_rows(spec: str | Sequence[str], encoder: Encoder | None = None, max_rows: int | None = None) -> Audit:
     """Look through files of rows.
 
     Args:
         spec: A path, a glob or several, as ``expand_paths`` takes them.
         encoder: What makes tokens of rows; its ``max_length`` is the limit they are held against.
+        max_rows: Rows to read from the beginning of each file; None reads all.
 
     Raises:
         UserError: If a file cannot be read, or no row in any can be used.
     """
     paths = expand_paths(spec)
     complaints = Complaints()
-    rows = list(read_rows(paths, "skip", complaints=complaints))
+    rows = [row for path in paths for row in islice(read_rows([path], "skip", complaints=complaints), max_rows)]
     if not rows:
         raise UserError(f"{paths[0]}: no row can be used: {complaints}" if complaints else f"{paths[0]}: holds no row")
     audit = Audit([str(path) for path in paths], len(rows), dict(complaints.counts))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_GRID_SIZE = 10
+_GAMES_TO_LOOK_AT = 50
 
 
 class PromptBatch(TypedDict):
@@ -134,6 +135,15 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self._val: _RowSubset | None = None
         self._summary: dict[str, Any] = {}
         self._prompts: list[Row] | None = None
+        self._max_rows: int | None = None
+
+    def limit_rows(self, max_rows: int) -> None:
+        """Take a first look only: that many rows from the beginning of the files, or few games where none are named.
+
+        Call it before ``prepare_data``.
+        """
+        self._max_rows = max_rows
+        self.generated_games = min(self.generated_games, _GAMES_TO_LOOK_AT)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -164,7 +174,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         if stage in ("test", "predict"):
             return
         if self._needs_train_rows(stage):
-            paths = self._train_paths()
+            paths = self.train_paths()
             if self.train_path is None:
                 logger.info("no data.train_path: training on generated rows, %s", paths[0])
             self._open(paths)
@@ -186,7 +196,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     def _setup_rows(self, stage: str) -> None:
         if self._needs_train_rows(stage):
-            rows = self._open(self._train_paths())
+            rows = self._open(self.train_paths())
             self._check_grid_size()
             if self.val_path is None:
                 split = split_by_game(rows.games(), rows.prompt_hashes(), self.val_fraction, self.seed)
@@ -207,7 +217,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         return _RowSubset(rows, np.arange(len(rows)))
 
     def _open(self, paths: Sequence[Path]) -> EncodedRows:
-        return open_encoded_rows(paths, self.encoder, self.on_bad_row)
+        max_rows = None if self._max_rows is None else max(1, self._max_rows // len(paths))
+        return open_encoded_rows(paths, self.encoder, self.on_bad_row, max_rows)
 
     def _stage(self) -> str:
         return "fit" if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
@@ -215,7 +226,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     def _needs_train_rows(self, stage: str) -> bool:
         return stage == "fit" or self.val_path is None
 
-    def _train_paths(self) -> list[Path]:
+    def train_paths(self) -> list[Path]:
+        """The files of rows to train on, generated where none are named and they are not there yet."""
         if self.train_path is not None:
             return expand_paths(self.train_path)
         path = self._generated_path()
@@ -315,22 +327,32 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         sampler = LengthGroupedSampler(
             rows.lengths(), self.batch_size, shuffle=shuffle, seed=self.seed, **self._ranks()
         )
-        pad_id = self.tokenizer.pad_token_id
         return _LazyLoader(
             rows,
             sampler=sampler,
             batch_size=None,
-            collate_fn=functools.partial(
-                collate,
-                pad_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-            ),
+            collate_fn=self._collate_fn,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # Drawing the workers' seeds from the global generator would change the training's random numbers.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    @property
+    def _collate_fn(self) -> Callable[[Sequence[Example]], Batch]:
+        pad_id = self.tokenizer.pad_token_id
+        return functools.partial(
+            collate,
+            pad_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+    def largest_batch(self) -> Batch:
+        """The longest rows to train on as one batch: what takes most memory."""
+        train = self._require(self._train)
+        longest = np.argsort(train.lengths(), kind="stable")[-self.batch_size :]
+        return self._collate_fn(train[longest.tolist()])
 
     def _ranks(self) -> dict[str, int]:
         """This process's place among those that share the rows, which need not be all there are."""

@@ -23,6 +23,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,16 @@ class EncodedRows:
         return _join([file.prompt_hash for file in self._files], np.uint64)
 
 
-def open_encoded_rows(paths: Sequence[Path], encoder: Encoder, on_bad_row: OnBadRow = "error") -> EncodedRows:
+def open_encoded_rows(
+    paths: Sequence[Path], encoder: Encoder, on_bad_row: OnBadRow = "error", max_rows: int | None = None
+) -> EncodedRows:
     """The encoded rows of some files, from the cache where they lie there, else built.
 
     Args:
         paths: Files, as ``expand_paths`` returns them.
         encoder: What encodes the rows; its settings are part of the cache's key.
         on_bad_row: What becomes of bad rows, see ``read_rows``.
+        max_rows: Rows to read from the beginning of each file; None reads all.
 
     Returns:
         At least one row.
@@ -179,7 +183,7 @@ def open_encoded_rows(paths: Sequence[Path], encoder: Encoder, on_bad_row: OnBad
     """
     fingerprint = encoder.fingerprint()
     complaints = Complaints()
-    files = [_open_or_build(path, encoder, fingerprint, on_bad_row, complaints) for path in paths]
+    files = [_open_or_build(path, encoder, fingerprint, on_bad_row, max_rows, complaints) for path in paths]
     complaints.raise_if_any()
     rows = EncodedRows([file for file in files if file is not None])
     if len(rows) == 0:
@@ -275,11 +279,17 @@ class GameCounter:
 
 
 def _open_or_build(
-    path: Path, encoder: Encoder, fingerprint: str, on_bad_row: OnBadRow, complaints: Complaints
+    path: Path,
+    encoder: Encoder,
+    fingerprint: str,
+    on_bad_row: OnBadRow,
+    max_rows: int | None,
+    complaints: Complaints,
 ) -> EncodedFile | None:
     """The file's encoded rows; None where a complaint was taken down."""
     content_hash = hash_file(path)
-    directory = encoded_rows_dir(_hash_text(str(FORMAT_VERSION), content_hash, fingerprint, on_bad_row))
+    limit = [] if max_rows is None else [str(max_rows)]
+    directory = encoded_rows_dir(_hash_text(str(FORMAT_VERSION), content_hash, fingerprint, on_bad_row, *limit))
     encoded = _open(directory, path)
     if encoded is None:
         before = path.stat()
@@ -289,7 +299,7 @@ def _open_or_build(
             if encoded is None:
                 remove_leftovers(directory.parent, directory.name)
                 try:
-                    _build(directory, path, content_hash, encoder, on_bad_row, complaints)
+                    _build(directory, path, content_hash, encoder, on_bad_row, max_rows, complaints)
                 except _RowsRefusedError:
                     return None
                 encoded = EncodedFile(directory, path)
@@ -314,7 +324,13 @@ class _RowsRefusedError(Exception):
 
 
 def _build(
-    directory: Path, path: Path, content_hash: str, encoder: Encoder, on_bad_row: OnBadRow, complaints: Complaints
+    directory: Path,
+    path: Path,
+    content_hash: str,
+    encoder: Encoder,
+    on_bad_row: OnBadRow,
+    max_rows: int | None,
+    complaints: Complaints,
 ) -> None:
     """Encode a file's rows in a stream, into a directory that appears as a whole or not at all.
 
@@ -327,7 +343,7 @@ def _build(
     games = GameCounter()
     progress = _Progress(path)
     with directory_durably(directory) as temporary, _Writer(temporary, len(encoder.tokenizer)) as writer:
-        for rows in _chunks(read_rows([path], on_bad_row, complaints=bad_rows)):
+        for rows in _chunks(islice(read_rows([path], on_bad_row, complaints=bad_rows), max_rows)):
             encoded: list[tuple[Row, int, Example]] = []
             for row, example in zip(rows, encoder.encode(rows), strict=True):
                 # Rows that are left out count too: they are part of a game's course.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from snake_lora_pl import LoRAConfig, TrainingResult, train_on_heuristic_data
 from snake_lora_pl.__main__ import main
@@ -114,6 +117,26 @@ def test_logging_and_warnings_of_the_caller_stay_as_they_were(
     before = package.level, list(logging.getLogger().handlers), list(warnings.filters)
     train_on_heuristic_data(bfs512_sample_path, None, small)
     assert (package.level, list(logging.getLogger().handlers), list(warnings.filters)) == before
+
+
+class PressCtrlC(Callback):
+    """Ctrl-C before the second step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_after_the_step_says_how_to_go_on_and_leaves_the_callers_handler(
+    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    stopped = {**small, "trainer": {**small["trainer"], "callbacks": [{"class_path": f"{__name__}.PressCtrlC"}]}}
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT after step 1") as caught:
+        train_on_heuristic_data(bfs512_sample_path, None, stopped)
+    assert signal.getsignal(signal.SIGINT) is handler
+    (checkpoint_path,) = re.findall(r'training_config={"ckpt_path": "(.*)"} goes on', str(caught.value))
+    assert train_on_heuristic_data(bfs512_sample_path, None, {**small, "ckpt_path": checkpoint_path}).num_steps == 3
 
 
 @pytest.mark.parametrize(
