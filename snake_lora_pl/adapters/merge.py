@@ -86,7 +86,11 @@ def merge(
     _check_is_free(out_dir)
     metadata = store.verify(adapter_dir)
     name = base_model or metadata.base_model_name
-    revision = store.trained_revision(metadata, name)
+    try:
+        revision = store.trained_revision(metadata, name)
+    except UserError as error:
+        remedy = "" if base_model else " Say with --base_model where it lies now."
+        raise UserError(f"{error}{remedy}") from error
     store.check_base(metadata, name, adapter_dir, revision)
     chosen = stored_dtype(prepare_base_model(name, revision=revision)) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)

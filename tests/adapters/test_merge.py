@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,23 @@ def test_a_directory_that_is_read_back_as_something_else_does_not_appear(
 def test_another_base_is_refused_and_the_same_in_another_place_taken(
     adapter_dir: Path, base_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     with pytest.raises(UserError, match="trained on"):
         merge(adapter_dir, tmp_path / "merged", base_model=str(base_dirs["untied"]))
     moved = shutil.copytree(base_dirs["tied"], tmp_path / "moved")
+    rewrite_metadata(adapter_dir, base_model_name=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"gone.*no such directory.*Say with --base_model where it lies now\."):
+        merge(adapter_dir, tmp_path / "merged")
     merge(adapter_dir, tmp_path / "merged", base_model=str(moved))
+
+
+def test_a_full_disk_leaves_nothing(adapter_dir: Path, tmp_path: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written .*Choose another place"):
+            merge(adapter_dir, tmp_path / "out" / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "out").iterdir()) == []
