@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PROG = "python -m snake_lora_pl"
+# The same program by the name that an installation puts on the path.
+SCRIPT = "snake-lora"
 
 LIGHTNING_VERBS = {
     "fit": "train an adapter; the run's directory holds the adapter, metrics and checkpoints",
@@ -20,6 +22,7 @@ LIGHT_VERBS = {
     "merge": "write an adapter and its base as one plain Hugging Face model directory",
     "export": "write an adapter and its base as a GGUF file for llama.cpp and Ollama",
     "push": "send an adapter to the Hugging Face hub",
+    "completion": "print a script that completes commands and options in bash or zsh",
 }
 
 

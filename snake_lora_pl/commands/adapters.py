@@ -23,13 +23,14 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If there is no such directory.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     rows = [_describe(adapter) for adapter in list_adapters(options.root)]
     print(json.dumps(rows, indent=2) if options.json else _table(rows, options.root))
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("adapters", epilog="Every adapter is verified; below the table stands what is wrong with one.")
     parser.add_argument("root", nargs="?", default=".", metavar="ROOT", help="directory to look under")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -24,14 +24,15 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If an argument cannot be used or the file cannot be read.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     check_choice("--template", options.template, TemplateName)
     audit = audit_rows(options.files, _encoder(options.base_model, options.template, options.max_length))
     print(json.dumps(asdict(audit), indent=2) if options.json else describe(audit))
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("audit")
     parser.add_argument("files", nargs="+", metavar="F.jsonl", help="files or globs of rows")
     parser.add_argument(

@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If llama.cpp's converter is missing or fails, or the adapter or its base cannot be loaded.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     if options.format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{options.format}'.")
     from snake_lora_pl.adapters import store
@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("export")
     add_adapter_arguments(parser)
     parser.add_argument("--format", default="gguf", metavar="NAME", help="gguf")

@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If an argument cannot be used or the file cannot be written.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     path = Path(options.out)
     if path.exists() and not path.is_dir() and not options.overwrite:
         raise UserError(f"--out {path}: exists already. Choose another name, or give --overwrite to replace it.")
@@ -50,7 +50,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("generate", epilog="The same arguments give the same bytes, whatever the number of workers.")
     parser.add_argument("--out", required=True, metavar="F.jsonl", help="file to write")
     parser.add_argument("--games", type=int, default=100, metavar="N", help="games to play")

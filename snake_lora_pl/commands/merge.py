@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If the adapter or its base cannot be loaded, or the directory cannot be written.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     from snake_lora_pl.adapters.merge import merge
     from snake_lora_pl.console import quiet_libraries
 
@@ -35,7 +35,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("merge", epilog="Computed in float32: four bytes of memory a parameter, twice while it is checked.")
     add_adapter_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; absent or empty")

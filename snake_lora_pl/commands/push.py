@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If the adapter is damaged, or the hub refuses or cannot be reached.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     from huggingface_hub.utils import disable_progress_bars
 
     from snake_lora_pl.adapters.publish import push
@@ -28,7 +28,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("push", epilog="The token is the one of `hf auth login`, or HF_TOKEN; it is never printed.")
     add_adapter_argument(parser)
     parser.add_argument(
