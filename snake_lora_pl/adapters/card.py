@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number
 from snake_lora_pl.adapters.serving import vllm_command, vllm_obstacles
-
-if TYPE_CHECKING:
-    from snake_lora_pl.adapters.store import AdapterMetadata
 
 _SETTINGS = {
     "r": "rank",
@@ -212,5 +210,5 @@ def _games(play: dict[str, Any]) -> list[str]:
     ]
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _figure(value: Any, form: str) -> str:
+    return form.format(value) if is_number(value) else "-"

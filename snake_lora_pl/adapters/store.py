@@ -13,14 +13,12 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from importlib import metadata as importlib_metadata
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snake_lora_pl.adapters.card import model_card
+from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
 from snake_lora_pl.durable import directory_durably, open_durably, recover_directory
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
@@ -43,52 +41,6 @@ _CODE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so
 # Settings that make PEFT or transformers import a module whose name stands in the file.
 _CODE_SETTINGS = {CONFIG_FILE: ("auto_mapping", "megatron_config"), "tokenizer_config.json": ("auto_map",)}
 _MAX_KEYS_NAMED = 3
-
-
-@dataclass
-class AdapterMetadata:
-    """What an adapter is, what it was trained on and with what; ``adapter_metadata.json`` holds it as plain JSON.
-
-    Args:
-        adapter_type: Kind of adapter, as registered in ``AdapterFactory``.
-        base_model: Name that any PEFT user loads the base by: a hub id or an absolute directory.
-        base_model_name: Name that ``model.base_model`` took, which may be a short name.
-        base_revision: Commit of a hub model, or None.
-        base_sha256: Hash of the copy that was trained on, where it has no revision, or None.
-        trainable_parameters: Number of parameters that were trained.
-        total_parameters: Number of parameters of base and adapter.
-        training_timestamp: When the adapter was written, UTC, ISO 8601.
-        grid_size: Cells along one side of the board in the data, or None.
-        step: Optimiser steps done.
-        epoch: Epoch the adapter was written in, from 0.
-        metrics: Last logged value of each metric.
-        data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
-        play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
-        quantization: How the base was quantised while it was trained on (``QuantizationConfig``); empty if it
-            was not.
-        peft_config: PEFT's settings as plain JSON.
-        packages: Version of each package that matters to the result.
-        weights_sha256: Hash of ``adapter_model.safetensors``.
-    """
-
-    adapter_type: str
-    base_model: str
-    base_model_name: str
-    base_revision: str | None
-    base_sha256: str | None
-    trainable_parameters: int
-    total_parameters: int
-    training_timestamp: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    grid_size: int | None = None
-    step: int = 0
-    epoch: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    play: dict[str, Any] = field(default_factory=dict)
-    quantization: dict[str, Any] = field(default_factory=dict)
-    peft_config: dict[str, Any] = field(default_factory=dict)
-    packages: dict[str, str] = field(default_factory=dict)
-    weights_sha256: str = ""
 
 
 class StoredAdapter(NamedTuple):
@@ -143,7 +95,7 @@ def save(
         metadata = dataclasses.replace(
             metadata,
             peft_config=json.loads((directory / CONFIG_FILE).read_text()),
-            packages=_package_versions(),
+            packages={name: _version(name) for name in _VERSIONED_PACKAGES},
             weights_sha256=file_sha256(directory / WEIGHTS_FILE),
         )
         _write_description(directory, metadata)
@@ -164,7 +116,7 @@ def record_play(adapter_dir: str | os.PathLike[str], table: dict[str, Any], play
         OSError: If it cannot be written.
     """
     metadata = read_metadata(adapter_dir)
-    figures = {f"play/{name}": value for name, value in table["players"][player].items() if _is_number(value)}
+    figures = {f"play/{name}": value for name, value in table["players"][player].items() if is_number(value)}
     others = {name: value for name, value in metadata.metrics.items() if not name.startswith("play/")}
     # Where things lie on this machine says nothing on another.
     settings = {**table["settings"], **table["adapters"].get(player, {})}
@@ -182,17 +134,6 @@ def _write_description(directory: Path, metadata: AdapterMetadata) -> None:
             file.write(text)
 
 
-def _is_of(value: Any, type_hint: Any) -> bool:
-    """Whether a value that came from JSON has a field's type; what a dict holds is not looked at."""
-    if get_origin(type_hint) is UnionType:
-        return any(_is_of(value, option) for option in get_args(type_hint))
-    return isinstance(value, get_origin(type_hint) or type_hint)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def read_metadata(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     """Read ``adapter_metadata.json``.
 
@@ -205,29 +146,13 @@ def read_metadata(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     if not directory.is_dir():
         raise UserError(f"--adapter {directory}: no such directory. Give the model_artifacts directory of a run.")
     if not path.is_file():
-        inside = sorted(p.relative_to(directory).parent for p in directory.glob(f"**/{METADATA_FILE}"))
+        inside = sorted(p.relative_to(directory).parent for p in directory.glob(f"**/{METADATA_FILE}") if p.is_file())
         hint = f" Found one in {directory / inside[-1]}." if inside else " Was it written by snake_lora_pl?"
         raise UserError(f"--adapter {directory}: no {METADATA_FILE} here.{hint}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _checked_metadata(content)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return parse_metadata(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path}: damaged ({error}). Train again, or copy the file from a backup.") from error
-
-
-def _checked_metadata(content: dict[str, Any]) -> AdapterMetadata:
-    """Metadata of which every value has the type that its field names; keys of other versions are left out."""
-    types = get_type_hints(AdapterMetadata)
-    known = {name: value for name, value in content.items() if name in types}
-    for name, value in known.items():
-        if not _is_of(value, types[name]):
-            raise TypeError(f"{name} is {json.dumps(value)[:60]}, which is no {types[name]}")
-    for name, value in known.get("metrics", {}).items():
-        if not _is_number(value):
-            raise TypeError(f"the metric {name} is {json.dumps(value)[:60]}, which is no number")
-    if known.get("quantization"):
-        QuantizationConfig(**known["quantization"])  # raises
-    return AdapterMetadata(**known)
 
 
 def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
@@ -369,6 +294,7 @@ def load(
         check_base(metadata, base_model.name_or_path, directory)
     if quantization_of(base_model) is not None:
         prepare_quantized_base(base_model)
+    _check_settings(metadata, directory)
     with _fitting(metadata, directory):
         model = PeftModel.from_pretrained(
             base_model,
@@ -398,6 +324,7 @@ def add(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str
     """
     directory = Path(adapter_dir)
     metadata = verify(directory)
+    _check_settings(metadata, directory)
     try:
         with _fitting(metadata, directory):
             model.load_adapter(str(directory), adapter_name, ignore_mismatched_sizes=True)
@@ -411,12 +338,35 @@ def add(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str
 @contextlib.contextmanager
 def _fitting(metadata: AdapterMetadata, directory: Path) -> Iterator[None]:
     """Say in one line that an adapter does not fit; what PEFT only warns of is for ``check_weights`` to refuse."""
+    import torch
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what PEFT makes of settings that it never wrote
         raise UserError(f"--adapter {directory}: does not fit {metadata.base_model} ({one_line(error)}).") from error
+
+
+def _check_settings(metadata: AdapterMetadata, directory: Path) -> None:
+    """Refuse settings that the installed PEFT does not know: it would go on without them, with a warning."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    settings = metadata.peft_config
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
+    if config_class is None:
+        unknown = ["peft_type"]
+    else:
+        known = {field.name for field in dataclasses.fields(config_class)}
+        unknown = sorted(name for name, value in settings.items() if value and name not in known)
+    if unknown:
+        raise UserError(
+            f"{directory / CONFIG_FILE}: {unknown[0]} is {json.dumps(settings.get(unknown[0]))[:60]}, which PEFT "
+            f"{_version('peft')} does not know; the adapter was saved with PEFT "
+            f"{metadata.packages.get('peft', 'of an unknown version')}. Install that."
+        )
 
 
 def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -434,7 +384,9 @@ def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter
 
     path = Path(adapter_dir) / WEIGHTS_FILE
     saved = _saved_shapes(path)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it makes of the file is said below
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
     problems = [
         f"{key} is {_shape(saved[key])}, {_shape(wanted[key])} is asked for ({_why(key, saved[key], wanted[key])})"
@@ -538,11 +490,8 @@ def check_base(
         )
 
 
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in _VERSIONED_PACKAGES:
-        try:
-            versions[name] = importlib_metadata.version(name)
-        except importlib_metadata.PackageNotFoundError:  # run from a source tree that was never installed
-            versions[name] = "unknown"
-    return versions
+def _version(package: str) -> str:
+    try:
+        return importlib_metadata.version(package)
+    except importlib_metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"

@@ -43,7 +43,7 @@ class QuantizationConfig:
         """Check every value and report all that are wrong at once."""
         problems = []
         if self.bits not in (4, 8):
-            problems.append(f"bits must be 4 or 8, not {self.bits}")
+            problems.append(f"bits must be 4 or 8, not {self.bits!r}")
         if self.quant_type not in ("nf4", "fp4"):
             problems.append(f"quant_type must be nf4 or fp4, not '{self.quant_type}'")
         if self.storage_dtype not in _STORAGE_DTYPES:

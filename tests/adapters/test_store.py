@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
@@ -101,13 +102,78 @@ def test_damaged_metadata_is_refused(adapter_dir: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("step", "12"), ("metrics", []), ("metrics", {"val/loss": "low"}), ("base_model", None), ("weights_sha256", 3)],
+    ("changes", "message"),
+    [
+        ({"step": "12"}, 'step is "12", not of type int'),
+        ({"step": True}, "step is true"),
+        ({"metrics": []}, "metrics is "),
+        ({"metrics": {"val/loss": "low"}}, 'metrics is {"val/loss": "low"}'),
+        ({"metrics": {"val/loss": float("nan")}}, "NaN is no JSON"),
+        ({"base_model": None}, "base_model is null"),
+        ({"base_model": "x\x1b[31m"}, r"base_model is .x.u001b"),
+        ({"weights_sha256": 3}, "weights_sha256 is 3"),
+        ({"quantization": {"bits": "4"}}, "bits must be 4 or 8, not '4'"),
+        ({"quantization": {"colour": 1}}, "quantization: .*colour"),
+        ({"data": {"template": 7}}, "data.template is 7"),
+        ({"data": {"prompt_format": ["compact"]}}, "data.prompt_format is "),
+        ({"play": {"players": 3}}, "play.player is null"),
+        ({"peft_config": {"r": "8"}}, 'peft_config.r is "8", not of type int | None'),
+        ({"peft_config": {"r": 4, "rank_pattern": {"q_proj": "8"}}}, "peft_config.rank_pattern is "),
+        ({"peft_config": {"r": 4, "rank_pattern": {"q_proj": [True]}}}, "peft_config.rank_pattern is "),
+        ({"peft_config": {"target_modules": [5]}}, "peft_config.target_modules is "),
+    ],
+    ids=repr,
 )
-def test_metadata_of_another_type_is_refused_by_key(adapter_dir: Path, key: str, value: Any) -> None:
-    rewrite_metadata(adapter_dir, **{key: value})
-    with pytest.raises(UserError, match=f"{store.METADATA_FILE}: damaged .*{key.rstrip('s')}"):
+def test_metadata_of_another_type_is_refused_by_key_and_listed(
+    adapter_dir: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite_metadata(adapter_dir, **changes)
+    with pytest.raises(UserError, match=f"{store.METADATA_FILE}: damaged .*{message}") as caught:
         store.read_metadata(adapter_dir)
+    assert str(caught.value).isprintable()
+    assert main(["adapters", str(adapter_dir)]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_missing_metadata_is_named(adapter_dir: Path) -> None:
+    path = adapter_dir / store.METADATA_FILE
+    content = json.loads(path.read_text())
+    del content["step"], content["trainable_parameters"], content["base_model"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"damaged \(base_model, trainable_parameters missing\)"):
+        store.read_metadata(adapter_dir)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LORAX"}, 'peft_type is "LORAX", which PEFT .* does not know; .* saved with PEFT 0'),
+        ({"use_tomorrow": True}, "use_tomorrow is true, which PEFT .* does not know"),
+        ({"r": 10**12}, "does not fit"),
+        ({"alpha_pattern": 7}, "does not fit .*AttributeError"),
+        ({"init_lora_weights": "corda", "corda_config": {"cache_file": "x"}}, "does not fit"),
+        ({"lora_bias": True}, "lora_B.bias is missing"),
+    ],
+    ids=repr,
+)
+def test_settings_that_nobody_saved_are_refused_though_metadata_agrees(
+    adapter_dir: Path, settings: dict[str, Any], message: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = adapter_dir / store.CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    rewrite_metadata(adapter_dir, peft_config=json.loads(path.read_text()))
+    with pytest.raises(UserError, match=message):
+        AdapterFactory.load(adapter_dir)
+    assert not [w for w in recwarn if "invalid shape" in str(w.message)]
+
+
+def test_a_setting_at_its_default_that_this_peft_does_not_know_changes_nothing(
+    adapter_dir: Path, model: PeftModel
+) -> None:
+    path = adapter_dir / store.CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_tomorrow": False}))
+    rewrite_metadata(adapter_dir, peft_config=json.loads(path.read_text()))
+    assert torch.equal(AdapterFactory.load(adapter_dir, dtype="float32").eval()(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize(
