@@ -54,7 +54,9 @@ def _without_place(text: str) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (dict, list, tuple)):
+    if name.endswith("target_modules"):  # a set that PEFT writes as a list, in whatever order
+        yield name, sorted(value)
+    elif isinstance(value, (dict, list, tuple)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(item, f"{name} > {key}" if name else key)
     else:

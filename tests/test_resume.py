@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import functools
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +274,67 @@ def test_a_slurm_job_is_requeued_between_two_steps(
     assert differences(straight, requeued) == []
     # What Lightning leaves for the job lies where no other run looks for it.
     assert [path.parent for path in (tmp_path / "requeued").rglob("hpc_ckpt*")] == [requeued]
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A command in a process of its own, as a user starts it."""
+    root.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "snake_lora_pl", *arguments]
+    # Each of the two processes gets a thread: more would wait for each other on a small machine.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def end(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for a command and return what it wrote to stderr."""
+    _, written = process.communicate(timeout=200)
+    assert process.returncode == code, written
+    return written
+
+
+@pytest.fixture(scope="module")
+def run_of_two(
+    tiny_llama_dir: Path, rows_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """A command that fits in two processes, and the run's directory where it is never stopped."""
+    arguments = ["fit", "--config=balanced.yaml", "--config=ddp.yaml", *BASE, "--trainer.devices=2"]
+    arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
+    arguments += ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=1.0"]
+    root = tmp_path_factory.mktemp("run-of-two")
+    end(start(root, *arguments))
+    (run_dir,) = root.glob(RUN_PATTERN)
+    return arguments, run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["first process", "second process", "kill"])
+def test_two_processes_stop_after_the_same_step_and_go_on(
+    run_of_two: tuple[list[str], Path], tmp_path: Path, asked: str
+) -> None:
+    arguments, straight = run_of_two
+    process = start(tmp_path, *arguments)
+    while not any(tmp_path.glob(f"{RUN_PATTERN}/checkpoints/last.ckpt")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    (child,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout.split()
+    if asked == "kill":
+        process.kill()
+        os.kill(int(child), signal.SIGKILL)
+        end(process, -signal.SIGKILL)
+        go_on = [*arguments, "--ckpt_path=last"]
+    else:
+        os.kill(process.pid if asked == "first process" else int(child), signal.SIGTERM)
+        written = end(process, 128 + signal.SIGTERM)
+        assert "Traceback" not in written
+        go_on = command_to_go_on(written, "SIGTERM")
+    end(start(tmp_path, *go_on))
+    (stopped,) = tmp_path.glob(RUN_PATTERN)
+    assert differences(straight, stopped) == []
 
 
 # ---------------------------------------------------------------------- one run, one directory
