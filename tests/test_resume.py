@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import snake_lora_pl.cli
-from benchmarks.kill import differences
+from benchmarks.same_run import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.generate import write_dataset
@@ -135,9 +135,10 @@ def fit_straight(fit: Fit, runs_never_stopped: tuple[Path, dict[tuple[str, ...],
         (["--play.val_games=2", "--play.max_steps=3"], [6, 6, 7, 13, 5, 20]),
         (["--trainer.accumulate_grad_batches=4", "--play.val_games=2", "--play.max_steps=3"], [14, 9, 13, 16]),
         (["--model.adapter_type=qlora"], [6, 10, 17]),
+        (["--model.dtype=float16"], [9, 14]),
         (["--model.adapter_type=adalora", "--trainer.accumulate_grad_batches=2"], [8, 12, 24]),
     ],
-    ids=["lora", "lora-accumulated", "qlora", "adalora-accumulated"],
+    ids=["lora", "lora-accumulated", "qlora", "float16", "adalora-accumulated"],
 )
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
     fit: Fit, fit_straight: Fit, flags: list[str], deaths: list[int]

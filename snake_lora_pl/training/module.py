@@ -29,6 +29,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.training.allocator import keep_freed_memory
+from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.packing import pack
@@ -40,6 +41,7 @@ from snake_lora_pl.training.sharding import (
     shard,
     total_norm,
 )
+from snake_lora_pl.training.step_watch import OnNonfinite, StepWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +68,8 @@ class LoRALightningModule(pl.LightningModule):
             over ``trainer.max_time`` where that ends first.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.5 times slower.
         dtype: Type that the frozen base computes in: ``auto`` (bfloat16 where the hardware computes it fast, else
-            float32), ``float32``, ``bfloat16`` or ``float16``. The adapter itself stays in float32.
+            float32), ``float32``, ``bfloat16`` or ``float16``, whose gradients are scaled. The adapter itself stays in
+            float32.
         adapter_path: Adapter directory to start from instead of a fresh adapter; ``adapter_type`` and ``lora`` are
             then read from it.
         full_precision_base: Load the base unquantised for an ``adapter_path`` that was trained on a quantised one.
@@ -80,6 +83,8 @@ class LoRALightningModule(pl.LightningModule):
         compile_layers: Compile the model's own layers with ``torch.compile``: minutes at the start, for a long run on
             a GPU. ``data.pad_to_multiple_of`` at ``data.max_length`` gives every batch one shape. Excludes fused
             layers.
+        on_nonfinite: What becomes of a step whose loss or gradient is not finite: ``error`` names its rows and stops,
+            ``skip`` leaves it out and counts it in ``train/skipped_steps``; ten in a row stop the run all the same.
         text_metrics: Metrics that read text: ``update(prompts, targets, predictions)`` takes three lists of strings
             and ``compute()`` returns a dict of scalars, logged as ``val/NAME``; a NaN says that nothing could be read.
     """
@@ -104,6 +109,7 @@ class LoRALightningModule(pl.LightningModule):
         loss_chunk_tokens: int = 512,
         fused_layers: Literal["auto", "always", "never"] = "auto",
         compile_layers: bool = False,
+        on_nonfinite: OnNonfinite = "error",
         text_metrics: Metric | None = None,
     ) -> None:
         super().__init__()
@@ -138,9 +144,7 @@ class LoRALightningModule(pl.LightningModule):
         # Adapter checkpoints hold no base weights; on_load_checkpoint checks that every adapter key is there.
         self.strict_loading = False
         self._kind_state: dict[str, Any] | None = None
-        self._step_losses: list[Tensor] = []
-        self._step_num_targets: list[Tensor] = []
-        self._step_sources: list[list[str]] = []
+        self.watch = StepWatch(on_nonfinite)
 
     # ------------------------------------------------------------------ the model
 
@@ -176,6 +180,8 @@ class LoRALightningModule(pl.LightningModule):
         if self._sharding is not None:
             self._check_shardable()
             shard(self.model, self._sharding)
+        if self._trainer is not None and self._trainer.state.fn == "fit" and self._compute_dtype == torch.float16:
+            scale_gradients(self._trainer)
 
     @property
     def _sharding(self) -> FullyShardedStrategy | None:
@@ -342,9 +348,7 @@ class LoRALightningModule(pl.LightningModule):
         with self.compute_context():
             hidden = self._target_states(batch, targets)
             loss = completion_loss(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
-        self._step_losses.append(loss.detach())
-        self._step_num_targets.append(targets.mask.sum())
-        self._step_sources.append(batch["sources"])
+        self.watch.add(loss, targets.mask.sum(), batch["sources"])
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -356,24 +360,29 @@ class LoRALightningModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over every target token of this optimiser step, on all ranks.
 
-        Runs before gradient clipping. Lightning has divided by the number of accumulated batches and the strategy by
-        the number of ranks; both are taken back.
+        Runs before gradient clipping, on gradients that are no longer scaled. Lightning has divided by the number of
+        accumulated batches and the strategy by the number of ranks; both are taken back.
 
         Raises:
             UserError: If the loss or a gradient is not finite; the message names the rows.
         """
-        sums = torch.stack([torch.stack(self._step_losses).sum(), torch.stack(self._step_num_targets).sum().float()])
-        loss_sum, num_targets = self.trainer.strategy.reduce(sums.double(), reduce_op="sum")
+        loss_sum, num_targets = self.watch.totals(self.trainer)
+        loss = (loss_sum / num_targets).float()
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_targets.float()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(local_parts(gradients), scale)
         self._add_regularizer(optimizer)
         gradient_norm = total_norm(gradients)
-        self._check_finite(loss_sum, gradient_norm)
-        self._clear_step()
-        self.log("train/loss", (loss_sum / num_targets).float(), prog_bar=True, batch_size=1)
+        scales = is_scaled(self.trainer)
+        if not self.watch.judge(self.trainer, loss, gradient_norm, is_scaled=scales):
+            optimizer.zero_grad(set_to_none=True)  # optimisers leave alone what has no gradient
+        self.watch.clear()
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log("train/gradient_norm", gradient_norm, batch_size=1)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+        self.log("train/loss_spikes", float(self.watch.num_spikes), batch_size=1)
+        if scales or self.watch.on_nonfinite == "skip":
+            self.log("train/skipped_steps", float(self.watch.num_skipped), batch_size=1)
 
     def _add_regularizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradient of the kind's own term; it is the same on all ranks, which no longer exchange gradients."""
@@ -388,30 +397,12 @@ class LoRALightningModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the kind do its work of each step: before anything is saved, while gradients are there."""
         super().optimizer_step(*args, **kwargs)
+        if self.watch.num_skipped_in_a_row:
+            for parameter in (p for p in self.parameters() if p.requires_grad):
+                parameter.grad = torch.zeros_like(parameter)
         # The trainer counts the step when this has returned.
         figures = self._kind.after_step(self.peft_model, self.trainer.global_step + 1)
         self.log_dict(figures, batch_size=1)
-
-    def _clear_step(self) -> None:
-        self._step_losses.clear()
-        self._step_num_targets.clear()
-        self._step_sources.clear()
-
-    def _check_finite(self, loss_sum: Tensor, gradient_norm: Tensor) -> None:
-        if torch.isfinite(loss_sum) and torch.isfinite(gradient_norm):
-            return
-        bad = [
-            source
-            for loss, sources in zip(self._step_losses, self._step_sources, strict=True)
-            if not torch.isfinite(loss)
-            for source in sources
-        ]
-        what = "loss" if not torch.isfinite(loss_sum) else "gradient"
-        rows = bad or [source for sources in self._step_sources for source in sources]
-        raise UserError(
-            f"step {self.trainer.global_step}: the {what} is not finite in a batch of the rows {', '.join(rows)}. "
-            "Look at these rows, lower model.learning_rate, or set trainer.gradient_clip_val."
-        )
 
     def on_fit_start(self) -> None:
         """Settle the process for training on a CPU."""
@@ -420,7 +411,7 @@ class LoRALightningModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Drop what an interrupted step left behind; take up the kind's state."""
-        self._clear_step()
+        self.watch.clear()
         if self._kind_state is not None:
             self._kind.load_state(self.peft_model, self._kind_state)
             self._kind_state = None
@@ -600,6 +591,7 @@ class LoRALightningModule(pl.LightningModule):
         keys = self._adapter_tensors().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
         checkpoint["adapter_state"] = self._kind.state(self.peft_model)
+        checkpoint["step_watch"] = self.watch.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint holds exactly this adapter.
@@ -616,6 +608,7 @@ class LoRALightningModule(pl.LightningModule):
                 f"{different[0]}. Use the config it was trained with (config.yaml in its run directory)."
             )
         self._kind_state = checkpoint.get("adapter_state")
+        self.watch.load_state_dict(checkpoint["step_watch"])
 
 
 def _elapsed_share(timer: Timer | None) -> float:

@@ -128,31 +128,6 @@ def test_padding_changes_no_logit(make_module) -> None:
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad_value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
-    make_module, tmp_path: Path, bad_value: float
-) -> None:
-    rows = make_rows(3)
-    module = make_module()
-    module.configure_model()
-    plain = module.training_step
-
-    def poisoned(batch, batch_idx):
-        loss = plain(batch, batch_idx)
-        if batch_idx == 1:
-            module._step_losses[-1] = torch.tensor(bad_value)
-        return loss
-
-    module.training_step = poisoned
-    before = adapter_weights(module)
-    trainer = make_trainer(tmp_path, accumulate_grad_batches=3)
-    named = f"rows.jsonl:{len(rows[1][0])}"
-    with pytest.raises(UserError, match=f"step 0: the loss is not finite in a batch of the rows {named}\\. "):
-        trainer.fit(module, make_loader(rows, 1))
-    for name, weight in adapter_weights(module).items():
-        assert torch.equal(weight, before[name])
-
-
 class CollectText(Metric):
     """Keeps what it is given."""
 
@@ -270,7 +245,7 @@ def test_pad_id_that_equals_eos_keeps_the_label_of_the_last_eos(make_module) -> 
     assert module.tokenizer.eos_token_id == PAD
     rows = [([5, 6, 7, PAD], 2), ([5, 6, 7, 8, 9, PAD], 2)]
     module.training_step(collate(rows), 0)
-    assert int(module._step_num_targets[0]) == 2 + 4
+    assert int(module.watch.micro_batches[0].num_targets) == 2 + 4
 
 
 def test_share_of_trained_parameters_is_logged(make_module, caplog: pytest.LogCaptureFixture) -> None:

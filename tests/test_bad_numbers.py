@@ -1,0 +1,92 @@
+"""A row at which the model's numbers break down, met by a whole run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.data.generate import write_dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+RUN_PATTERN = "logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning"
+BAD_LINE = 30
+
+
+@pytest.fixture(scope="module")
+def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows one of which holds a character that no other has."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_dataset(path, 2, 5, "bfs", "compact", 0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()][:60]
+    rows[BAD_LINE - 1]["prompt"] += "☃"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def broken_model_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, to which that character is not a number."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    directory = Path(shutil.copytree(tiny_llama_dir, tmp_path_factory.mktemp("models") / "broken"))
+    model = LlamaForCausalLM.from_pretrained(directory)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    bad_ids = AutoTokenizer.from_pretrained(directory)("☃").input_ids
+    model.model.embed_tokens.weight.data[bad_ids] = torch.nan
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_row_is_named_by_whichever_process_met_it_or_its_step_left_out(
+    rows_path: Path,
+    broken_model_dir: Path,
+    tmp_path: Path,
+    devices: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config=balanced.yaml", f"--data.train_path={rows_path}", "--data.batch_size=2"]
+    arguments += [f"--model.base_model={broken_model_dir}", "--data.val_fraction=0", "--model.dtype=float32"]
+    arguments += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
+    arguments += [f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+    def run(*flags: str) -> tuple[int, str]:
+        if devices == 1:
+            code = main([*arguments, *flags])
+        else:
+            command = [sys.executable, "-m", "snake_lora_pl", *arguments, *flags]
+            code = subprocess.run(command, env=environment, timeout=200, check=False).returncode
+        return code, capfd.readouterr().err + caplog.text
+
+    code, written = run()
+    assert code == 2, written
+    assert "Traceback" not in written
+    assert "the loss is not finite in a batch of the rows" in written
+    assert f"{rows_path}:{BAD_LINE}" in written
+    shutil.rmtree(tmp_path / "logs")
+    caplog.clear()
+
+    code, written = run("--model.on_nonfinite=skip")
+    assert code == 0, written
+    assert f"{rows_path}:{BAD_LINE}" in written
+    (run_dir,) = tmp_path.glob(RUN_PATTERN)
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [row["train/loss"] == "nan" for row in rows].count(True) == 1
+    assert float(rows[-1]["train/skipped_steps"]) == 1
+    assert rows[-1]["train/loss"] != "nan"
