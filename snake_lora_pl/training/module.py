@@ -608,7 +608,8 @@ class LoRALightningModule(pl.LightningModule):
                 f"{different[0]}. Use the config it was trained with (config.yaml in its run directory)."
             )
         self._kind_state = checkpoint.get("adapter_state")
-        self.watch.load_state_dict(checkpoint["step_watch"])
+        if "step_watch" in checkpoint:
+            self.watch.load_state_dict(checkpoint["step_watch"])
 
 
 def _elapsed_share(timer: Timer | None) -> float:
