@@ -39,7 +39,7 @@ from snake_lora_pl.evaluation.players import find_style
 from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
 from snake_lora_pl.evaluation.table import differences_in_words, render_table, table_json
 from snake_lora_pl.game import STYLES
-from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shown
+from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shipped_configs, shown
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.interruption import Interrupted, Interruption, leave_at_once
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
@@ -436,8 +436,6 @@ class SnakeCLI(LightningCLI):
         self.trainer.predict(**kwargs, return_predictions=False)
 
     def _config_names(self) -> list[str]:
-        from snake_lora_pl.paths import shipped_configs
-
         given = [Path(str(path)) for path in self.config[self.subcommand].get("config") or []]
         shipped = {path.resolve(): name for name, path in shipped_configs().items()}
         return [shipped.get(path.resolve(), str(path)) for path in given]

@@ -26,6 +26,7 @@ def ignore_known_warnings() -> None:
         ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
         ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know
         ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # packing is the model's affair
+        "Checkpoint directory .* exists and is not empty.*",  # that of the run that is gone on with
         ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
         ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
         ".*sync_dist=True.*",  # torchmetrics has summed over the processes; Lightning cannot know

@@ -110,7 +110,9 @@ def test_the_adapter_plays(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     arguments = ["test", *run.flags, "--adapter", str(run.paths.artifacts_dir), "--games=2"]
     assert main([*arguments, "--play.reading=score", "--play.max_steps=3"]) == 0
     table: dict[str, Any] = json.loads(run.paths.games.table_path.read_text())
-    assert "adapter" in json.dumps(table)
+    assert table["players"]["adapter"]["num_games"] == table["players"]["base"]["num_games"] == 2
+    assert 0 < table["players"]["adapter"]["steps_mean"] <= 3
+    assert store.verify(run.paths.artifacts_dir).play["player"] == "adapter"
 
 
 def test_the_merged_model_agrees_with_the_adapter(run: Run, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def load(
 
     directory = Path(adapter_dir)
     metadata = verify(directory)
-    _saved_shapes(directory / WEIGHTS_FILE)
+    _saved_shapes(directory / WEIGHTS_FILE)  # what is no safetensors file is refused before a base is loaded
     if base_model is None:
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
@@ -362,10 +362,11 @@ def _check_settings(metadata: AdapterMetadata, directory: Path) -> None:
         known = {field.name for field in dataclasses.fields(config_class)}
         unknown = sorted(name for name, value in settings.items() if value and name not in known)
     if unknown:
+        kind = "" if config_class is None else f" of {settings['peft_type']}"
         raise UserError(
             f"{directory / CONFIG_FILE}: {unknown[0]} is {json.dumps(settings.get(unknown[0]))[:60]}, which PEFT "
-            f"{_version('peft')} does not know; the adapter was saved with PEFT "
-            f"{metadata.packages.get('peft', 'of an unknown version')}. Install that."
+            f"{_version('peft')} does not know{kind}. Install the PEFT that the adapter was saved with "
+            f"({metadata.packages.get('peft', 'its version is not recorded')}), or copy the adapter again."
         )
 
 
@@ -427,26 +428,6 @@ def _why(key: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     if saved[rank_axis] != wanted[rank_axis]:
         return f"rank {saved[rank_axis]} instead of {wanted[rank_axis]}"
     return "a base of another size"
-
-
-def load_weights(model: PeftModel, adapter_dir: str | os.PathLike[str]) -> None:
-    """Put the weights of a saved adapter into a model that carries one of the same shape.
-
-    Raises:
-        UserError: If the adapter is damaged or has other keys or shapes.
-    """
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    verify(adapter_dir)
-    check_weights(model, adapter_dir)
-    weights = load_peft_weights(str(adapter_dir), device="cpu")
-    for name, own in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        # A process that holds the model in slices takes its slice; every process has read the file.
-        if isinstance(own, DTensor):
-            whole = weights[name].to(own.device)
-            weights[name] = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
-    set_peft_model_state_dict(model, weights)
 
 
 def trained_revision(metadata: AdapterMetadata, base_model: str) -> str | None:

@@ -37,6 +37,7 @@ from snake_lora_pl.training.sharding import (
     FullyShardedStrategy,
     check_strategy,
     is_sharded,
+    load_saved,
     local_parts,
     shard,
     total_norm,
@@ -231,7 +232,7 @@ class LoRALightningModule(pl.LightningModule):
     def load_adapter(self, adapter_dir: str | os.PathLike[str]) -> None:
         """Put a saved adapter in the place of the one in memory; the base stays as it is loaded."""
         if is_sharded(self.peft_model):
-            store.load_weights(self.peft_model, adapter_dir)
+            load_saved(self.peft_model, adapter_dir)
             return
         # Anew, not the weights alone: what is saved may differ in shape from what was trained.
         base = self.peft_model.unload()

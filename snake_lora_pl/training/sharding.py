@@ -7,6 +7,7 @@ layer into one tensor of one type; and it runs on a CPU, where it is tested.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from snake_lora_pl.adapters import store
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import repeated_layers
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
@@ -93,19 +96,22 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Cut the optimiser's whole state into this process's slices."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            cut = {index: _cut_like(parameters[index], values) for index, values in state["state"].items()}
+            cut = {index: _cut_state_like(values, parameters[index]) for index, values in state["state"].items()}
             optimizer.load_state_dict({**state, "state": cut})
 
 
-def _cut_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(parameter, DTensor):
-        return values
-    mesh, placements = parameter.device_mesh, parameter.placements
+def _cut_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's slice of what every process holds whole; the whole where ``like`` is not cut."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _cut_state_like(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What an optimiser keeps of a parameter, the tensors of its shape cut as it is."""
     return {
-        name: distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-        else value
-        for name, value in values.items()
+        name: _cut_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for name, value in state.items()
     }
 
 
@@ -177,6 +183,21 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
 def load_whole(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool = False) -> None:
     """Put whole parameters into a model that is held in slices; every process has them all."""
     set_model_state_dict(model, dict(state_dict), options=StateDictOptions(full_state_dict=True, strict=strict))
+
+
+def load_saved(model: PeftModel, adapter_dir: str | os.PathLike[str]) -> None:
+    """Put the weights of a saved adapter into a model that carries one of the same shapes, whole or in slices.
+
+    Raises:
+        UserError: If the adapter is damaged or has other keys or shapes.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    store.verify(adapter_dir)
+    store.check_weights(model, adapter_dir)
+    saved = load_peft_weights(str(adapter_dir), device="cpu")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, {name: _cut_like(weights, own[name]) for name, weights in saved.items()})
 
 
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:

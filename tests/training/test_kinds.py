@@ -85,9 +85,9 @@ def fit(
 
 def mean_loss(module: LoRALightningModule) -> float:
     with torch.no_grad(), module.compute_context():
-        losses = [module.training_step(collate(ROWS), 0) for _ in range(1)]
+        loss = module.training_step(collate(ROWS), 0)
     module._clear_step()
-    return float(losses[0])
+    return float(loss)
 
 
 def logits(model: PeftModel) -> torch.Tensor:
