@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -40,7 +40,9 @@ from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
 from snake_lora_pl.evaluation.table import differences_in_words, render_table, table_json
 from snake_lora_pl.game import STYLES
 from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shipped_configs, shown
+from snake_lora_pl.training import out_of_memory
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.batch_size import BatchSizeFinder
 from snake_lora_pl.training.interruption import Interrupted, Interruption, leave_at_once
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
@@ -112,6 +114,16 @@ class OneLineParser(LightningArgumentParser):
     def _known_keys(self) -> list[str]:
         verbs = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
         return [a.dest for parser in [self, *verbs] for a in parser._actions if a.dest and a.dest != "help"]
+
+
+class ResolvedConfig(SaveConfigCallback):
+    """Writes the run's ``config.yaml``, with the batch size that was found where ``auto`` was asked for."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write; the callback that finds the number has run."""
+        if stage == "fit":
+            self.config.data.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        super().setup(trainer, pl_module, stage)
 
 
 class SnakeCLI(LightningCLI):
@@ -262,7 +274,7 @@ class SnakeCLI(LightningCLI):
             callbacks.append(RunProgress())
         callbacks.append(Interruption())
         if self.subcommand == "fit":
-            callbacks += [ThroughputMonitor(), config.early_stopping]
+            callbacks += [BatchSizeFinder(config.ckpt_path), ThroughputMonitor(), config.early_stopping]
             if config.play.val_games:
                 callbacks.append(PlayEvaluation(config.play))
             if trainer_config["enable_checkpointing"] is not False:
@@ -309,10 +321,11 @@ class SnakeCLI(LightningCLI):
     # ------------------------------------------------------------------ the verbs
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, or rehearse it."""
+        """Train, or rehearse it; a machine with too little memory for it is told what fits."""
         config = self.config[self.subcommand]
         if not config.dry_run:
-            self.trainer.fit(**kwargs)
+            with out_of_memory.explained(self.trainer, self.model, self.datamodule):
+                self.trainer.fit(**kwargs)
             return
         assert self.run_paths is not None
         resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
@@ -563,6 +576,7 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI], resources: contextli
         seed_everything_default=42,
         auto_configure_optimizers=False,
         # A run's directory belongs to one run; a resumed run writes its config again.
+        save_config_callback=ResolvedConfig,
         save_config_kwargs={"overwrite": True},
         load_from_checkpoint_support=False,
         trainer_defaults={"use_distributed_sampler": False},

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from snake_lora_pl.data.audit import audit_rows
 from snake_lora_pl.data.audit_text import describe
 from snake_lora_pl.data.batching import Batch
-from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule
 from snake_lora_pl.data.jsonl import count_lines
 from snake_lora_pl.paths import RunPaths, cache_dir, shown, temporary_row_cache
+from snake_lora_pl.training.batch_size import AUTO
 from snake_lora_pl.training.memory import MemoryEstimate, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.throughput import count_tokens, peak_memory_gib
@@ -77,6 +78,10 @@ def rehearse(
     with temporary_row_cache() as row_cache:
         num_games = data.generated_games
         data.limit_rows(MAX_ROWS)
+        found_later = ""
+        if data.batch_size == AUTO:
+            data.batch_size = DEFAULT_BATCH_SIZE
+            found_later = f"\n  {DEFAULT_BATCH_SIZE} rows here; data.batch_size=auto finds its number when training begins"
         data.trainer = trainer
         data.prepare_data()
         data.setup("fit")
@@ -89,9 +94,9 @@ def rehearse(
         first = f"  the first {num_read:,} rows, {share:.1%} of all\n" if share < 1 else ""
         yield Section("data", first + describe(audit).replace(str(row_cache), str(cache_dir())))
 
-        batch = data.largest_batch()
+        batch = data.longest_batch(data.batch_size)
         estimate = estimate_memory(module, dict(batch), trainer.strategy.root_device.type)
-        yield Section("memory", _describe_memory(estimate, batch))
+        yield Section("memory", _describe_memory(estimate, batch) + found_later)
 
         num_batches = math.ceil(len(data.train_dataloader()) / share)
         steps_per_epoch = math.ceil(num_batches / accumulate_grad_batches)

@@ -196,6 +196,32 @@ def test_last_resumes_the_newest_run_in_its_own_directory(
     assert store.read_metadata(RunPaths(run_dir).artifacts_dir).step >= 2
 
 
+def test_auto_becomes_the_number_that_fits_and_stays_that_number(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The flags make a run of tests small; this one says how much memory there is instead.
+    monkeypatch.setattr("snake_lora_pl.training.batch_size.available_bytes", lambda device: 2**30)
+    command = ["fit", "--config=balanced.yaml", "--config=quickstart.yaml", *flags, "--data.batch_size=auto"]
+    assert main([*command, "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]) == 0
+    (config_path,) = tmp_path.glob(f"{RUN_PATTERN}/config.yaml")
+    found = yaml.safe_load(config_path.read_text())["data"]["batch_size"]
+    assert 8 < found < 300
+
+    monkeypatch.setattr("snake_lora_pl.training.batch_size.available_bytes", lambda device: 2**34)
+    assert main([*command, "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--ckpt_path=last"]) == 0
+    assert yaml.safe_load(config_path.read_text())["data"]["batch_size"] == found
+
+
+def test_too_little_memory_is_one_line_with_settings_that_fit(
+    complain: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snake_lora_pl.training.out_of_memory.available_bytes", lambda device: 2**25)
+    line = complain("fit", "--config=balanced.yaml", *flags, "--data.batch_size=128", "--trainer.max_steps=1")
+    assert re.search(r"out of memory: a step on 128 rows of \d+ tokens asks for about [\d.]+ GiB", line)
+    assert "--data.batch_size=" in line
+
+
 def test_two_runs_that_start_in_one_second_get_two_directories(tmp_path: Path) -> None:
     runs = {RunPaths.claim(tmp_path, 10, "a").run_dir for _ in range(2)}
     assert len(runs) == 2

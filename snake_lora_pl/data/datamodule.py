@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import lightning
 import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_GRID_SIZE = 10
+DEFAULT_BATCH_SIZE = 8
 _GAMES_TO_LOOK_AT = 50
 
 
@@ -60,7 +62,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         predict_path: Rows whose prompts are to be completed; they need no completion.
         val_fraction: Share of the training rows to set aside, from 0 to below 1; 0 trains without validation.
         max_length: Most tokens in an example: template, prompt, completion and EOS.
-        batch_size: Rows in a batch of one process.
+        batch_size: Rows in a batch of one process, or ``auto``: in ``fit`` the most that fit into memory, up to all of
+            them (see ``BatchSizeFinder``); elsewhere 8.
         template: How prompt and completion become one text: instruction, chat (the tokenizer's own) or raw.
         on_bad_row: What becomes of rows that cannot be used: error reports them all and stops, skip leaves them out.
         on_overflow: What becomes of rows over max_length: error reports them all and stops, drop leaves them out,
@@ -91,7 +94,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         predict_path: str | list[str] | None = None,
         val_fraction: float = 0.1,
         max_length: int = 512,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = DEFAULT_BATCH_SIZE,
         template: TemplateName = "instruction",
         on_bad_row: OnBadRow = "error",
         on_overflow: OnOverflow = "shorten",
@@ -285,8 +288,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         check_choice("data.on_bad_row", self.on_bad_row, OnBadRow)
         least = {"batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0, "generated_games": 1}
         for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise UserError(f"data.{name} must be at least {minimum} (found: {getattr(self, name)})")
+            value = getattr(self, name)
+            if value != "auto" and value < minimum:
+                raise UserError(f"data.{name} must be at least {minimum} (found: {value})")
         if isinstance(self._tokenizer, str):
             raise UserError("data.tokenizer takes a tokenizer from Python, no name. Set data.base_model instead.")
 
@@ -318,29 +322,30 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             raise RuntimeError("call setup('predict') first")
         return DataLoader(
             _PromptBatches(self._prompts, self.encoder),
-            sampler=InOrderSampler(len(self._prompts), self.batch_size, **self._ranks()),
+            sampler=InOrderSampler(len(self._prompts), self._rows_per_batch, **self._ranks()),
             batch_size=None,
             collate_fn=_as_it_is,
         )
 
-    def _loader(self, rows: _RowSubset, *, shuffle: bool) -> _LazyLoader:
-        sampler = LengthGroupedSampler(
-            rows.lengths(), self.batch_size, shuffle=shuffle, seed=self.seed, **self._ranks()
-        )
-        return _LazyLoader(
-            rows,
-            sampler=sampler,
-            batch_size=None,
-            collate_fn=self._collate_fn,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            # Drawing the workers' seeds from the global generator would change the training's random numbers.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+    def longest_batch(self, num_rows: int) -> Batch:
+        """The longest rows to train on as one batch: none that training meets takes more memory."""
+        train = self._require(self._train)
+        longest = np.argsort(train.lengths())[::-1][:num_rows]
+        return self._collate(train[longest.tolist()])
 
     @property
-    def _collate_fn(self) -> Callable[[Sequence[Example]], Batch]:
+    def _rows_per_batch(self) -> int:
+        if self.batch_size != "auto":
+            return self.batch_size
+        if self._stage() == "fit":
+            raise UserError(
+                "data.batch_size=auto: nothing has looked for the largest batch. Add BatchSizeFinder() to the "
+                "trainer's callbacks, or give a number."
+            )
+        return DEFAULT_BATCH_SIZE
+
+    @property
+    def _collate(self) -> Callable[[Sequence[Example]], Batch]:
         pad_id = self.tokenizer.pad_token_id
         return functools.partial(
             collate,
@@ -348,11 +353,21 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
-    def largest_batch(self) -> Batch:
-        """The longest rows to train on as one batch: what takes most memory."""
-        train = self._require(self._train)
-        longest = np.argsort(train.lengths(), kind="stable")[-self.batch_size :]
-        return self._collate_fn(train[longest.tolist()])
+    def _loader(self, rows: _RowSubset, *, shuffle: bool) -> _LazyLoader:
+        sampler = LengthGroupedSampler(
+            rows.lengths(), self._rows_per_batch, shuffle=shuffle, seed=self.seed, **self._ranks()
+        )
+        return _LazyLoader(
+            rows,
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            # Drawing the workers' seeds from the global generator would change the training's random numbers.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
     def _ranks(self) -> dict[str, int]:
         """This process's place among those that share the rows, which need not be all there are."""
@@ -376,7 +391,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         return {
             "split_hash": self.split_hash,
             "seed": self.seed,
-            "global_batch_size": self.batch_size * self._ranks()["num_replicas"],
+            "global_batch_size": self._rows_per_batch * self._ranks()["num_replicas"],
+            "batch_size": self._rows_per_batch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -384,6 +400,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         if self._train is None:
             return
         now = self.state_dict()
+        # The order depends on what all processes take together, not on one's share.
+        state_dict = {name: was for name, was in state_dict.items() if name != "batch_size"}
         changed = [f"{name} was {was!r}, is {now[name]!r}" for name, was in state_dict.items() if now.get(name) != was]
         if changed:
             logger.warning("the rows will not come as in a run that was never stopped: %s", "; ".join(changed))
@@ -531,11 +549,17 @@ class _LazyLoader(DataLoader):
     """
 
     before_pass: Callable[[], None] | None = None
+    wait_seconds = 0.0
+    """Time that whoever iterates has spent waiting for batches, in all passes."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        start = time.perf_counter()
         if self.before_pass is not None:
             self.before_pass()
-        yield from super().__iter__()
+        for batch in super().__iter__():
+            self.wait_seconds += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
 
 def _as_it_is(batch: Any) -> Any:

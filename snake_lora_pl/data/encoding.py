@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snake_lora_pl.data.jsonl import Row
+from snake_lora_pl.data.line_tokens import LineTokenizer, cuts_at_lines
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ class Encoder:
         self._prefix_ids = [] if template == "chat" else _prefix_ids(tokenizer)
         self._special = _special_pattern(tokenizer) if template == "chat" else None
         self._backend = _private_backend(tokenizer, parse_special=template == "chat")
+        self._lines: LineTokenizer | None = None
+        if self._backend is not None and cuts_at_lines(self._backend):
+            self._lines = LineTokenizer(self._backend)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids that come before a completion: what the model is given when it plays.
@@ -260,6 +264,8 @@ class Encoder:
             return self.tokenizer(
                 texts, add_special_tokens=False, split_special_tokens=self.template != "chat", verbose=False
             )["input_ids"]
+        if self._lines is not None:
+            return self._lines(texts)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 

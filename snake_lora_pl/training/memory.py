@@ -39,6 +39,7 @@ _CPU_KERNEL_BYTES = 50 * _MIB
 # glibc's heap as `allocator.keep_freed_memory` sets it has holes: blocks that no later tensor fits into.
 _CPU_HEAP_WASTE = 0.30
 _ADAM_MOMENTS = 2
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 # Operators that hold, while they run, another tensor of their input's size which no dispatch shows.
 _OPERATORS_WITH_SCRATCH = {torch.ops.aten.logsumexp.default}
 
@@ -86,10 +87,11 @@ def estimate_memory(module: LoRALightningModule, batch: dict[str, Any], device_t
     Raises:
         UserError: If the base model or the adapter cannot be had.
     """
-    twin = twin_of(module)
+    # A compiled layer cannot be followed; without compiling the layers are the same ones, and never the fused ones.
+    twin = twin_of(module, compile_layers=False, fused_layers="never") if module.compile_layers else twin_of(module)
     twin.model = _empty_model(twin, device_type)
     adapter = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad)
-    with _Shapes() as shapes:
+    with _only_warnings("snake_lora_pl"), _Shapes() as shapes:
         shapes.take_over(twin.model)
         twin.prepare_for_training()
         weights_adapter_gradients = shapes.alive_bytes
@@ -117,7 +119,7 @@ def blank_batch(batch_size: int, length: int, num_targets: int) -> dict[str, Any
         num_targets: Tokens at the end of each row that carry loss.
     """
     input_ids = torch.zeros((batch_size, length), dtype=torch.int64)
-    input_ids[:, 0] = torch.arange(batch_size)  # rows that have nothing in common
+    input_ids[1:, 0] = 1  # a beginning that all rows share may be computed once
     labels = torch.full_like(input_ids, -100)
     labels[:, length - num_targets :] = 0
     return {"input_ids": input_ids, "labels": labels, "sources": [""] * batch_size}
@@ -221,7 +223,8 @@ class _Shapes(TorchDispatchMode):
         else:
             with self._fake:
                 out = func(*args, **kwargs)
-            if not any(tensor.is_floating_point() for tensor in tree_leaves(out)):
+            # What is empty has no content to keep: it will be filled with random numbers, as many as a mask has.
+            if func not in _EMPTY and not any(tensor.is_floating_point() for tensor in tree_leaves(out)):
                 out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -15,11 +16,20 @@ from torch import Tensor
 _WINDOW_STEPS = 20
 
 
-class ThroughputMonitor(Callback):
-    """Logs ``perf/tokens_per_second``, ``perf/target_tokens_per_second`` and ``perf/peak_memory_gib``.
+class _Step(NamedTuple):
+    tokens: int
+    targets: int
+    seconds: float
+    waited: float
 
-    Rates are of all processes together, over the last 20 optimiser steps. Padding counts for nothing. Memory is the
-    device's peak of allocated tensors on a GPU, else the process's peak resident set.
+
+class ThroughputMonitor(Callback):
+    """Logs how fast training goes, what memory it took and whether it waited for data.
+
+    ``perf/tokens_per_second`` and ``perf/target_tokens_per_second`` are of all processes together, over the last 20
+    optimiser steps; padding counts for nothing. ``perf/peak_memory_gib`` is the device's peak of allocated tensors on a
+    GPU, else the process's peak resident set. ``perf/data_wait_share`` is the share of the same steps' time that this
+    process waited for its next batch; it is there where the loader counts its ``wait_seconds``.
     """
 
     def __init__(self) -> None:
@@ -27,13 +37,15 @@ class ThroughputMonitor(Callback):
         self._targets = 0
         self._seconds = 0.0
         self._clock = 0.0
-        self._window: list[tuple[int, int, float]] = []
+        self._waited = 0.0
+        self._window: list[_Step] = []
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._clock = time.perf_counter()
         self._last_step = trainer.global_step
+        self._waited = _waited(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the validation's time out."""
@@ -52,18 +64,24 @@ class ThroughputMonitor(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        self._window = [*self._window[-_WINDOW_STEPS + 1 :], (self._tokens, self._targets, self._seconds)]
-        self._tokens, self._targets, self._seconds = 0, 0, 0.0
-        tokens, targets = sum(w[0] for w in self._window), sum(w[1] for w in self._window)
-        seconds = sum(w[2] for w in self._window)
-        pl_module.log_dict(
-            {
-                "perf/tokens_per_second": tokens * trainer.world_size / seconds,
-                "perf/target_tokens_per_second": targets * trainer.world_size / seconds,
-                "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
-            },
-            batch_size=1,
-        )
+        waited = _waited(trainer)
+        step = _Step(self._tokens, self._targets, self._seconds, waited - self._waited)
+        self._window = [*self._window[-_WINDOW_STEPS + 1 :], step]
+        self._tokens, self._targets, self._seconds, self._waited = 0, 0, 0.0, waited
+        total = _Step(*map(sum, zip(*self._window, strict=True)))
+        figures = {
+            "perf/tokens_per_second": total.tokens * trainer.world_size / total.seconds,
+            "perf/target_tokens_per_second": total.targets * trainer.world_size / total.seconds,
+            "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
+        }
+        if not math.isnan(waited):
+            figures["perf/data_wait_share"] = total.waited / total.seconds
+        pl_module.log_dict(figures, batch_size=1)
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    """Seconds spent waiting for batches so far; NaN where the loader does not count them."""
+    return getattr(trainer.train_dataloader, "wait_seconds", math.nan)
 
 
 def count_tokens(labels: Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -16,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 
 from snake_lora_pl.data import datamodule as datamodule_module
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
@@ -428,7 +430,7 @@ def test_the_state_in_a_checkpoint_is_plain_data(make, rows_path, tmp_path):
     save = SaveIn(tmp_path, "on_train_batch_end")
     fit(make(rows_path, **SETTINGS), max_epochs=1, callbacks=[save])
     state = torch.load(save.paths[2], weights_only=True)["SnakeJSONLDataModule"]
-    assert set(state) == {"split_hash", "seed", "global_batch_size"}
+    assert set(state) == {"split_hash", "seed", "global_batch_size", "batch_size"}
 
 
 def test_training_without_validation_rows_runs(make, rows_path):
@@ -503,3 +505,39 @@ def test_opening_a_prepared_data_set_is_fast(make, bfs512_sample_path):
     start = time.monotonic()
     make(bfs512_sample_path).setup("fit")
     assert time.monotonic() - start < 1
+
+
+# Fit to the machine, and fast
+
+
+def test_the_longest_batch_holds_the_longest_rows_to_train_on(make, rows_path):
+    datamodule = set_up(make(rows_path))
+    lengths = np.sort(datamodule._train.lengths())[::-1]
+    batch = datamodule.longest_batch(3)
+    assert batch["input_ids"].shape == (3, -(-lengths[0] // 8) * 8)
+    last_labels = (batch["labels"] != -100).int().cumsum(dim=1).argmax(dim=1)
+    assert (last_labels + 1).tolist() == lengths[:3].tolist()
+
+
+def test_auto_is_for_whoever_fits_to_find(make, rows_path, tmp_path):
+    datamodule = make(rows_path, batch_size="auto")
+    with pytest.raises(UserError, match=r"data.batch_size=auto: nothing has looked .* Add BatchSizeFinder\(\)"):
+        fit(datamodule, max_epochs=1)
+
+
+def test_completing_prompts_takes_eight_rows_where_none_are_asked_for(make, rows_path):
+    datamodule = make(predict_path=str(rows_path), batch_size="auto")
+    datamodule.setup("predict")
+    datamodule.trainer = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.PREDICTING), distributed_sampler_kwargs=None
+    )
+    assert len(next(iter(datamodule.predict_dataloader()))["sources"]) == 8
+
+
+def test_the_loader_counts_what_its_reader_waited(make, rows_path, monkeypatch):
+    loader = set_up(make(rows_path)).train_dataloader()
+    collate = loader.collate_fn
+    loader.collate_fn = lambda examples: (time.sleep(0.01), collate(examples))[1]
+    for _ in loader:
+        time.sleep(0.02)
+    assert 0.01 * len(loader) < loader.wait_seconds < 0.02 * len(loader)

@@ -79,3 +79,13 @@ def test_a_share_out_of_range_is_an_error(val_fraction):
 def test_training_rows_that_all_validate_are_an_error():
     with pytest.raises(UserError, match="no training row is left"):
         leave_out_duplicates(np.arange(3), distinct(3), distinct(3))
+
+
+def test_leaving_out_duplicates_is_leaving_out_equal_hashes():
+    generator = np.random.default_rng(0)
+    # Hashes that differ in their first bits only are told apart too.
+    hashes = generator.integers(0, 40, 500).astype(np.uint64) << np.uint64(40) | generator.integers(0, 5, 500).astype(
+        np.uint64
+    )
+    train, val = np.arange(400), hashes[400:430]
+    assert leave_out_duplicates(train, hashes, val).tolist() == [i for i in train if hashes[i] not in val]
