@@ -81,7 +81,9 @@ def rehearse(
         found_later = ""
         if data.batch_size == AUTO:
             data.batch_size = DEFAULT_BATCH_SIZE
-            found_later = f"\n  {DEFAULT_BATCH_SIZE} rows here; data.batch_size=auto finds its number when training begins"
+            found_later = (
+                f"\n  {DEFAULT_BATCH_SIZE} rows here; data.batch_size=auto finds its number when training begins"
+            )
         data.trainer = trainer
         data.prepare_data()
         data.setup("fit")
