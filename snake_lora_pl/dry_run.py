@@ -98,7 +98,7 @@ def rehearse(
 
         batch = data.longest_batch(data.batch_size)
         estimate = estimate_memory(module, dict(batch), trainer.strategy.root_device.type)
-        yield Section("memory", _describe_memory(estimate, batch) + found_later)
+        yield Section("memory", describe_memory(estimate, batch) + found_later)
 
         num_batches = math.ceil(len(data.train_dataloader()) / share)
         steps_per_epoch = math.ceil(num_batches / accumulate_grad_batches)
@@ -162,7 +162,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _describe_memory(estimate: MemoryEstimate, batch: Batch) -> str:
+def describe_memory(estimate: MemoryEstimate, batch: Batch) -> str:
+    """Lines that say what an estimate for a batch comes to, and of what it is made up."""
     rows, length = batch["input_ids"].shape
     parts = [(name, size) for name, size in asdict(estimate).items() if not isinstance(size, str) and size]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""``audit``: what is in a data set."""
+"""``audit``: what is in a data set, or what memory training on it takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_BASE_MODEL = "smollm2-135m"
 
 
 def run(arguments: list[str]) -> int:
-    """Audit a data set.
+    """Audit a data set, or estimate the memory of a ``fit``.
 
     Returns:
         The exit code.
@@ -24,6 +24,11 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If an argument cannot be used or the file cannot be read.
     """
+    if "--memory" in arguments and not {"-h", "--help"} & set(arguments):
+        from snake_lora_pl.commands import memory
+
+        others = [argument for argument in arguments if argument not in ("--memory", "--json")]
+        return memory.run(others, as_json="--json" in arguments)
     options = build_parser().parse(arguments)
     check_choice("--template", options.template, TemplateName)
     audit = audit_rows(options.files, _encoder(options.base_model, options.template, options.max_length))
@@ -46,6 +51,12 @@ def build_parser() -> Parser:
         "--template", default="instruction", metavar="NAME", help=f"one of {', '.join(get_args(TemplateName))}"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="instead of all this, estimate the peak memory of fit; beside it stand any options of fit, such as "
+        "--config balanced.yaml --data.batch_size 16, and no file needs to be given",
+    )
     return parser
 
 

@@ -134,6 +134,7 @@ class LoRALightningModule(pl.LightningModule):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.fused_layers = fused_layers
         self.compile_layers = compile_layers
+        self.on_nonfinite = on_nonfinite
         self.text_metrics = text_metrics
 
         self._fused: FusedDecoder | None = None

@@ -59,3 +59,64 @@ def test_five_thousand_rows_take_less_than_ten_seconds(tmp_path, tiny_llama_dir)
     start = time.perf_counter()
     assert main(["audit", str(path), "--base_model", str(tiny_llama_dir), "--max_length", "1200"]) == 0
     assert time.perf_counter() - start < 10
+
+
+MEMORY = ("--memory", "--config", "balanced.yaml", "--data.max_length=1200", "--trainer.accelerator=cpu")
+
+
+def memory(tiny_llama_dir, capsys, *arguments):
+    """What ``audit --memory --json`` prints."""
+    model = f"--model.base_model={tiny_llama_dir}"
+    assert main(["audit", *MEMORY, model, "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_memory_is_that_of_the_step_that_the_options_of_fit_describe(
+    bfs512_sample_path, tiny_llama_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    four = memory(tiny_llama_dir, capsys, str(bfs512_sample_path), "--data.batch_size", "4")
+    longest = max(four["tokens_a_row"], 1)
+    encoder_lengths = [len(json.loads(line)["prompt"]) for line in bfs512_sample_path.read_text().splitlines()]
+    assert four["rows"] == 4
+    assert 0 < longest < max(encoder_lengths)
+    assert four["total_bytes"] == sum(four["parts_bytes"].values())
+    eight = memory(tiny_llama_dir, capsys, "--data.batch_size=8", str(bfs512_sample_path))
+    assert eight["parts_bytes"]["activations"] == pytest.approx(2 * four["parts_bytes"]["activations"], rel=0.1)
+    wider = memory(tiny_llama_dir, capsys, str(bfs512_sample_path), "--data.batch_size=4", "--model.lora.rank=32")
+    assert wider["parts_bytes"]["optimizer"] == 2 * four["parts_bytes"]["optimizer"]
+    assert list(tmp_path.iterdir()) == [], "no run, no directory"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("free_bytes", "words"),
+    [
+        (2**40, "1024.00 GiB are free on this machine: it fits."),
+        (2**20, "it does not fit. `fit` with --data.batch_size=auto"),
+    ],
+)
+def test_memory_is_held_against_what_is_free(
+    bfs512_sample_path, tiny_llama_dir, monkeypatch, capsys, free_bytes, words
+):
+    monkeypatch.setattr("snake_lora_pl.commands.memory.available_bytes", lambda device: free_bytes)
+    model = f"--model.base_model={tiny_llama_dir}"
+    assert main(["audit", str(bfs512_sample_path), *MEMORY, model, "--data.batch_size=2"]) == 0
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert "for the 2 longest rows as a batch" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.batch_sise=2"], "Did you mean 'data.batch_size'?"),
+        (["--data.batch_size=auto"], "data.batch_size=auto takes what there is. Give a number to estimate"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_mistake_in_the_options_of_fit_is_one_line(bfs512_sample_path, tiny_llama_dir, capsys, arguments, message):
+    model = f"--model.base_model={tiny_llama_dir}"
+    assert main(["audit", str(bfs512_sample_path), *MEMORY, model, *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
