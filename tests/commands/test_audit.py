@@ -77,10 +77,7 @@ def test_memory_is_that_of_the_step_that_the_options_of_fit_describe(
 ):
     monkeypatch.chdir(tmp_path)
     four = memory(tiny_llama_dir, capsys, str(bfs512_sample_path), "--data.batch_size", "4")
-    longest = max(four["tokens_a_row"], 1)
-    encoder_lengths = [len(json.loads(line)["prompt"]) for line in bfs512_sample_path.read_text().splitlines()]
     assert four["rows"] == 4
-    assert 0 < longest < max(encoder_lengths)
     assert four["total_bytes"] == sum(four["parts_bytes"].values())
     eight = memory(tiny_llama_dir, capsys, "--data.batch_size=8", str(bfs512_sample_path))
     assert eight["parts_bytes"]["activations"] == pytest.approx(2 * four["parts_bytes"]["activations"], rel=0.1)
