@@ -78,12 +78,9 @@ def rehearse(
     with temporary_row_cache() as row_cache:
         num_games = data.generated_games
         data.limit_rows(MAX_ROWS)
-        found_later = ""
-        if data.batch_size == AUTO:
-            data.batch_size = DEFAULT_BATCH_SIZE
-            found_later = (
-                f"\n  {DEFAULT_BATCH_SIZE} rows here; data.batch_size=auto finds its number when training begins"
-            )
+        num_rows = DEFAULT_BATCH_SIZE if data.batch_size == AUTO else data.batch_size
+        found_later = "" if data.batch_size == num_rows else "\n  data.batch_size=auto is found when training begins"
+        data.batch_size = num_rows
         data.trainer = trainer
         data.prepare_data()
         data.setup("fit")
@@ -96,7 +93,7 @@ def rehearse(
         first = f"  the first {num_read:,} rows, {share:.1%} of all\n" if share < 1 else ""
         yield Section("data", first + describe(audit).replace(str(row_cache), str(cache_dir())))
 
-        batch = data.longest_batch(data.batch_size)
+        batch = data.longest_batch(num_rows)
         estimate = estimate_memory(module, dict(batch), trainer.strategy.root_device.type)
         yield Section("memory", describe_memory(estimate, batch) + found_later)
 

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from snake_lora_pl.cli import SnakeCLI, build_and_run
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str], *, as_json: bool) -> int:
         options.append(f"--data.train_path={files[0] if len(files) == 1 else json.dumps(files)}")
     quiet_libraries()
     ignore_known_warnings()
-    run = build_and_run(["fit", *options, "--dry_run"], _Estimated)
+    run = cast(_Estimated, build_and_run(["fit", *options, "--dry_run"], _Estimated))
     available = available_bytes(run.trainer.strategy.root_device)
     print(_json(run.estimate, run.batch, available) if as_json else _text(run.estimate, run.batch, available))
     return 0
