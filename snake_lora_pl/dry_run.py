@@ -22,7 +22,6 @@ from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule
 from snake_lora_pl.data.jsonl import count_lines
 from snake_lora_pl.paths import RunPaths, cache_dir, shown, temporary_row_cache
-from snake_lora_pl.training.batch_size import AUTO
 from snake_lora_pl.training.memory import MemoryEstimate, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.throughput import count_tokens, peak_memory_gib
@@ -78,7 +77,7 @@ def rehearse(
     with temporary_row_cache() as row_cache:
         num_games = data.generated_games
         data.limit_rows(MAX_ROWS)
-        num_rows = DEFAULT_BATCH_SIZE if data.batch_size == AUTO else data.batch_size
+        num_rows = data.batch_size if isinstance(data.batch_size, int) else DEFAULT_BATCH_SIZE
         found_later = "" if data.batch_size == num_rows else "\n  data.batch_size=auto is found when training begins"
         data.batch_size = num_rows
         data.trainer = trainer
