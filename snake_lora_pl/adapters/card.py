@@ -35,9 +35,7 @@ _HEADLINES = {"val/loss": "validation loss", "val/move_accuracy": "move accuracy
 def model_card(metadata: AdapterMetadata) -> str:
     """The card of an adapter directory."""
     lines = [
-        *_head(
-            metadata, library="peft", tags=["lora", "base_model:adapter:" + metadata.base_model], relation="adapter"
-        ),
+        *_head(metadata, library="peft", relation="adapter"),
         f"# A {metadata.adapter_type} adapter that plays Snake",
         "",
         f"Trained on {_base_link(metadata)} for {metadata.step:,} optimiser steps with snake_lora_pl "
@@ -67,7 +65,7 @@ def merged_model_card(metadata: AdapterMetadata, dtype: str) -> str:
         dtype: Type of the merged weights.
     """
     lines = [
-        *_head(metadata, library="transformers", tags=[], relation="finetune"),
+        *_head(metadata, library="transformers", relation="finetune"),
         "# A language model that plays Snake",
         "",
         f"{_base_link(metadata)} with a {metadata.adapter_type} adapter of snake_lora_pl merged into its weights "
@@ -86,7 +84,7 @@ def merged_model_card(metadata: AdapterMetadata, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def _head(metadata: AdapterMetadata, library: str, tags: list[str], relation: str) -> list[str]:
+def _head(metadata: AdapterMetadata, library: str, relation: str) -> list[str]:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -107,7 +105,7 @@ def _head(metadata: AdapterMetadata, library: str, tags: list[str], relation: st
         base_model_relation=relation if on_hub else None,
         library_name=library,
         pipeline_tag="text-generation",
-        tags=["snake", metadata.adapter_type, *tags],
+        tags=["snake", metadata.adapter_type],
         model_name=f"snake-{metadata.adapter_type}" if results else None,
         eval_results=results or None,
     )

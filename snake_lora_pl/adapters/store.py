@@ -41,6 +41,8 @@ _CODE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so
 # Settings that make PEFT or transformers import a module whose name stands in the file.
 _CODE_SETTINGS = {CONFIG_FILE: ("auto_mapping", "megatron_config"), "tokenizer_config.json": ("auto_map",)}
 _MAX_KEYS_NAMED = 3
+# What a table of games says of where things lie on this machine, which means nothing on another.
+_PLACES = ("adapter", "directory", "base_model")
 
 
 class StoredAdapter(NamedTuple):
@@ -118,9 +120,8 @@ def record_play(adapter_dir: str | os.PathLike[str], table: dict[str, Any], play
     metadata = read_metadata(adapter_dir)
     figures = {f"play/{name}": value for name, value in table["players"][player].items() if is_number(value)}
     others = {name: value for name, value in metadata.metrics.items() if not name.startswith("play/")}
-    # Where things lie on this machine says nothing on another.
     settings = {**table["settings"], **table["adapters"].get(player, {})}
-    settings = {name: value for name, value in settings.items() if name not in ("directory", "base_model")}
+    settings = {name: value for name, value in settings.items() if name not in _PLACES}
     play = {"player": player, "settings": settings, "players": table["players"]}
     _write_description(Path(adapter_dir), dataclasses.replace(metadata, metrics=others | figures, play=play))
 

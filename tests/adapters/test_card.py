@@ -17,7 +17,7 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.card import merged_model_card, model_card
 
 TABLE: dict[str, Any] = {
-    "settings": {"base_model": "/home/me/base", "num_games": 2},
+    "settings": {"base_model": "/home/me/base", "adapter": "/home/me/run", "num_games": 2},
     "adapters": {"adapter": {"directory": "/home/me/run", "style": "compact"}},
     "players": {
         "adapter": {"reading": "generate", "apples_mean": 12.25, "apples_low": 9.0, "win_rate": 0.5, "num_games": 2},
@@ -63,6 +63,8 @@ def test_the_card_says_what_was_trained_on_what_with_which_result(adapter_dir: P
 def test_a_base_in_a_directory_is_no_hub_id(adapter_dir: Path, tiny_llama_dir: Path) -> None:
     card = ModelCard.load(adapter_dir / store.CARD_FILE)
     assert card.data.base_model is None
+    assert card.data.tags == ["snake", "lora"]
+    assert str(tiny_llama_dir) not in card.data.to_yaml()
     assert f"Trained on `{tiny_llama_dir}`" in card.text
     assert "huggingface.co" not in card.text
 
