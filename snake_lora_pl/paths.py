@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import tempfile
@@ -218,7 +219,11 @@ def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     parts = [_telling_parts(path) for path in paths]
     num_front = _num_shared(parts)
     num_back = _num_shared([p[num_front:][::-1] for p in parts])
-    names = [_FILE_UNSAFE.sub("_", "_".join(p[num_front : len(p) - num_back]) or p[-1]) for p in parts]
+    middles = [p[num_front : len(p) - num_back] for p in parts]
+    if len({len(middle) for middle in middles}) == 1:
+        differs = [len(set(items)) > 1 for items in zip(*middles, strict=True)]
+        middles = [tuple(itertools.compress(middle, differs)) for middle in middles]
+    names = [_FILE_UNSAFE.sub("_", "_".join(middle) or p[-1]) for middle, p in zip(middles, parts, strict=True)]
     return [name if names.count(name) == 1 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 

@@ -20,6 +20,10 @@ def run_of(timestamp: str, grid_size: int = 10, name: str = "snake_reasoning") -
             [run_of("20260101_120000", 10), run_of("20260102_120000", 8)],
             ["grid-size-10_20260101_120000", "grid-size-8_20260102_120000"],
         ),
+        (
+            [f"/small/{run_of('20260101_120000')}", f"/large/{run_of('20260102_120000')}"],
+            ["small_20260101_120000", "large_20260102_120000"],
+        ),
         (["/a/small", "/a/large"], ["small", "large"]),
         (["/x/a/final", "/x/b/final", "/x/b/c/final"], ["a", "b", "b_c"]),
         (["/x/a", "/x/a/b"], ["a", "b"]),
