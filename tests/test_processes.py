@@ -20,12 +20,14 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.game import STYLES, Board
 from snake_lora_pl.paths import RunPaths
 
-pytestmark = pytest.mark.slow
+# A loaded machine may take minutes for the imports alone; what hangs is ended by HANGS_S.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 RUN_PATTERN = "logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning"
-HANGS_S = 150
+HANGS_S = 300
 DDP = ("--config", "ddp.yaml", "--trainer.devices=2", "--data.batch_size=2")
 FSDP = ("--config", "fsdp.yaml", "--trainer.devices=2", "--data.batch_size=2")
+IN_4_BITS = ("--config=qlora.yaml", "--trainer.max_steps=6", "--play.final_games=0", "--play.val_games=0")
 
 # Runs the command line and writes down every collective that this process takes part in.
 RECORDER = """
@@ -216,7 +218,24 @@ def test_a_run_goes_on_under_the_other_strategy(
         torch.testing.assert_close(values, others[index], rtol=1e-3, atol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def alone_in_4_bits(run_cli: Callable[..., RunPaths], tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    return run_cli(*IN_4_BITS, root=tmp_path_factory.mktemp("alone_in_4_bits"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [DDP, FSDP, (*FSDP, "--model.lora.quantization.storage_dtype=float32")],
+    ids=["ddp", "fsdp", "fsdp-float-storage"],
+)
+def test_a_base_in_4_bits_trains_in_two_processes_as_in_one(
+    settings: tuple[str, ...], run_cli: Callable[..., RunPaths], alone_in_4_bits: RunPaths, tmp_path: Path
+) -> None:
+    assert_same_adapter(run_cli(*settings, *IN_4_BITS, root=tmp_path), alone_in_4_bits)
+
+
 def read_completions(root: Path) -> list[dict[str, str]]:
+
     (path,) = root.glob("*.predictions.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 

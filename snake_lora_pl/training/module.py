@@ -221,7 +221,17 @@ class LoRALightningModule(pl.LightningModule):
                 layer.compile()
 
     def _check_shardable(self) -> None:
-        """Refuse an adapter of which a part is not trained: from slices only what is trained is gathered and saved."""
+        """Refuse what does not work in slices: a base in 8 bits, and an adapter of which a part is not trained.
+
+        bitsandbytes finds its 8-bit weights by an attribute that slices do not have; its 4-bit layers are made for
+        slices, of any storage type. And only what is trained is gathered from slices and saved.
+        """
+        quantization = quantization_of(self.peft_model.get_base_model())
+        if quantization is not None and quantization.bits == 8:
+            raise UserError(
+                "trainer.strategy: a base in 8 bits cannot be cut into slices. Use --config ddp.yaml, or "
+                "--model.lora.quantization.bits=4, which can."
+            )
         frozen = [name for name, tensor in adapter_tensors(self.peft_model).items() if not tensor.requires_grad]
         if frozen:
             raise UserError(
