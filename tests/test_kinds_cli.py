@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +17,9 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.paths import RunPaths
-from tests.registry import restored_registry
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-README = Path(__file__).parents[1] / "README.md"
 RUN_PATTERN = "logs/extensions/models/grid-size-10/llm_finetune_v0.03_*/snake_reasoning"
 IDS = torch.arange(3, 40)[None]
 
@@ -122,21 +119,3 @@ def test_the_merged_model_agrees_with_the_adapter(run: Run, tmp_path: Path) -> N
     loaded = AdapterFactory.load(run.paths.artifacts_dir, dtype="float32").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged, loaded(input_ids=IDS).logits, rtol=1e-3, atol=1e-2)
-
-
-def test_the_readme_s_kind_is_registered_trained_and_played_in_under_twenty_lines(
-    tiny_llama_dir: Path, bfs512_sample_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (section,) = re.findall(r"^## Adapters\n(.*?)^## ", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    (example,) = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-    assert len(example.splitlines()) < 20
-    with restored_registry():
-        exec(compile(example, "README.md", "exec"), {"__name__": "loha"})
-        flags = ["--config", "balanced.yaml", *fit_flags(tiny_llama_dir, bfs512_sample_path)]
-        assert main(["fit", *flags, "--model.adapter_type=loha", "--trainer.max_steps=2", "--play.final_games=1"]) == 0
-        (run_dir,) = tmp_path.glob(RUN_PATTERN)
-        adapter_dir = RunPaths(run_dir).artifacts_dir
-        assert store.verify(adapter_dir).adapter_type == "loha"
-        loaded = AdapterFactory.load(adapter_dir)
-        assert any("hada_" in name for name, _ in loaded.named_parameters())
