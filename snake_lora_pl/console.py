@@ -17,6 +17,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Of the type that `dequantize` was asked for.
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 
