@@ -3,6 +3,8 @@
 Every room may raise it; only the command line catches it. It prints the message as one line and exits with code 2.
 """
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says where, what was found and what to do, on one line.
@@ -10,3 +12,9 @@ class UserError(ValueError):
     Messages that report several rows at once may hold further lines, one a row. It is a ValueError so that Python
     callers need not know this class.
     """
+
+
+def one_line(error: BaseException, max_chars: int = 300) -> str:
+    """Type and message of an exception of another library, fit for one line."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text[:max_chars]}" if text else type(error).__name__

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from snake_lora_pl.adapters.merge import merge
 from snake_lora_pl.durable import move_durably, open_durably
-from snake_lora_pl.errors import UserError
-from snake_lora_pl.models.wheel import one_line
+from snake_lora_pl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.card import merged_model_card
 from snake_lora_pl.adapters.qlora import dequantize_base
 from snake_lora_pl.durable import directory_durably
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.quantization import QuantizationConfig
-from snake_lora_pl.models.wheel import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +145,7 @@ def _merge(model: PeftModel) -> PreTrainedModel:
         try:
             return model.merge_and_unload(safe_merge=True)
         except ValueError as error:
-            raise UserError(f"the adapter cannot be merged: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"the adapter cannot be merged: {one_line(error)}.") from error
 
 
 def _untie_what_was_trained(base: PreTrainedModel) -> None:

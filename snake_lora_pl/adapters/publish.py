@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.errors import UserError
-from snake_lora_pl.models.wheel import one_line
+from snake_lora_pl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 

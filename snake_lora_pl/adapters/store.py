@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
-from snake_lora_pl.durable import directory_durably, open_durably, recover_directory
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
-from snake_lora_pl.models.wheel import file_sha256, one_line
 
 if TYPE_CHECKING:
     import torch

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.durable import file_sha256
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.dtype import choose_dtype
 from snake_lora_pl.models.hub import fetch_snapshot
 from snake_lora_pl.models.quantization import QuantizationConfig, bitsandbytes_config, make_trainable
-from snake_lora_pl.models.wheel import WHEEL_MODELS, file_sha256, one_line, prepare_wheel_model
+from snake_lora_pl.models.wheel import WHEEL_MODELS, prepare_wheel_model
 from snake_lora_pl.paths import base_model_cache_dir
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from snake_lora_pl.errors import UserError
-from snake_lora_pl.models.wheel import one_line
+from snake_lora_pl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def bitsandbytes_config(quantization: QuantizationConfig, compute_dtype: torch.d
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
             f"a base in {quantization.bits} bits needs bitsandbytes, which cannot be imported here "
-            f"({' '.join(str(error).split())[:160]}). pip install 'bitsandbytes>=0.50,<0.51', or choose "
+            f"({one_line(error, 160)}). pip install 'bitsandbytes>=0.50,<0.51', or choose "
             "model.adapter_type=lora."
         ) from error
     from transformers import BitsAndBytesConfig

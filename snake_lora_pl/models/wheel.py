@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -25,8 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from snake_lora_pl.durable import directory_durably, exclusive, remove_leftovers
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.durable import directory_durably, exclusive, file_sha256, remove_leftovers
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.paths import CACHE_ENV, base_model_cache_dir
 
 logger = logging.getLogger(__name__)
@@ -322,19 +321,3 @@ def _write_manifest(directory: Path, model: WheelModel) -> None:
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files},
     }
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def file_sha256(*paths: Path) -> str:
-    """The sha256 of the files' bytes, one file after the other, as ``cat FILES | sha256sum`` gives it."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def one_line(error: BaseException, max_chars: int = 300) -> str:
-    """Type and message of an exception of another library, fit for one line."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text[:max_chars]}" if text else type(error).__name__

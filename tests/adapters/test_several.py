@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.several import SharedBase
+from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import QuantizationConfig, load_base_model, resolve_base_model
-from snake_lora_pl.models.wheel import file_sha256
 from snake_lora_pl.training.module import LoRALightningModule
 
 IDS = torch.tensor([[5, 9, 30, 7, 41]])

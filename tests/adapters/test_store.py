@@ -14,9 +14,9 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import load_base_model, load_tokenizer
-from snake_lora_pl.models.wheel import file_sha256
 from tests.adapters.conftest import rewrite_metadata
 
 IDS = torch.tensor([[5, 9, 30, 7]])

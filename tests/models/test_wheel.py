@@ -14,9 +14,10 @@ from typing import NoReturn
 
 import pytest
 
+from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import wheel
-from snake_lora_pl.models.wheel import MANIFEST_NAME, WheelModel, file_sha256, prepare_wheel_model
+from snake_lora_pl.models.wheel import MANIFEST_NAME, WheelModel, prepare_wheel_model
 from snake_lora_pl.paths import base_model_cache_dir
 
 REPO_DIR = Path(__file__).parents[2]
