@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+
+# From which level on a library is heard.
+_LEVELS = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    "transformers": logging.WARNING,
+    "httpx": logging.WARNING,
+    # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
+    "bitsandbytes": logging.ERROR,
+    # Of the type that `dequantize` was asked for.
+    "transformers.integrations.bitsandbytes": logging.ERROR,
+}
 
 
 def quiet_libraries() -> None:
@@ -13,13 +27,33 @@ def quiet_libraries() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Of the type that `dequantize` was asked for.
-    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Let libraries speak only where something is wrong, and leave logging and warnings as the caller had them."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in _LEVELS}
+    # One switch turns both off, and both on again.
+    has_bars = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    if has_bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            ignore_known_warnings()
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def ignore_known_warnings() -> None:

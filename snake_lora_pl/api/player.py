@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 import weakref
 from typing import get_args
 
 import torch
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.console import ignore_known_warnings
+from snake_lora_pl.console import libraries_quiet
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
@@ -114,8 +113,7 @@ def load_player(
         full_precision_base=full_precision_base,
         trust_remote_code=trust_remote_code,
     )
-    with warnings.catch_warnings():
-        ignore_known_warnings()
+    with libraries_quiet():
         module.configure_model()
     _place(module, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = Encoder(module.tokenizer, chosen_template)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.cli import SnakeCLI, build_and_run
-from snake_lora_pl.console import ignore_known_warnings
+from snake_lora_pl.console import libraries_quiet
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
@@ -81,8 +80,7 @@ def train_on_heuristic_data(
         >>> train_on_heuristic_data("rows.jsonl", "lightweight", {"trainer.max_steps": 500})  # doctest: +SKIP
     """
     arguments = _arguments(dataset_path, adapter_config, training_config or {})
-    with warnings.catch_warnings():
-        ignore_known_warnings()
+    with libraries_quiet():
         try:
             run = build_and_run(arguments, _Fit)
         except Interrupted as stop:

@@ -108,15 +108,32 @@ def test_a_run_goes_on_from_its_checkpoint(
     assert resumed.num_steps == 5
 
 
-def test_logging_and_warnings_of_the_caller_stay_as_they_were(
-    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path
+def test_libraries_are_quiet_meanwhile_and_logging_and_warnings_of_the_caller_stay_as_they_were(
+    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import warnings
 
-    package = logging.getLogger("snake_lora_pl")
-    before = package.level, list(logging.getLogger().handlers), list(warnings.filters)
+    from transformers.utils import logging as transformers_logging
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    lightning = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(lightning, "handlers", [handler])
+    transformers_logging.enable_progress_bar()
+
+    def settings() -> list[Any]:
+        levels = [logging.getLogger(name).level for name in ("snake_lora_pl", "lightning.pytorch", "bitsandbytes")]
+        handlers, filters = list(logging.getLogger().handlers), list(warnings.filters)
+        return [levels, handlers, filters, transformers_logging.is_progress_bar_enabled()]
+
+    lightning.setLevel(logging.INFO)
+    before = settings()
     train_on_heuristic_data(bfs512_sample_path, None, small)
-    assert (package.level, list(logging.getLogger().handlers), list(warnings.filters)) == before
+    assert settings() == before
+    assert said == []
+    lightning.info("heard again")
+    assert said == ["heard again"]
 
 
 class PressCtrlC(Callback):
