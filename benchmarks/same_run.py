@@ -12,10 +12,12 @@ from snake_lora_pl.paths import RunPaths
 
 # What tells the time, not the run.
 _TIMINGS = ("perf/", "_per_second", "time_elapsed", "training_timestamp")
+# What Lightning leaves for a SLURM job that is requeued.
+_REQUEUED_STATE = "hpc_ckpt"
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two finished runs differ: checkpoints, metrics, adapter or its metadata; timings and places aside.
+    """Where two finished runs differ: their files, checkpoints, metrics, adapter and its metadata; timings aside.
 
     Args:
         one: A run's directory.
@@ -40,9 +42,11 @@ def _end(run_dir: Path) -> Iterator[tuple[str, Any]]:
     artifacts = run.artifacts_dir
     with open(run.metrics_path, newline="") as file:
         content: dict[str, Any] = {"metrics.csv": list(csv.DictReader(file))}
+    files = [path for path in run_dir.rglob("*") if path.is_file() and not path.name.startswith(_REQUEUED_STATE)]
+    content["files"] = {str(path.relative_to(run_dir)): "there" for path in files}
     content["metadata"] = json.loads((artifacts / "adapter_metadata.json").read_text())
     content["adapter"] = load_file(artifacts / "adapter_model.safetensors")
-    for path in sorted(run.checkpoints_dir.iterdir()):
+    for path in sorted(run.checkpoints_dir.glob("*.ckpt")):
         content[path.name] = torch.load(path, weights_only=True)
     for name, value in _leaves(content):
         if not any(timing in name for timing in _TIMINGS):

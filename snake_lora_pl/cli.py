@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -29,7 +29,7 @@ from snake_lora_pl import dry_run
 from snake_lora_pl.adapters import store
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
-from snake_lora_pl.durable import open_durably, sole_use
+from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
@@ -47,6 +47,7 @@ from snake_lora_pl.training.interruption import Interrupted, Interruption, leave
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.progress import RunProgress
+from snake_lora_pl.training.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.throughput import ThroughputMonitor
 from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
 
@@ -114,16 +115,6 @@ class OneLineParser(LightningArgumentParser):
     def _known_keys(self) -> list[str]:
         verbs = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
         return [a.dest for parser in [self, *verbs] for a in parser._actions if a.dest and a.dest != "help"]
-
-
-class ResolvedConfig(SaveConfigCallback):
-    """Writes the run's ``config.yaml``, with the batch size that was found where ``auto`` was asked for."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write; the callback that finds the number has run."""
-        if stage == "fit":
-            self.config.data.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        super().setup(trainer, pl_module, stage)
 
 
 class SnakeCLI(LightningCLI):
@@ -213,6 +204,7 @@ class SnakeCLI(LightningCLI):
             self.run_paths = self._resolve_run(config)
             if _is_first_process() and not config.dry_run:
                 self._resources.enter_context(sole_use(self.run_paths.lock_path))
+                remove_leftovers(self.run_paths.run_dir, "*")
         elif config.adapter is not None:
             self._prompt_as_trained(config)
 
@@ -328,7 +320,7 @@ class SnakeCLI(LightningCLI):
                 self.trainer.fit(**kwargs)
             return
         assert self.run_paths is not None
-        resolved = self._parser(self.subcommand).dump(config, skip_unset=False)
+        resolved = config_text(self._parser(self.subcommand), config)
         accumulated = config.trainer.accumulate_grad_batches
         sections = dry_run.rehearse(self.trainer, self.model, self.datamodule, self.run_paths, accumulated)
         for title, text in itertools.chain([("config", resolved.rstrip())], sections):
@@ -386,15 +378,20 @@ class SnakeCLI(LightningCLI):
             for entrant in contest.entrants
         }
         table = table_json(contest.results, facts, adapters)
-        with open_durably(paths.table_path, "w", encoding="utf-8") as file:
-            json.dump(table, file, indent=2)
+        try:
+            with explain_failed_writes(paths.games_dir, "the games", then="play them again with the verb test"):
+                with open_durably(paths.table_path, "w", encoding="utf-8") as file:
+                    json.dump(table, file, indent=2)
+                write_games(paths.games_path, contest.results)
+                looked_at = [result for result in contest.results if result.name in adapters] or contest.results[:1]
+                for result in looked_at:
+                    write_replays(paths if len(looked_at) == 1 else paths.of_player(result.name), result.games)
+        except UserError:
+            self._print_games()  # the table at least is not lost
+            raise
         for entrant in contest.entrants:
             if entrant.adapter_dir is not None:
                 _record_play(entrant.adapter_dir, table, entrant.name)
-        write_games(paths.games_path, contest.results)
-        looked_at = [result for result in contest.results if result.name in adapters] or contest.results[:1]
-        for result in looked_at:
-            write_replays(paths if len(looked_at) == 1 else paths.of_player(result.name), result.games)
 
     def _print_games(self) -> None:
         assert self.contest is not None
@@ -575,9 +572,8 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI], resources: contextli
         parser_class=OneLineParser,
         seed_everything_default=42,
         auto_configure_optimizers=False,
-        # A run's directory belongs to one run; a resumed run writes its config again.
         save_config_callback=ResolvedConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"save_to_log_dir": False},
         load_from_checkpoint_support=False,
         trainer_defaults={"use_distributed_sampler": False},
         parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -156,6 +157,49 @@ def sole_use(lock_path: str | os.PathLike[str], timeout_s: float = 10.0) -> Iter
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def explain_failed_writes(
+    path: str | os.PathLike[str], what: str, *also: type[Exception], then: str = "go on with --ckpt_path last"
+) -> Iterator[None]:
+    """Turn what the file system refuses to a run into what the user can do about it.
+
+    Args:
+        path: What is being written.
+        what: What it is, in words.
+        also: Exceptions beside OSError by which a library says that it could not write.
+        then: What to do once the cause is mended.
+
+    Raises:
+        UserError: If the disk is full, or the directory is gone or cannot be written to.
+    """
+    refusals: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        yield
+    except refusals as error:
+        code = _error_number(error)
+        if code == errno.ENOENT:
+            raise UserError(
+                f"{path}: {what} could not be written, its directory was removed while the run went on. "
+                "Start the run again, without --ckpt_path."
+            ) from error
+        cause = os.strerror(code) if code is not None else " ".join(str(error).split())
+        cure = "Free space" if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Make the directory writable"
+        raise UserError(
+            f"{path}: {what} could not be written ({cause}). What was there before is untouched. {cure}, then {then}."
+        ) from error
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """The system's number of what went wrong; libraries not written in Python hide it in their message."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__context__
+    return None
 
 
 def recover_directory(path: str | os.PathLike[str]) -> None:

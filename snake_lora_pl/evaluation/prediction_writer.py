@@ -12,7 +12,7 @@ from typing import IO, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from snake_lora_pl.durable import open_durably
+from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
 
 
@@ -41,7 +41,8 @@ class PredictionWriter(Callback):
         self._rank, self._num_ranks = shares["rank"], shares["num_replicas"]
         writes = trainer.is_global_zero or self._num_ranks > 1
         if writes:
-            self._file = self._exit.enter_context(open_durably(self._part_path(self._rank), "w", encoding="utf-8"))
+            with self._explained():
+                self._file = self._exit.enter_context(open_durably(self._part_path(self._rank), "w", encoding="utf-8"))
 
     def on_predict_batch_end(
         self,
@@ -56,19 +57,25 @@ class PredictionWriter(Callback):
         if self._file is None:
             return
         place = batch_idx * self._num_ranks + self._rank
-        for row in outputs:
-            self._file.write(f"{place}\t{json.dumps(row, ensure_ascii=False)}\n")
+        with self._explained():
+            for row in outputs:
+                self._file.write(f"{place}\t{json.dumps(row, ensure_ascii=False)}\n")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bring the parts together; also a process that had nothing to complete comes here."""
-        self._exit.close()
+        with self._explained():
+            self._exit.close()
         trainer.strategy.barrier("PredictionWriter")
         if trainer.is_global_zero:
-            self._join_parts()
+            with self._explained():
+                self._join_parts()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the part that was written."""
         self._exit.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explain_failed_writes(self.path, "the completions", then="run predict again")
 
     def _part_path(self, rank: int) -> Path:
         return self.path.with_name(f".{self.path.name}.{rank}.part")

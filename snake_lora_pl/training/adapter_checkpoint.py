@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import SafetensorError
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.durable import remove_leftovers
+from snake_lora_pl.durable import explain_failed_writes, remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.checkpoint_io import DurableCheckpointIO
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
@@ -249,13 +250,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         weights = gather_trained(pl_module.peft_model) if is_sharded(pl_module.peft_model) else None
         if trainer.is_global_zero:
             metadata = _describe(trainer, pl_module)
-            try:
+            with explain_failed_writes(self.adapter_dir, "the adapter", SafetensorError):
                 store.save(pl_module.peft_model, self.adapter_dir, metadata, pl_module.tokenizer, weights)
-            except OSError as error:
-                raise UserError(
-                    f"{self.adapter_dir}: the adapter could not be written ({error}). Free space or make the "
-                    "directory writable; the last good adapter is untouched."
-                ) from error
             logger.info("Adapter of step %d written to %s", trainer.global_step, self.adapter_dir)
         trainer.strategy.barrier("AdapterCheckpoint")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from snake_lora_pl.durable import open_durably
+from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
 
 
@@ -27,14 +27,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: If the disk is full or the directory cannot be written.
         """
-        try:
-            with open_durably(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: the checkpoint could not be written ({error}). Free space or make the directory writable, "
-                "then go on with --ckpt_path last."
-            ) from error
+        with explain_failed_writes(path, "the checkpoint", RuntimeError), open_durably(path) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from snake_lora_pl.durable import open_durably
+from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
 
@@ -66,7 +68,10 @@ class MetricsCSVLogger(CSVLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what was logged since the last writing."""
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        # A run that failed has something else to say, perhaps of the same disk; what follows here must still happen.
+        with contextlib.suppress(*([] if status == "success" else [UserError])):
             self.save()
 
     @rank_zero_only
@@ -100,8 +105,8 @@ class _MetricsFile:
     def save(self, *, sync: bool = False) -> None:
         """Append the new rows, or write the file anew where they hold a name that it has no column for."""
         names = sorted(set(self._names).union(*self._new_rows))
-        try:
-            if names != self._names or not self.path.is_file():
+        with explain_failed_writes(self.path, "the metrics"):
+            if names != self._names or ((self._new_rows or sync) and not self.path.is_file()):
                 self._write([*_read(self.path)[1], *self._new_rows], names)
             elif self._new_rows or sync:
                 with open(self.path, "a", newline="", encoding="utf-8") as file:
@@ -109,11 +114,6 @@ class _MetricsFile:
                     file.flush()
                     if sync:
                         os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: the metrics could not be written ({error.strerror}). Free space or make the directory "
-                "writable, then go on with --ckpt_path last."
-            ) from error
         self.num_rows += len(self._new_rows)
         self._new_rows.clear()
 
@@ -121,12 +121,13 @@ class _MetricsFile:
         """Drop all rows after the first ``num_rows``, among them a last line of which a kill left only a part."""
         rows = _read(self.path)[1][:num_rows]
         if self._names:
-            self._write(rows, self._names)
+            with explain_failed_writes(self.path, "the metrics"):
+                self._write(rows, self._names)
         self.num_rows = len(rows)
 
     def _write(self, rows: list[dict[str, Any]], names: list[str]) -> None:
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(2, "the directory is gone")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         with open_durably(self.path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()

@@ -1,0 +1,116 @@
+"""Two processes that die together, in the middle of an epoch or of an accumulated step, go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.kill import PROCESSES, warm_up
+from benchmarks.same_run import differences
+from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.paths import RunPaths
+from tests.test_resume import BASE, RUN_PATTERN
+
+pytestmark = pytest.mark.slow
+
+
+def be_one_of_two(
+    rank: int, port: int, arguments: Sequence[str], dies_at: int | None, root: Path, environment: dict[str, str]
+) -> None:
+    """A process as a launcher starts it; it kills itself at a batch of training, and leaves what its adapter became."""
+    from snake_lora_pl.__main__ import main
+    from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+    from snake_lora_pl.training.module import LoRALightningModule
+
+    launched = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.clear()
+    os.environ.update(environment | launched)
+    torch.set_num_threads(1)
+    with open(root / f"output-{rank}.txt", "ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    num_batches = 0
+    training_step = LoRALightningModule.training_step
+    on_train_end = AdapterCheckpoint.on_train_end
+
+    def step_or_die(self: LoRALightningModule, batch: dict[str, Any], batch_idx: int) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, batch, batch_idx)
+
+    def leave_adapter(self: AdapterCheckpoint, trainer: Any, module: Any) -> None:
+        on_train_end(self, trainer, module)
+        model = module.peft_model
+        trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        torch.save(trained, root / f"trained-{rank}.pt")
+        (root / f"ranks-{rank}.json").write_text(
+            json.dumps(getattr(model.peft_config["default"], "rank_pattern", None))
+        )
+
+    LoRALightningModule.training_step = step_or_die  # type: ignore[method-assign]
+    AdapterCheckpoint.on_train_end = leave_adapter  # type: ignore[method-assign]
+    sys.exit(main(list(arguments)))
+
+
+def run_two(root: Path, arguments: Sequence[str], dies_at: int | None = None) -> None:
+    """A run of two processes, to its end or to their death."""
+    root.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    places = [f"--root={root}", "--ckpt_path=auto"]
+    processes = [
+        PROCESSES.Process(
+            target=be_one_of_two, args=(rank, port, [*arguments, *places], dies_at, root, dict(os.environ))
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout=200)
+    finally:
+        for process in processes:
+            process.kill()
+    written = "\n".join(path.read_text() for path in sorted(root.glob("output-*.txt")))
+    assert [process.exitcode for process in processes] == [0 if dies_at is None else -signal.SIGKILL] * 2, written
+
+
+# Of 17 batches an epoch and process; a step takes two, or the one that is left at the end.
+@pytest.mark.parametrize(("kind", "deaths"), [("lora", [12, 5, 18]), ("qlora", [9, 16]), ("adalora", [12, 5, 18])])
+def test_two_processes_that_die_together_go_on_bit_for_bit(
+    tiny_llama_dir: Path, tmp_path: Path, kind: str, deaths: list[int]
+) -> None:
+    rows_path = tmp_path / "rows.jsonl"
+    write_dataset(rows_path, 4, 5, "bfs", "compact", 0)
+    arguments = ["fit", "--config=balanced.yaml", "--config=ddp.yaml", *BASE, "--trainer.devices=2"]
+    arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
+    arguments += ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=1.0"]
+    arguments += [f"--model.adapter_type={kind}"]
+    warm_up()
+    run_two(tmp_path / "straight", arguments)
+    for death in deaths:
+        run_two(tmp_path / "killed", arguments, death)
+    run_two(tmp_path / "killed", arguments)
+    straight, killed = (RunPaths(next((tmp_path / name).glob(RUN_PATTERN))) for name in ("straight", "killed"))
+    assert differences(straight.run_dir, killed.run_dir) == []
+
+    ends = [torch.load(tmp_path / name / f"trained-{rank}.pt") for name in ("straight", "killed") for rank in range(2)]
+    for end in ends[1:]:
+        assert all(torch.equal(end[name], value) for name, value in ends[0].items())
+    patterns = [json.loads((tmp_path / "killed" / f"ranks-{rank}.json").read_text()) for rank in range(2)]
+    assert patterns[0] == patterns[1]
+    if kind == "adalora":
+        kept = [sum(ranks) for ranks in patterns[0].values()]
+        assert len(set(kept)) > 1, "no rank was dropped, or of every layer alike"
