@@ -16,7 +16,8 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"bash", "python", "text"}
 
 _SHOWN = re.compile(
-    r"^```(?P<language>\w*)\n(?P<block>.*?)^```$|(?<!`)`(?P<inline>python (?:-m snake_lora_pl|loha\.py) [a-z]+ [^`]+)`",
+    r"^```(?P<language>\w*)\n(?P<block>.*?)^```$"
+    r"|(?<!`)`(?P<inline>(?:python -m snake_lora_pl [a-z]|python loha\.py|pip install )[^`]+)`",
     flags=re.MULTILINE | re.DOTALL,
 )
 

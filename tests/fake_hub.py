@@ -1,0 +1,88 @@
+"""A hub on this machine that really receives files."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN = "hf_NobodyMayReadThis"
+
+
+class FakeHub(ThreadingHTTPServer):
+    """What the hub's client asks of the hub when it sends a folder, and the files that arrive.
+
+    Attributes:
+        files: Content of each file of the repository, by path, once a commit has named it.
+        visibility: What the repository was created as.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("localhost", 0), _Handler)
+        self.url = f"http://localhost:{self.server_port}"
+        self.blobs: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}
+        self.visibility: str | None = None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def _answer(self, content: Any, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def do_PUT(self) -> None:
+        content = self._body()
+        assert self.path == f"/blobs/{hashlib.sha256(content).hexdigest()}"
+        self.server.blobs[self.path.rsplit("/", 1)[1]] = content
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self._answer({"error": f"bad token {self.headers['Authorization']}"}, 401)
+        if self.path == "/api/repos/create":
+            self.server.visibility = json.loads(body)["visibility"]
+            return self._answer({"url": f"{self.server.url}/me/snake"})
+        if self.path == "/api/validate-yaml":
+            return self._answer({"errors": [], "warnings": []})
+        if self.path == "/api/models/me/snake/preupload/main":
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self._answer({"files": files})
+        if self.path == "/me/snake.git/info/lfs/objects/batch":
+            objects = [
+                {**item, "actions": {"upload": {"href": f"{self.server.url}/blobs/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            return self._answer({"transfer": "basic", "objects": objects})
+        if self.path == "/api/models/me/snake/commit/main":
+            commit = f"{self.server.url}/me/snake/commit/{'0' * 40}"
+            for line in body.splitlines():
+                item = json.loads(line)
+                value = item["value"]
+                if item["key"] == "file":
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+                elif item["key"] == "lfsFile":
+                    self.server.files[value["path"]] = self.server.blobs[value["oid"]]
+            return self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": commit})
+        return self._answer({"error": f"nothing at {self.path}"}, 404)
