@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from snake_lora_pl.adapters.temporary_merge import temporarily_merged
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.drafter import Drafter
-from snake_lora_pl.evaluation.lockstep_decoder import LockstepDecoder, Written
+from snake_lora_pl.evaluation.lockstep_decoder import LockstepDecoder, Written, common_length
 from snake_lora_pl.evaluation.policy import Answer
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text import Style, read_move
@@ -148,7 +148,7 @@ class LanguageModelPolicy:
         return LockstepDecoder(
             self._model,
             drafter,
-            samples[0][: _common_length(samples)],
+            samples[0][: common_length(*samples)],
             samples[0],
             pad_id=self._pad_id,
             eos_id=self._eos_id,
@@ -163,7 +163,7 @@ class LanguageModelPolicy:
         board = _sample_boards(10)[0]
         texts = [self._style.write_completion(board, move) for move in Move]
         encoded = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        num_shared = _common_length(encoded)
+        num_shared = common_length(*encoded)
         parting = {move: ids[num_shared] for move, ids in zip(Move, encoded, strict=True) if len(ids) > num_shared}
         if len(set(parting.values())) < len(Move):
             raise UserError(
@@ -227,13 +227,3 @@ def _sample_boards(size: int) -> list[Board]:
         Board(size, ((0, last), (1, last), (1, last - 1)), (last, 0)),
         Board(size, ((1, 1), (0, 1), (0, 0)), (2, 1)),
     ]
-
-
-def _common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Number of items that all sequences begin with."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if len(set(items)) > 1:
-            break
-        length += 1
-    return length

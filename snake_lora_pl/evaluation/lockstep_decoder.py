@@ -192,7 +192,7 @@ class LockstepDecoder:
     def _read(self, prompts: Sequence[list[int]], order: Sequence[int], room: int) -> Tensor:
         """Read prompts into the rows of the cache, in an order; logits after each, shape (prompts, vocab)."""
         ordered = [prompts[index] for index in order]
-        starts = [min(_common_length(self._head, prompt), len(prompt) - 1) for prompt in ordered]
+        starts = [min(common_length(self._head, prompt), len(prompt) - 1) for prompt in ordered]
         self._cache.start(len(ordered), max(map(len, ordered)) + room)
         logits = []
         first = 0
@@ -247,11 +247,11 @@ def _most_likely(logits: Tensor) -> list:
     return logits.max(dim=-1).indices.tolist()
 
 
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens that both begin with."""
+def common_length(*sequences: Sequence[int]) -> int:
+    """Number of items that all sequences begin with."""
     length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
+    for items in zip(*sequences, strict=False):
+        if len(set(items)) > 1:
             break
         length += 1
     return length

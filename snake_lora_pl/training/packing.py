@@ -45,6 +45,23 @@ class PackedBatch(NamedTuple):
     target_index: Tensor
     target_ids: Tensor
 
+    def rests(self, x: Tensor) -> Tensor:
+        """What stands behind the head, a row each.
+
+        Args:
+            x: A value for each packed token; shape (T, ...).
+
+        Returns:
+            Shape (B, R, ...); places of padding hold any token's value.
+        """
+        own = x.index_select(0, self.padded_index) if self.padded_index.numel() else x[self.head_length :]
+        return own.unflatten(0, (self.num_rows, self.rest_length))
+
+    def without_padding(self, rests: Tensor) -> Tensor:
+        """The inverse of ``rests``: from shape (B, R, ...) to (T - head_length, ...)."""
+        flat = rests.flatten(0, 1)
+        return flat.index_select(0, self.rest_index) if self.rest_index.numel() else flat
+
 
 def pack(input_ids: Tensor, labels: Tensor, *, share_head: bool = True) -> PackedBatch | None:
     """Lay the rows of a right-padded batch end to end.

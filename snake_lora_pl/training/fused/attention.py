@@ -77,18 +77,15 @@ def fused_kernel_attention(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, 
     a, b = qk.chunk(2, dim=-1)
     rotated = qk * cos + torch.cat([-b, a], dim=-1) * sin
     packed = torch.cat([rotated, values], dim=1)
-    rests = packed[batch.padded_index] if batch.padded_index.numel() else packed[batch.head_length :]
-    rests = rests.unflatten(0, (batch.num_rows, batch.rest_length))
     # The head's queries are computed for every row and read from the first: the kernel wants square scores.
-    rows = torch.cat([packed[: batch.head_length].expand(batch.num_rows, -1, -1, -1), rests], dim=1).transpose(1, 2)
+    shared = packed[: batch.head_length].expand(batch.num_rows, -1, -1, -1)
+    rows = torch.cat([shared, batch.rests(packed)], dim=1).transpose(1, 2)
     q, k, v = rows.split([heads.queries, heads.keys, heads.keys], dim=1)  # (B, heads, length, size)
     output = F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=heads.scale, enable_gqa=heads.keys != heads.queries
     )
     output = output.transpose(1, 2).flatten(2)  # (B, length, queries * size)
-    own = output[:, batch.head_length :].flatten(0, 1)
-    own = own[batch.rest_index] if batch.rest_index.numel() else own
-    return torch.cat([output[0, : batch.head_length], own])
+    return torch.cat([output[0, : batch.head_length], batch.without_padding(output[:, batch.head_length :])])
 
 
 class BlockAttention(torch.autograd.Function):
@@ -172,19 +169,16 @@ class _Part:
 
     def _to_rows(self, x: Tensor, padding: int | None) -> Tensor:
         """Its tokens of x, (T, n, size), as (rows, length, n, size); padding None leaves any token's value there."""
-        own = x[self.tokens]
-        if not self.is_head and self.batch.rest_index.numel():
-            if padding is None:
-                own = x.index_select(0, self.batch.padded_index)
-            else:
-                padded = x.new_full((len(self.batch.padded_index), *x.shape[1:]), padding)
-                own = padded.index_copy_(0, self.batch.rest_index, own)
-        return own.reshape(self.rows, -1, *x.shape[1:])
+        if self.is_head:
+            return x[self.tokens][None]
+        if padding is None or not self.batch.rest_index.numel():
+            return self.batch.rests(x)
+        padded = x.new_full((len(self.batch.padded_index), *x.shape[1:]), padding)
+        return padded.index_copy_(0, self.batch.rest_index, x[self.tokens]).unflatten(0, (self.rows, -1))
 
     def _to_tokens(self, rows: Tensor) -> Tensor:
         """The inverse of ``_to_rows``: (number of its tokens, n, size)."""
-        flat = rows.flatten(0, 1)
-        return flat if self.is_head or not self.batch.rest_index.numel() else flat[self.batch.rest_index]
+        return rows[0] if self.is_head else self.batch.without_padding(rows)
 
     def spread_queries(self, x: Tensor, padding: int | None = None) -> Tensor:
         rows = self._to_rows(x, padding).unflatten(2, (self.heads.keys, self.group))
