@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import itertools
@@ -32,16 +33,21 @@ from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
+from snake_lora_pl.evaluation.dashboard import Placed, RunOutcome, dashboards
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
 from snake_lora_pl.evaluation.play_callback import PlayEvaluation
 from snake_lora_pl.evaluation.play_settings import PlaySettings
 from snake_lora_pl.evaluation.players import find_style
 from snake_lora_pl.evaluation.prediction_writer import PredictionWriter
+from snake_lora_pl.evaluation.report import write_report
+from snake_lora_pl.evaluation.run_record import RunRecord
+from snake_lora_pl.evaluation.sample_rows import SampleRows
 from snake_lora_pl.evaluation.table import differences_in_words, render_table, table_json
 from snake_lora_pl.game import STYLES
 from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shipped_configs, shown
 from snake_lora_pl.training import out_of_memory
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.adapter_norms import AdapterNorms
 from snake_lora_pl.training.batch_size import BatchSizeFinder
 from snake_lora_pl.training.interruption import Interrupted, Interruption, leave_at_once
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
@@ -161,6 +167,12 @@ class SnakeCLI(LightningCLI):
         )
         parser.add_argument("--games", type=int, default=100, help="Games of each player in test.")
         parser.add_argument(
+            "--num_sample_rows",
+            type=int,
+            default=8,
+            help="Validation rows that the model completes at each validation of fit, always the same; 0 for none.",
+        )
+        parser.add_argument(
             "--dry_run",
             action="store_true",
             help="fit: show config, data, memory, one step and where files would go; write nothing.",
@@ -266,13 +278,14 @@ class SnakeCLI(LightningCLI):
             callbacks.append(RunProgress())
         callbacks.append(Interruption())
         if self.subcommand == "fit":
-            callbacks += [BatchSizeFinder(config.ckpt_path), ThroughputMonitor(), config.early_stopping]
+            assert self.run_paths is not None
+            callbacks += [BatchSizeFinder(config.ckpt_path), ThroughputMonitor(), AdapterNorms(), config.early_stopping]
+            callbacks += [SampleRows(config.num_sample_rows), RunRecord(self.run_paths)]
             if config.play.val_games:
                 callbacks.append(PlayEvaluation(config.play))
             if trainer_config["enable_checkpointing"] is not False:
                 callbacks.append(config.checkpoint)
             trainer_config["logger"] = self._loggers(trainer_config["logger"])
-            assert self.run_paths is not None
             # Where a SLURM job that is requeued leaves its state: never where another run would find it.
             trainer_config["default_root_dir"] = trainer_config["default_root_dir"] or str(self.run_paths.run_dir)
         else:
@@ -340,12 +353,34 @@ class SnakeCLI(LightningCLI):
         if settings.final_games:
             self._play_with_best(settings)
         if self.trainer.is_global_zero:
+            self._show_outcome(self.run_paths)
             self.say_what_came_out(self.run_paths)
+
+    def _show_outcome(self, paths: RunPaths) -> None:
+        """Hand what the run has left to every dashboard, and write the report."""
+        if (paths.artifacts_dir / store.METADATA_FILE).is_file():
+            metadata = dataclasses.asdict(store.read_metadata(paths.artifacts_dir))
+            data = self.datamodule
+            outcome = RunOutcome(paths.artifacts_dir, metadata, data.train_paths(), data.summary())
+            for dashboard in dashboards(self.trainer):
+                dashboard.show_outcome(outcome)
+        _write_report(paths)
 
     def say_what_came_out(self, paths: RunPaths) -> None:
         """Print the games' table, where everything lies and what comes next."""
         if self.contest is not None:
             self._print_games()
+        for label, path in (
+            ("report", paths.report_path),
+            ("metrics", paths.metrics_path),
+            ("games", paths.games.games_dir),
+            ("checkpoints", paths.checkpoints_dir),
+        ):
+            if path.exists():
+                print(f"{label:<12}{shown(path)}")
+        for run_logger in self.trainer.loggers:
+            if isinstance(run_logger, Placed):
+                print(f"{run_logger.label:<12}{run_logger.place}")
         configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
         run_dir, adapter = shown(paths.run_dir), shown(paths.artifacts_dir)
         print(
@@ -392,6 +427,8 @@ class SnakeCLI(LightningCLI):
         for entrant in contest.entrants:
             if entrant.adapter_dir is not None:
                 _record_play(entrant.adapter_dir, table, entrant.name)
+        for dashboard in dashboards(self.trainer):
+            dashboard.show_games(contest.results[0], self.trainer.global_step, is_final=True)
 
     def _print_games(self) -> None:
         assert self.contest is not None
@@ -439,6 +476,9 @@ class SnakeCLI(LightningCLI):
         self._play(config.games, paths, self.entrants)
         if self.trainer.is_global_zero:
             self._print_games()
+            run = RunPaths(paths.games_dir.parent)
+            if len(self.entrants) == 1 and run == RunPaths.of_adapter(str(self.entrants[0].adapter_dir)):
+                _write_report(run)
             print(f"Table, games and replays written to {shown(paths.games_dir)}")
 
     def predict(self, **kwargs: Any) -> None:
@@ -561,6 +601,14 @@ def _record_play(adapter_dir: str, table: dict[str, Any], player: str) -> None:
         store.record_play(adapter_dir, table, player)
     except OSError as error:
         logger.warning("%s: the games are not noted in the adapter's card (%s).", adapter_dir, error)
+
+
+def _write_report(paths: RunPaths) -> None:
+    """Write the report; a run whose report cannot be written has ended well all the same."""
+    try:
+        write_report(paths)
+    except UserError as error:
+        logger.warning("%s", error)
 
 
 def _build(arguments: list[str], cli_class: type[SnakeCLI], resources: contextlib.ExitStack) -> SnakeCLI:

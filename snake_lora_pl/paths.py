@@ -3,7 +3,7 @@
 A run lies where upstream's extensions put their models, so that its tools find it::
 
     ROOT/logs/extensions/models/grid-size-{N}/llm_finetune_v0.03_{YYYYmmdd_HHMMSS}/{adapter_name}/
-        config.yaml  metrics.csv  checkpoints/  lora_adapters/model_artifacts/  games/  ...
+        report.html  config.yaml  metrics.csv  checkpoints/  lora_adapters/model_artifacts/  games/  ...
 
 The cache holds what can be made again: base models, generated data sets, encoded rows.
 """
@@ -127,6 +127,11 @@ class RunPaths:
         return cls(directory.parent.parent) if inside else None
 
     @classmethod
+    def named(cls, directory: str | os.PathLike[str]) -> RunPaths:
+        """The run that a user names by its directory or by that of its adapter."""
+        return cls.of_adapter(directory) or cls(Path(directory))
+
+    @classmethod
     def predictions_path(cls, adapter_dir: str | os.PathLike[str] | None, prompts_path: str) -> Path:
         """A new file for completions: in the adapter's run, or in the working directory where it has none."""
         run = cls.of_adapter(adapter_dir) if adapter_dir is not None else None
@@ -169,6 +174,21 @@ class RunPaths:
     def metrics_path(self) -> Path:
         """Every logged metric, a row a step."""
         return self.run_dir / "metrics.csv"
+
+    @property
+    def validations_path(self) -> Path:
+        """What the model said at each validation, a line each."""
+        return self.run_dir / "validations.jsonl"
+
+    @property
+    def val_games_path(self) -> Path:
+        """The games that were played last while fitting."""
+        return self.run_dir / "val_games.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        """The page that shows the run."""
+        return self.run_dir / "report.html"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ LIGHT_VERBS = {
     "generate": "write seeded games of a teacher as rows to train on",
     "audit": "say what is in a data set, before any training",
     "adapters": "list the adapters under a directory",
+    "report": "write the page that shows a run: curves, games, moves, words, config",
     "merge": "write an adapter and its base as one plain Hugging Face model directory",
     "export": "write an adapter and its base as a GGUF file for llama.cpp and Ollama",
     "push": "send an adapter to the Hugging Face hub",

@@ -21,7 +21,7 @@ from snake_lora_pl.data.batching import Batch, InOrderSampler, LengthGroupedSamp
 from snake_lora_pl.data.encoded_rows import EncodedRows, open_encoded_rows, report_cache_errors
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
 from snake_lora_pl.data.generate import write_dataset
-from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, expand_paths, peek_row, read_rows
+from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, expand_paths, peek_row, read_rows, read_rows_at
 from snake_lora_pl.data.split import leave_out_duplicates, split_by_game
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game.text import STYLES, read_grid_size
@@ -448,6 +448,20 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
                 continue
             return style.name
         return "unknown"
+
+    def sample_rows(self, num_rows: int) -> list[Row]:
+        """A few of the rows that validate, as their files have them: spread over all, and the same ones every time.
+
+        Args:
+            num_rows: How many, if there are as many.
+        """
+        val = self._require(self._val)
+        positions = np.unique(np.linspace(0, len(val) - 1, min(num_rows, len(val))).round().astype(int))
+        lines: dict[str, list[int]] = {}
+        for index in np.sort(val.indices)[positions]:
+            path, _, line = val.rows[int(index)].source.rpartition(":")
+            lines.setdefault(path, []).append(int(line))
+        return [row for path, numbers in lines.items() for row in read_rows_at(Path(path), numbers)]
 
     def summary(self) -> dict[str, Any]:
         """What was set up, in figures: for the log, the metadata and the report."""

@@ -15,7 +15,7 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
@@ -210,6 +210,27 @@ def read_rows(
         if on_bad_row == "error":
             complaints.raise_if_any()
         logger.warning("skipped %s", complaints)
+
+
+def read_rows_at(path: Path, lines: Collection[int]) -> list[Row]:
+    """The rows on some lines of a file, in file order; the others are run over without being parsed.
+
+    Args:
+        path: A file whose rows on these lines are good.
+        lines: Line numbers, counted from 1.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    wanted = set(lines)
+    last = max(wanted, default=0)
+    rows = []
+    for line, raw in _read_lines(path):
+        if line > last:
+            break
+        if line in wanted:
+            rows.append(_parse(raw, str(path), line, ("prompt", "completion")))
+    return rows
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.evaluation.play import Judgement, PlayedGame, decisions
@@ -14,6 +14,8 @@ from snake_lora_pl.evaluation.ranks import PlayerResult
 from snake_lora_pl.game import Board, End, Move
 from snake_lora_pl.game.replay import Frame, Recording, render_gif, render_html
 from snake_lora_pl.paths import GamesPaths
+
+T = TypeVar("T")
 
 
 def write_games(path: str | os.PathLike[str], results: Sequence[PlayerResult]) -> None:
@@ -96,10 +98,22 @@ def _read_frame(size: int, frame: dict[str, Any]) -> Frame:
     return Frame(board, None if move is None else Move[move], frame.get("words", ""))
 
 
+def best_median_worst(games: Sequence[T], key: Callable[[T], tuple[int, int, int]]) -> dict[str, T]:
+    """Three games that stand for all.
+
+    Args:
+        games: At least one.
+        key: A game's apples, steps and seed, by which they are ordered.
+
+    Returns:
+        The games under ``best``, ``median`` and ``worst``.
+    """
+    ordered = sorted(games, key=key)
+    return {"best": ordered[-1], "median": ordered[len(ordered) // 2], "worst": ordered[0]}
+
+
 def write_replays(paths: GamesPaths, games: Sequence[PlayedGame]) -> list[Path]:
     """Write the best, the median and the worst of some games as GIF and as a page.
-
-    Games are ordered by apples, then by steps, then by seed.
 
     Args:
         paths: Where to; files there are replaced.
@@ -108,9 +122,9 @@ def write_replays(paths: GamesPaths, games: Sequence[PlayedGame]) -> list[Path]:
     Returns:
         The files.
     """
-    ordered = sorted(games, key=lambda game: (game.num_apples, game.num_steps, game.seed))
+    three = best_median_worst(games, lambda game: (game.num_apples, game.num_steps, game.seed))
     written = []
-    for which, game in (("best", ordered[-1]), ("median", ordered[len(ordered) // 2]), ("worst", ordered[0])):
+    for which, game in three.items():
         for kind, content in (
             ("gif", render_gif(game.recording)),
             ("html", render_html(game.recording).encode()),

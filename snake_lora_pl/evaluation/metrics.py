@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from snake_lora_pl.game import Move
 from snake_lora_pl.game.text import read_announced_move, read_board, read_move
 
 
@@ -24,12 +25,15 @@ class SnakeMoveMetrics(Metric):
       holds the whole board.
 
     A move that cannot be read counts as wrong and as not legal.
+
+    Attributes:
+        decisions: int64 of shape (4, 5): how often each announced move of the teacher (rows: UP, RIGHT, DOWN, LEFT) met
+            each of the model (columns: the same, and none that could be read); of this process, until it is synced.
     """
 
     full_state_update = False
 
-    judged_decisions: Tensor
-    right_decisions: Tensor
+    decisions: Tensor
     judged_moves: Tensor
     right_moves: Tensor
     judged_boards: Tensor
@@ -37,14 +41,11 @@ class SnakeMoveMetrics(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in (
-            "judged_decisions",
-            "right_decisions",
-            "judged_moves",
-            "right_moves",
-            "judged_boards",
-            "legal_moves",
-        ):
+        num_moves = len(Move)
+        self.add_state(
+            "decisions", default=torch.zeros(num_moves, num_moves + 1, dtype=torch.int64), dist_reduce_fx="sum"
+        )
+        for name in ("judged_moves", "right_moves", "judged_boards", "legal_moves"):
             self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, prompts: list[str], targets: list[str], predictions: list[str]) -> None:
@@ -61,8 +62,7 @@ class SnakeMoveMetrics(Metric):
             if wanted_first is None:
                 wanted_first, said_first = wanted, said
             if wanted_first is not None:
-                self.judged_decisions += 1
-                self.right_decisions += int(said_first == wanted_first)
+                self.decisions[move_index(wanted_first), move_index(said_first)] += 1
             if wanted is None:
                 continue
             self.judged_moves += 1
@@ -75,7 +75,12 @@ class SnakeMoveMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the rates."""
         return {
-            "decision_accuracy": self.right_decisions / self.judged_decisions,
+            "decision_accuracy": self.decisions.diagonal().sum() / self.decisions.sum(),
             "move_accuracy": self.right_moves / self.judged_moves,
             "legal_move_rate": self.legal_moves / self.judged_boards,
         }
+
+
+def move_index(move: Move | None) -> int:
+    """Place of a move in a table of moves; the last one is that of no move."""
+    return len(Move) if move is None else list(Move).index(move)

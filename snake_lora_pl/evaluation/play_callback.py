@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation.dashboard import dashboards
 from snake_lora_pl.evaluation.language_model import in_eval_mode
 from snake_lora_pl.evaluation.play_settings import PlaySettings
 from snake_lora_pl.evaluation.players import PlayData, TrainedModule, find_style, make_player, shown_progress
@@ -121,6 +122,8 @@ class PlayEvaluation(pl.Callback):
             with shown_progress(trainer, policy.name) as progress:
                 result = play_shared(policy, self._seeds, Ranks.of(trainer), **loop, progress=progress)
         self._last_step = trainer.global_step
+        for dashboard in dashboards(trainer):
+            dashboard.show_games(result, trainer.global_step, is_final=False)
         figures = result.figures()
         if trainer.is_global_zero:
             logger.info(

@@ -63,6 +63,9 @@ class PlayData(Protocol):
     def prepare_data(self) -> None:
         """Fetch what has to be fetched, in one process."""
 
+    def sample_rows(self, num_rows: int) -> list[Any]:
+        """A few validation rows: ``prompt``, ``completion`` and ``source``, the same ones every time."""
+
 
 def find_style(settings: PlaySettings, data: PlayData) -> Style | None:
     """The style that prompts are to be written in; None where the rows are of no known one."""

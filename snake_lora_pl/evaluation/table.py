@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from snake_lora_pl.evaluation.figures import paired_difference
@@ -44,22 +44,30 @@ def render_table(results: Sequence[PlayerResult]) -> Table:
     from rich import box
     from rich.table import Table
 
-    by_player = [result.figures() for result in results]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for result in results:
         table.add_column(result.name, justify="right")
-    table.add_row("moves read by", *[result.reading for result in results])
+    for label, cells in table_rows([(result.reading, result.figures()) for result in results]):
+        table.add_row(label, *cells)
+    return table
+
+
+def table_rows(players: Sequence[tuple[str, Mapping[str, float]]]) -> Iterator[tuple[str, list[str]]]:
+    """The table, a row at a time: its label, which is indented where it goes on with the one above, and its cells.
+
+    Args:
+        players: How each player's moves were read, and its figures.
+    """
+    by_player = [figures for _, figures in players]
+    yield "moves read by", [reading for reading, _ in players]
     for label, show in _ROWS:
-        table.add_row(label, *[show(figures) for figures in by_player])
+        yield label, [show(figures) for figures in by_player]
     for name in _names(by_player, _END):
         if any(figures[name] for figures in by_player):
-            ended = [f"{figures[name]:.0f}" for figures in by_player]
-            table.add_row(f"games ended {name.removeprefix(_END)}", *ended)
+            yield f"games ended {name.removeprefix(_END)}", [f"{figures[name]:.0f}" for figures in by_player]
     for name in _names(by_player, _CLAIM):
-        true = [_known(figures, name, ".1%") for figures in by_player]
-        table.add_row(f"true: {name.removeprefix(_CLAIM)}", *true)
-    return table
+        yield f"true: {name.removeprefix(_CLAIM)}", [_known(figures, name, ".1%") for figures in by_player]
 
 
 def table_json(

@@ -38,9 +38,11 @@ class ResolvedConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the file; in the first process only."""
+        """Write the file, and tell every logger; in the first process only."""
         assert trainer.logger is not None
         assert trainer.logger.log_dir is not None
         path = RunPaths(Path(trainer.logger.log_dir)).config_path
         with explain_failed_writes(path, "the config"), open_durably(path, "w", encoding="utf-8") as file:
             file.write(config_text(self.parser, self.config))
+        for run_logger in trainer.loggers:
+            run_logger.log_hyperparams(yaml.safe_load(config_text(self.parser, self.config)))

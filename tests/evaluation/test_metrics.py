@@ -56,5 +56,5 @@ def test_rates_are_over_all_rows_whatever_the_batches() -> None:
     whole.update([prompt] * 4, [target] * 4, predictions)
     first.update([prompt], [target], predictions[:1])
     second.update([prompt] * 3, [target] * 3, predictions[1:])
-    for name in ("right_decisions", "judged_decisions", "right_moves", "judged_moves", "legal_moves", "judged_boards"):
+    for name in ("decisions", "right_moves", "judged_moves", "legal_moves", "judged_boards"):
         assert torch.equal(getattr(whole, name), getattr(first, name) + getattr(second, name))

@@ -9,7 +9,7 @@ from importlib import resources
 
 from snake_lora_pl.game.replay.recording import Recording
 
-_PLACEHOLDER = re.compile(r"__(TITLE|GAME)__")
+_PLACEHOLDER = re.compile(r"__(TITLE|GAME|BOARD)__")
 
 
 def render_html(recording: Recording) -> str:
@@ -38,13 +38,18 @@ def render_html(recording: Recording) -> str:
             for frame in recording.frames
         ],
     }
-    values = {"TITLE": html.escape(recording.title), "GAME": _json_for_script(game)}
+    values = {"TITLE": html.escape(recording.title), "GAME": json_for_script(game), "BOARD": board_script()}
     template = resources.files(__package__).joinpath("player.html").read_text(encoding="utf-8")
     # In one pass: a title or words that look like a placeholder stay what they are.
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def _json_for_script(value: object) -> str:
+def board_script() -> str:
+    """JavaScript that draws a position on a canvas: ``drawBoard(canvas, game, index)``."""
+    return resources.files(__package__).joinpath("board.js").read_text(encoding="utf-8").strip()
+
+
+def json_for_script(value: object) -> str:
     """JSON that cannot end the element it stands in, nor begin another."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

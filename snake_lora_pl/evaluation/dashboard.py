@@ -1,0 +1,70 @@
+"""What a run has to show beside its scalar metrics, and who may show it.
+
+It is made once: ``SampleRows`` makes a ``Validation`` at each validation, ``PlayEvaluation`` and the end of a run play
+games. Every logger and callback of the trainer that is a ``Dashboard`` gets the same: files and ``report.html``
+(``RunRecord``), Weights & Biases, TensorBoard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+
+from snake_lora_pl.evaluation.ranks import PlayerResult
+from snake_lora_pl.evaluation.validations import Validation
+
+
+class RunOutcome(NamedTuple):
+    """What is there when a run has ended well.
+
+    Attributes:
+        adapter_dir: The adapter it kept.
+        metadata: What is known of the adapter, as plain JSON.
+        data_paths: The files it was trained on.
+        data_summary: What the data module says of them.
+    """
+
+    adapter_dir: Path
+    metadata: Mapping[str, Any]
+    data_paths: Sequence[Path]
+    data_summary: Mapping[str, Any]
+
+
+@runtime_checkable
+class Dashboard(Protocol):
+    """Shows a run somewhere. Only the first process calls it."""
+
+    def show_validation(self, validation: Validation) -> None:
+        """Show what a validation brought."""
+
+    def show_games(self, result: PlayerResult, step: int, *, is_final: bool) -> None:
+        """Show games.
+
+        Args:
+            result: The model's games.
+            step: Optimiser steps done when they were played.
+            is_final: Whether these are the games that the run ends with, by the adapter that was kept.
+        """
+
+    def show_outcome(self, outcome: RunOutcome) -> None:
+        """Show what a run that ended well has left."""
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A logger that can say, in the lines that a run ends with, where it shows the run."""
+
+    label: str
+
+    @property
+    def place(self) -> str:
+        """An address, or the command that makes one."""
+
+
+def dashboards(trainer: pl.Trainer) -> list[Dashboard]:
+    """Everything that shows the run of a trainer; nothing in all processes but the first."""
+    parts: list[Any] = [*trainer.loggers, *trainer.callbacks]  # type: ignore[attr-defined]
+    return [part for part in parts if isinstance(part, Dashboard)] if trainer.is_global_zero else []

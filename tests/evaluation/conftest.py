@@ -1,0 +1,59 @@
+"""One finished run for everything that shows a run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.paths import RunPaths
+
+NASTY = "</script><img src=x onerror=\"document.title='owned'\"> <b>bold</b> __DATA__ __TITLE__"
+
+
+@pytest.fixture(scope="session")
+def shown_flags(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What makes a run small and yet has everything to show: rows with claims, games while fitting and at the end."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_dataset(path, 4, 5, "bfs", "bfs-512", seed=0)
+    # A row that would break out of a page that does not escape it.
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    val_path = path.with_name("val.jsonl")
+    rows[0]["prompt"] += NASTY
+    val_path.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    return [
+        f"--model.base_model={tiny_llama_dir}",
+        f"--data.train_path={path}",
+        f"--data.val_path={val_path}",
+        "--data.max_length=1400",
+        "--data.batch_size=2",
+        "--model.max_new_tokens=6",
+        "--model.dtype=float32",
+        "--trainer.limit_train_batches=2",
+        "--trainer.limit_val_batches=2",
+        "--trainer.max_epochs=2",
+        "--trainer.val_check_interval=1.0",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--num_sample_rows=3",
+        "--play.max_steps=3",
+        "--play.val_games=2",
+        "--play.final_games=3",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, str]:
+    """A run of four steps, and what it printed."""
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
+        patch.chdir(directory)
+        assert main(["fit", "--config", "balanced.yaml", *shown_flags]) == 0
+    (run_dir,) = directory.glob("logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning")
+    return RunPaths(run_dir), out.getvalue()
