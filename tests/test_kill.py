@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kill import MOMENTS, SAVE_EVERY_N_STEPS, SETTINGS, kill_runs
 from snake_lora_pl.data.generate import write_dataset
 
 
+@pytest.mark.timeout(900)  # half a minute where nothing else runs
 def test_a_run_killed_five_times_loses_nothing_and_ends_as_if_it_had_not_been(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
