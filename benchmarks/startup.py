@@ -1,8 +1,8 @@
 """How long a command takes to answer: ``python -m benchmarks.startup``.
 
 Every verb's ``--help``, and ``fit`` from the command to the end of its first optimiser step, with everything cached
-that an earlier run leaves: base model, rows and encoded rows. The commands take turns; a first round warms up and is not
-counted. Times are of the wall clock: other work on the machine counts.
+that an earlier run leaves: base model, rows and encoded rows. The commands take turns, and a first round that warms up
+is not counted. Other work on the machine counts: the times are of the clock, not of the processor.
 """
 
 from __future__ import annotations

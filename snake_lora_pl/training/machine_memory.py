@@ -15,14 +15,14 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that this process can still take: of a GPU's memory, else of the machine's or of its container's.
+    """Bytes that this process can still take: of a GPU's memory, else of the machine's, its container's or its limit's.
 
     Memory that torch's allocator holds on a GPU without using it counts as available.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+    return min([psutil.virtual_memory().available, *_left_in_cgroups(), *_left_of_limits()])
 
 
 def used_bytes(device: torch.device) -> int:
@@ -47,7 +47,7 @@ def refused_beyond(limit_bytes: int) -> Iterator[None]:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    ceilings = [_data_bytes() + limit_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    ceilings = [_status_bytes("VmData") + limit_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(ceilings), before[1]))
     try:
         yield
@@ -55,10 +55,22 @@ def refused_beyond(limit_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _data_bytes() -> int:
-    """What RLIMIT_DATA counts: private memory that can be written to, touched or not."""
+def _left_of_limits() -> Iterator[int]:
+    """Bytes left below what ``ulimit -d`` and ``ulimit -v``, or a batch system by their means, grant this process."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    # The former counts private memory that can be written to, the latter all addresses, both touched or not.
+    for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        granted, _ = resource.getrlimit(limit)
+        if granted != resource.RLIM_INFINITY:
+            yield max(0, granted - _status_bytes(used))
+
+
+def _status_bytes(name: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))
+    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith(f"{name}:"))
     return int(kib) * 1024
 
 

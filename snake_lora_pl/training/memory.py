@@ -8,6 +8,7 @@ are measured (``python -m benchmarks.memory``), and are all there is to calibrat
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import inspect
 import logging
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 
-# Resident set of a process that has imported Lightning, transformers and PEFT and set up a trainer, without a model.
-_CPU_PROCESS_BYTES = 470 * _MIB
+# Resident set of a process that has loaded a model of the Llama family through transformers and PEFT in a trainer,
+# without the model's weights.
+_CPU_PROCESS_BYTES = 665 * _MIB
 # What oneDNN and its threads hold once they have computed.
 _CPU_KERNEL_BYTES = 50 * _MIB
-# glibc's heap as `allocator.keep_freed_memory` sets it has holes: blocks that no later tensor fits into.
-_CPU_HEAP_WASTE = 0.30
+# Of what torch asks the allocator for.
+_ALIGNMENT = 64
 _ADAM_MOMENTS = 2
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 # Operators that hold, while they run, another tensor of their input's size which no dispatch shows.
@@ -95,6 +97,7 @@ def estimate_memory(module: LoRALightningModule, batch: dict[str, Any], device_t
         shapes.take_over(twin.model)
         twin.prepare_for_training()
         weights_adapter_gradients = shapes.alive_bytes
+        shapes.heap = heap = _Heap()
         twin.backward(twin.training_step(batch, 0))
     activations = shapes.peak_bytes - weights_adapter_gradients
     on_cpu = device_type == "cpu"
@@ -106,7 +109,7 @@ def estimate_memory(module: LoRALightningModule, batch: dict[str, Any], device_t
         gradients=adapter,
         optimizer=_ADAM_MOMENTS * adapter,
         activations=activations,
-        heap=int(_CPU_HEAP_WASTE * activations) if on_cpu else 0,
+        heap=heap.peak_bytes - activations if on_cpu else 0,
     )
 
 
@@ -179,12 +182,14 @@ class _Shapes(TorchDispatchMode):
     Attributes:
         alive_bytes: Bytes of the tensors that are alive.
         peak_bytes: The most there were.
+        heap: Where they would lie.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive_bytes = 0
         self.peak_bytes = 0
+        self.heap = _Heap()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages: set[int] = set()
 
@@ -231,6 +236,7 @@ class _Shapes(TorchDispatchMode):
                 self._count(leaf)
         if func in _OPERATORS_WITH_SCRATCH:
             self.peak_bytes = max(self.peak_bytes, self.alive_bytes + inputs[0].nbytes)
+            self.heap.free(self.heap.allocate(inputs[0].nbytes))
         return out
 
     def _fake_if_floating(self, tensor: Tensor) -> Tensor:
@@ -244,11 +250,72 @@ class _Shapes(TorchDispatchMode):
         self._storages.add(key)
         self.alive_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
-        weakref.finalize(storage, self._forget, key, num_bytes).atexit = False
+        heap = self.heap
+        weakref.finalize(storage, self._forget, key, num_bytes, heap, heap.allocate(num_bytes)).atexit = False
 
-    def _forget(self, key: int, num_bytes: int) -> None:
+    def _forget(self, key: int, num_bytes: int, heap: _Heap, address: int) -> None:
         self._storages.discard(key)
         self.alive_bytes -= num_bytes
+        heap.free(address)
+
+
+class _Heap:
+    """glibc's heap as ``allocator.keep_freed_memory`` sets it: best fit, neighbours joined, never given back.
+
+    What a step holds is more than its tensors: holes between those that are alive, into which no later one fits.
+
+    Attributes:
+        peak_bytes: The most that it came to reach to.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._top = 0  # behind the last block that is in use
+        self._used: dict[int, int] = {}
+        # Holes by size, by where they begin and by where they end.
+        self._holes: list[tuple[int, int]] = []
+        self._hole_sizes: dict[int, int] = {}
+        self._hole_starts: dict[int, int] = {}
+
+    def allocate(self, num_bytes: int) -> int:
+        """Find a place, of the smallest hole that is large enough or at the end; returns its address."""
+        size = -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        index = bisect.bisect_left(self._holes, (size, 0))
+        if index < len(self._holes):
+            hole_size, address = self._holes[index]
+            self._remove_hole(address)
+            if hole_size > size:
+                self._add_hole(address + size, hole_size - size)
+        else:
+            address = self._top
+            self._top += size
+            self.peak_bytes = max(self.peak_bytes, self._top)
+        self._used[address] = size
+        return address
+
+    def free(self, address: int) -> None:
+        """Make a hole, one with those beside it."""
+        end = address + self._used.pop(address)
+        if end in self._hole_sizes:
+            end += self._remove_hole(end)
+        if address in self._hole_starts:
+            address = self._hole_starts[address]
+            self._remove_hole(address)
+        if end == self._top:
+            self._top = address
+        else:
+            self._add_hole(address, end - address)
+
+    def _add_hole(self, address: int, size: int) -> None:
+        bisect.insort(self._holes, (size, address))
+        self._hole_sizes[address] = size
+        self._hole_starts[address + size] = address
+
+    def _remove_hole(self, address: int) -> int:
+        size = self._hole_sizes.pop(address)
+        del self._hole_starts[address + size]
+        del self._holes[bisect.bisect_left(self._holes, (size, address))]
+        return size
 
 
 def _without_masks(args: Any) -> Any:

@@ -79,9 +79,10 @@ def test_memory_beyond_the_limit_is_refused_and_granted_again_afterwards() -> No
     # In a process of its own: the limit is the process's.
     script = (
         "import torch\n"
-        "from snake_lora_pl.training.machine_memory import refused_beyond\n"
+        "from snake_lora_pl.training.machine_memory import available_bytes, refused_beyond\n"
         "from snake_lora_pl.training.out_of_memory import is_out_of_memory\n"
         "with refused_beyond(300 * 2**20):\n"
+        "    assert 250 * 2**20 < available_bytes(torch.device('cpu')) <= 300 * 2**20\n"
         "    torch.ones(100 * 2**18)\n"
         "    try:\n"
         "        torch.ones(500 * 2**18)\n"

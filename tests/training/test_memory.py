@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.models.quantization import QuantizationConfig, weight_bytes
-from snake_lora_pl.training.memory import blank_batch, estimate_memory, twin_of
+from snake_lora_pl.training.memory import _Heap, blank_batch, estimate_memory, twin_of
 from snake_lora_pl.training.module import LoRALightningModule
 
 
@@ -149,3 +151,38 @@ def test_a_twin_has_the_same_settings(make_module) -> None:
         0.5,
     )
     assert twin.model is None
+
+
+@given(st.lists(st.integers(1, 1000) | st.integers(-20, -1), max_size=200))
+def test_blocks_of_the_heap_lie_apart_and_in_the_smallest_hole_there_is(requests: list[int]) -> None:
+    heap = _Heap()
+    blocks: dict[int, int] = {}  # address to end
+    reach = 0
+    for request in requests:
+        if request < 0:  # frees one of the blocks
+            if blocks:
+                address = sorted(blocks)[request % len(blocks)]
+                heap.free(address)
+                del blocks[address]
+            continue
+        size = -(-request // 64) * 64
+        edges = sorted(blocks.items())
+        starts, ends = [start for start, _ in edges], [0, *(end for _, end in edges)]
+        holes = [(start - end, end) for start, end in zip(starts, ends, strict=False) if start - end >= size]
+        address = heap.allocate(request)
+        assert address == (min(holes)[1] if holes else ends[-1])
+        blocks[address] = address + size
+        reach = max(reach, address + size)
+        assert heap.peak_bytes == reach
+
+
+def test_a_hole_that_is_too_small_stays_empty() -> None:
+    heap = _Heap()
+    blocks = [heap.allocate(64) for _ in range(4)]
+    heap.free(blocks[0])
+    heap.free(blocks[2])
+    heap.allocate(128)
+    assert heap.peak_bytes == 6 * 64
+    heap.free(blocks[1])  # joins the holes on both sides
+    heap.allocate(192)
+    assert heap.peak_bytes == 6 * 64
