@@ -97,30 +97,27 @@ def _count_tokens(rows: Any) -> int:
     return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(rows.data.column("input_ids"))).as_py())
 
 
-def time_opening(base_model: str, rows_path: str, num_links: int) -> dict[str, float]:
+def time_opening(base_model: str, links_dir: Path, num_files: int) -> dict[str, float]:
     """Seconds until encoded rows are open and split, in a process of its own, without its imports."""
-    command = [sys.executable, "-m", "benchmarks.data", f"--base_model={base_model}", f"--open={rows_path}"]
-    done = subprocess.run(
-        [*command, f"--links={num_links}"], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks.data", f"--base_model={base_model}", f"--open={links_dir}"]
+    command.append(f"--files={num_files}")
+    for _ in range(2):  # the first one encodes, and looks at files that it does not know
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def open_once(base_model: str, rows_path: str, num_links: int) -> dict[str, float]:
+def open_once(base_model: str, links_dir: str, num_files: int) -> dict[str, float]:
     import torch  # noqa: F401  # what is imported is not measured
 
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 
-    with tempfile.TemporaryDirectory() as directory:
-        paths = [Path(directory) / f"{index:05}.jsonl" for index in range(num_links)]
-        for path in paths:
-            path.symlink_to(rows_path)
-        data = SnakeJSONLDataModule(base_model, [str(path) for path in paths], max_length=MAX_LENGTH)
-        _ = data.tokenizer
-        start = time.perf_counter()
-        data.prepare_data()
-        data.setup("fit")
-        seconds = time.perf_counter() - start
+    paths = sorted(map(str, Path(links_dir).iterdir()))[:num_files]
+    data = SnakeJSONLDataModule(base_model, paths, max_length=MAX_LENGTH)
+    _ = data.tokenizer
+    start = time.perf_counter()
+    data.prepare_data()
+    data.setup("fit")
+    seconds = time.perf_counter() - start
     return {"rows": data.summary()["num_rows"], "seconds": seconds}
 
 
@@ -154,13 +151,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num_proc", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="of datasets.map")
     parser.add_argument("--base_model", default="smollm2-135m", help="whose tokenizer encodes the rows")
-    parser.add_argument("--links", type=int, nargs="+", default=[1, 10, 100], help="files that are opened together")
+    parser.add_argument("--files", type=int, nargs="+", default=[1, 10], help="as many of the file are opened together")
     parser.add_argument("--steps", type=int, default=20, help="of the run whose waiting is measured; 0 leaves it out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--open", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.open:
-        print(json.dumps(open_once(options.base_model, options.open, options.links[0])))
+        print(json.dumps(open_once(options.base_model, options.open, options.files[0])))
         return
     models_dir = cache_dir() / "base_models"
     with tempfile.TemporaryDirectory() as directory:
@@ -179,8 +176,11 @@ def main() -> None:
         cache.mkdir()
         (cache / "base_models").symlink_to(models_dir)
         os.environ[CACHE_ENV] = str(cache)
-        time_opening(options.base_model, str(rows_path), 1)  # encodes
-        opened = [time_opening(options.base_model, str(rows_path), links) for links in options.links]
+        links_dir = Path(directory) / "links"
+        links_dir.mkdir()
+        for index in range(max(options.files)):
+            os.link(rows_path, links_dir / f"{index:05}.jsonl")
+        opened = [time_opening(options.base_model, links_dir, num_files) for num_files in options.files]
         print("\n| encoded rows | opened in s |\n|---|---|")
         for one in opened:
             print(f"| {one['rows']:,} | {one['seconds']:.2f} |")
