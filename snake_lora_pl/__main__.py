@@ -14,6 +14,7 @@ from importlib import metadata
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.secrets import mask_secrets
+from snake_lora_pl.untrusted import printable
 from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG, help_path
 
 EXIT_USER_ERROR = 2
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"error: {mask_secrets(str(error), arguments)}", file=sys.stderr)
+        print(f"error: {printable(mask_secrets(str(error), arguments))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         # Who read the output, ``head`` say, has seen enough. Python would complain once more on closing it.

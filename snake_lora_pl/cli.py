@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, Namespace
+import yaml
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -55,6 +56,7 @@ from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.progress import RunProgress
 from snake_lora_pl.training.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.throughput import ThroughputMonitor
+from snake_lora_pl.untrusted import check_yaml, read_text
 from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,16 @@ logger = logging.getLogger(__name__)
 # Processes that a launcher starts for one run inherit it, so that all write to one place.
 RUN_DIR_ENV = "SNAKE_LORA_PL_RUN_DIR"
 _HELP_WIDTH = "100"
+# Of jsonargparse's readers of configs and of values in flags; it knows our own by this name.
+_PARSER_MODE = "checked_yaml"
+
+
+def _load_checked_yaml(text: str) -> Any:
+    check_yaml(text)
+    return get_loader("yaml")(text)
+
+
+set_loader(_PARSER_MODE, _load_checked_yaml, exceptions=(yaml.YAMLError,))
 
 
 class ShippedConfigFile(ActionConfigFile):
@@ -75,8 +87,9 @@ class ShippedConfigFile(ActionConfigFile):
         """
         path = find_config(values)
         try:
+            read_text(path)
             super().__call__(parser, cfg, str(path), option_string)
-        except UserError as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"--config {path}: {error}") from error
 
 
@@ -105,6 +118,8 @@ class OneLineParser(LightningArgumentParser):
     def _one_line(self, message: str) -> str:
         lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
         text = " ".join(lines)[:600]
+        if group := re.fullmatch(r'Key "(\w+)\.([\w.]+)" not found in namespace\.', text):
+            return f"{group[1]} is a group of keys, not a value: write {group[1]}.{group[2]} and the like."
         for found in re.findall(r"""["']([\w.]+)["']|--([\w.]+)""", text):
             key = found[0] or found[1]
             known = self._known_keys()
@@ -197,6 +212,12 @@ class SnakeCLI(LightningCLI):
         """Parse what was given, without Lightning's warning about arguments that come from two sides."""
         with _command_line():
             super().parse_arguments(parser, args)
+        verb = self.config["subcommand"]
+        try:
+            # A config's null was let through, whatever the key's type.
+            self._subcommand_parsers[verb].validate(self.config[verb], skip_unset=False)
+        except (TypeError, KeyError) as error:
+            parser.error(str(error), error)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters inside a checkpoint override ``--model.*`` silently."""
@@ -274,6 +295,10 @@ class SnakeCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer_config = {**config.trainer, **kwargs}
         callbacks: list[Any] = []
+        # Lightning looks at it in the first step, too late for a message.
+        if trainer_config["accumulate_grad_batches"] < 1:
+            found = trainer_config["accumulate_grad_batches"]
+            raise UserError(f"trainer.accumulate_grad_batches must be at least 1 (found: {found})")
         if trainer_config["enable_progress_bar"] is not False:
             callbacks.append(RunProgress())
         callbacks.append(Interruption())
@@ -624,7 +649,11 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI], resources: contextli
         save_config_kwargs={"save_to_log_dir": False},
         load_from_checkpoint_support=False,
         trainer_defaults={"use_distributed_sampler": False},
-        parser_kwargs={"prog": PROG, "description": "Train a language model to play Snake from written heuristics."}
+        parser_kwargs={
+            "prog": PROG,
+            "parser_mode": _PARSER_MODE,
+            "description": "Train a language model to play Snake from written heuristics.",
+        }
         | {verb: {"description": text, "usage": f"{PROG} {verb} [options]"} for verb, text in LIGHTNING_VERBS.items()},
     )
 

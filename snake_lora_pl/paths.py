@@ -281,6 +281,8 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
+    if os.path.exists(name):
+        raise UserError(f"--config {name}: is a directory or no regular file. Name a YAML file.")
     near = difflib.get_close_matches(name, [*shipped, *(n.removesuffix(".yaml") for n in shipped)], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0].removesuffix('.yaml')}.yaml?" if near else ""
     raise UserError(

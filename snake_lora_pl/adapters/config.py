@@ -15,6 +15,8 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # True is PEFT's word for its default.
 _INITS = "true, gaussian, orthogonal, olora, pissa, pissa_niter_N (N iterations)"
+# The shorter side of the largest layers of open models (Llama 3.1 405B): a higher rank adds nothing to any layer.
+_MAX_RANK = 16_384
 _INIT_PATTERN = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
 
 
@@ -105,8 +107,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         """Check every value and report all that are wrong at once."""
         problems = []
-        if self.rank < 1:
-            problems.append(f"rank must be at least 1, not {self.rank}")
+        if not 1 <= self.rank <= _MAX_RANK:
+            problems.append(f"rank must lie between 1 and {_MAX_RANK:,}, not {self.rank}")
         if not self.alpha > 0:
             problems.append(f"alpha must be above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -119,8 +121,8 @@ class LoRAConfig:
             problems.append(f"init_lora_weights={self.init_lora_weights} does not go with use_dora: choose one")
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.rank, *self.rank_pattern.values())):
             problems.append("init_lora_weights=orthogonal needs even ranks")
-        if any(rank < 1 for rank in self.rank_pattern.values()):
-            problems.append(f"rank_pattern must hold ranks of at least 1, not {self.rank_pattern}")
+        if not all(1 <= rank <= _MAX_RANK for rank in self.rank_pattern.values()):
+            problems.append(f"rank_pattern must hold ranks between 1 and {_MAX_RANK:,}, not {self.rank_pattern}")
         if not all(alpha > 0 for alpha in self.alpha_pattern.values()):
             problems.append(f"alpha_pattern must hold alphas above 0, not {self.alpha_pattern}")
         for key in (*self.rank_pattern, *self.alpha_pattern):

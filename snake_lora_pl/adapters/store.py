@@ -22,6 +22,7 @@ from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_me
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
+from snake_lora_pl.untrusted import read_json_object, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +151,7 @@ def read_metadata(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
         hint = f" Found one in {directory / inside[-1]}." if inside else " Was it written by snake_lora_pl?"
         raise UserError(f"--adapter {directory}: no {METADATA_FILE} here.{hint}")
     try:
-        return parse_metadata(path.read_text(encoding="utf-8"))
+        return parse_metadata(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}). Train again, or copy the file from a backup.") from error
 
@@ -167,6 +168,7 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     """
     directory = Path(adapter_dir)
     metadata = read_metadata(directory)
+    _check_kind(metadata, directory)
     _refuse_code(directory)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (directory / name).is_file():
@@ -175,7 +177,7 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     if found != metadata.weights_sha256:
         raise UserError(
             f"{directory / WEIGHTS_FILE}: truncated or changed since it was saved (sha256 {found[:12]}..., metadata "
-            f"says {metadata.weights_sha256[:12]}...). Copy it again, or train again."
+            f"says {metadata.weights_sha256[:12] or 'nothing'}...). Copy it again, or train again."
         )
     config = _read_settings(directory / CONFIG_FILE)
     changed = sorted(
@@ -220,6 +222,15 @@ def _stored_adapter(directory: Path) -> StoredAdapter:
     return StoredAdapter(directory, metadata, weights.stat().st_size if weights.is_file() else 0, problem)
 
 
+def _check_kind(metadata: AdapterMetadata, directory: Path) -> None:
+    from snake_lora_pl.adapters.factory import AdapterFactory
+
+    try:
+        AdapterFactory.kind(metadata.adapter_type)
+    except UserError as error:
+        raise UserError(f"{directory / METADATA_FILE}: {error}") from None
+
+
 def _refuse_code(directory: Path) -> None:
     """Refuse pickles and programs, also those that this package would not read: other tools would."""
     for path in sorted(directory.rglob("*")):
@@ -243,12 +254,9 @@ def _refuse_code(directory: Path) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_json_object(path)
+    except ValueError as error:
         raise UserError(f"{path}: damaged ({error}). Copy the file again, or train again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged (no JSON object). Copy the file again, or train again.")
-    return content
 
 
 def load(
@@ -281,7 +289,7 @@ def load(
 
     directory = Path(adapter_dir)
     metadata = verify(directory)
-    _saved_shapes(directory / WEIGHTS_FILE)  # what is no safetensors file is refused before a base is loaded
+    _check_ranks(metadata, directory)  # what is no safetensors file is refused before a base is loaded
     if base_model is None:
         base_model = metadata.base_model_name
     if isinstance(base_model, str):
@@ -326,6 +334,7 @@ def add(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str
     metadata = verify(directory)
     _check_settings(metadata, directory)
     try:
+        _check_ranks(metadata, directory)
         with _fitting(metadata, directory):
             model.load_adapter(str(directory), adapter_name, ignore_mismatched_sizes=True)
         check_weights(model, directory, adapter_name)
@@ -414,6 +423,19 @@ def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path}: no safetensors file ({one_line(error)}). Copy it again, or train again.") from error
+
+
+def _check_ranks(metadata: AdapterMetadata, directory: Path) -> None:
+    """Refuse ranks that no weight has before PEFT reserves memory for them."""
+    config = metadata.peft_config
+    named = [config.get("r"), config.get("init_r"), *(config.get("rank_pattern") or {}).values()]
+    rank = max((rank for rank in named if isinstance(rank, int)), default=0)
+    widest = max((size for shape in _saved_shapes(directory / WEIGHTS_FILE).values() for size in shape), default=0)
+    if rank > widest:
+        raise UserError(
+            f"{directory / CONFIG_FILE}: names rank {rank}, but no weight in {WEIGHTS_FILE} is wider than {widest}. "
+            "Copy the adapter again, or train again."
+        )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -16,6 +16,8 @@ from typing import TypeAlias
 Cell: TypeAlias = tuple[int, int]
 
 MIN_GRID_SIZE = 2
+# Searches look at every cell: a prompt that claims a grid of a million a side must not stop whoever reads it.
+MAX_GRID_SIZE = 256
 
 
 class Move(Enum):
@@ -80,6 +82,8 @@ class Board:
         """
         if self.size < MIN_GRID_SIZE:
             raise ValueError(f"a grid has at least {MIN_GRID_SIZE} cells a side (found: {self.size})")
+        if self.size > MAX_GRID_SIZE:
+            raise ValueError(f"a grid has at most {MAX_GRID_SIZE} cells a side (found: {self.size})")
         if not self.body:
             raise ValueError("a snake has at least a head (found: an empty body)")
         for cell in self.body if self.apple is None else (*self.body, self.apple):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from snake_lora_pl.models.hub import fetch_snapshot
 from snake_lora_pl.models.quantization import QuantizationConfig, bitsandbytes_config, make_trainable
 from snake_lora_pl.models.wheel import WHEEL_MODELS, prepare_wheel_model
 from snake_lora_pl.paths import base_model_cache_dir
+from snake_lora_pl.untrusted import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -127,12 +127,17 @@ def _prepare(name: str, revision: str | None, *, with_weights: bool) -> BaseMode
 
 def stored_dtype(source: BaseModelSource) -> str:
     """Name of the type that a prepared base model's files say they hold; ``float32`` where they say nothing."""
-    config = json.loads((Path(source.path_or_id) / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(Path(source.path_or_id) / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _check_is_model_dir(directory: Path) -> None:
-    if (directory / "config.json").is_file():
+    path = directory / "config.json"
+    if path.is_file():
+        try:
+            read_json_object(path)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: damaged ({error}). Copy the model's files again.") from error
         return
     if (directory / "adapter_config.json").is_file():
         raise UserError(
@@ -146,6 +151,8 @@ def _weight_paths(directory: Path) -> list[Path]:
 
 
 def _check_has_safetensors(directory: Path) -> None:
+    for index_path in directory.glob("*.safetensors.index.json"):
+        _check_shards(index_path)
     if _weight_paths(directory):
         return
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in directory.glob(pattern))
@@ -155,6 +162,21 @@ def _check_has_safetensors(directory: Path) -> None:
         f"{directory} has no safetensors weights, only {', '.join(others[:3])}; pickled weights can run code when they "
         "are read. Convert a model you trust: load it with transformers and call save_pretrained(NEW_DIRECTORY)."
     )
+
+
+def _check_shards(index_path: Path) -> None:
+    """Refuse an index whose shards are missing, or lie where neither the model's hash nor its owner looks."""
+    try:
+        shards = read_json_object(index_path).get("weight_map")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{index_path}: damaged ({error}). Copy the model's files again.") from error
+    if not isinstance(shards, dict):
+        raise UserError(f"{index_path}: damaged (no weight_map). Copy the model's files again.")
+    for shard in dict.fromkeys(map(str, shards.values())):
+        if Path(shard).name != shard or not (index_path.parent / shard).is_file():
+            raise UserError(
+                f"{index_path}: names {shard}, which is no file beside it. Copy the model's files again, all of them."
+            )
 
 
 def load_tokenizer(
@@ -302,4 +324,6 @@ def _load_errors(source: BaseModelSource, part: str, needed_file: str) -> Iterat
             ) from error
         there = (Path(source.path_or_id) / needed_file).is_file()
         reason = one_line(error) if there else f"{needed_file} is missing"
-        raise UserError(f"{where}: cannot load the {part}: {reason}.") from error
+        raise UserError(
+            f"{where}: cannot load the {part}: {reason}. Copy its files again, or choose another."
+        ) from error

@@ -114,7 +114,8 @@ class LoRALightningModule(pl.LightningModule):
         text_metrics: Metric | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(learning_rate, weight_decay, warmup_steps, final_learning_rate_fraction, adapter_type)
+        _check_settings(learning_rate, weight_decay, warmup_steps, final_learning_rate_fraction, adapter_type, betas,
+                        max_new_tokens=max_new_tokens, loss_chunk_tokens=loss_chunk_tokens)  # fmt: skip
         AdapterFactory.kind(adapter_type).check(adapter_type, lora)
         self.base_model = base_model
         self.adapter_type = adapter_type
@@ -632,7 +633,13 @@ def _elapsed_share(timer: Timer | None) -> float:
 
 
 def _check_settings(
-    learning_rate: float, weight_decay: float, warmup_steps: int, final_fraction: float, adapter_type: str
+    learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    final_fraction: float,
+    adapter_type: str,
+    betas: tuple[float, float],
+    **sizes: int,
 ) -> None:
     problems = []
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
@@ -646,5 +653,8 @@ def _check_settings(
     if adapter_type not in AdapterFactory.registered():
         known = ", ".join(AdapterFactory.registered())
         problems.append(f"model.adapter_type must be one of {known}, not '{adapter_type}'")
+    if not all(0 <= beta < 1 for beta in betas):
+        problems.append(f"model.betas must be at least 0 and below 1, not {list(betas)}")
+    problems += [f"model.{name} must be at least 1, not {size}" for name, size in sizes.items() if size < 1]
     if problems:
         raise UserError("; ".join(problems) + ".")

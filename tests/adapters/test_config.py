@@ -46,7 +46,7 @@ def test_two_configs_do_not_share_their_list_of_layers() -> None:
         ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights must be one of"),
         ({"init_lora_weights": "olora", "use_dora": True}, "init_lora_weights=olora does not go with use_dora"),
         ({"init_lora_weights": "orthogonal", "rank": 3}, "needs even ranks"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must hold ranks of at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must hold ranks between 1 and 16,384"),
         ({"alpha_pattern": {"q_proj": 0.0}}, "alpha_pattern must hold alphas above 0"),
         ({"rank_pattern": {"(": 2}}, r"'\(' in rank_pattern or alpha_pattern is no regular expression"),
         ({"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio must be at least 1, not 0.5"),

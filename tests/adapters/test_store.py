@@ -149,7 +149,7 @@ def test_missing_metadata_is_named(adapter_dir: Path) -> None:
     [
         ({"peft_type": "LORAX"}, 'peft_type is "LORAX", which PEFT .* does not know. .* saved with .0'),
         ({"use_tomorrow": True}, "use_tomorrow is true, which PEFT .* does not know"),
-        ({"r": 10**12}, "does not fit"),
+        ({"r": 10**12}, "names rank 1000000000000, but no weight"),
         ({"alpha_pattern": 7}, "does not fit .*AttributeError"),
         ({"init_lora_weights": "corda", "corda_config": {"cache_file": "x"}}, "does not fit"),
         ({"lora_bias": True}, "lora_B.bias is missing"),

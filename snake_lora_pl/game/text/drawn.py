@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from snake_lora_pl.game.board import Board, Cell, Move
+from snake_lora_pl.game.board import MAX_GRID_SIZE, Board, Cell, Move
 from snake_lora_pl.game.search import apple_distance, shortest_moves
 from snake_lora_pl.game.text.metrics import measure, write_metrics
 from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of, register_style
@@ -20,7 +20,8 @@ _HEADER_PATTERN = re.compile(
     rf"Apple: \[(?P<apple_x>{NUMBER}), (?P<apple_y>{NUMBER})\], Length: (?P<length>{NUMBER})\.\n",
     re.ASCII,
 )
-_BOARD_PATTERN = re.compile(r"Board:\n(?P<rows>(?:[.SHA](?: [.SHA])*\n)+)")
+# As many rows and columns as a grid may have: a drawing of millions of lines is not read to its end.
+_BOARD_PATTERN = re.compile(rf"Board:\n(?P<rows>(?:[.SHA](?: [.SHA]){{0,{MAX_GRID_SIZE - 1}}}\n){{1,{MAX_GRID_SIZE}}})")
 # Steps that the search for the body's order may take: milliseconds. A body that is a dense tangle may need ages.
 _MAX_SEARCH_STEPS = 10_000
 
