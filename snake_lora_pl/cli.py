@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import itertools
 import json
@@ -607,6 +608,11 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
             return _build(arguments, cli_class, resources)
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+    except OSError as error:  # from a logger of the user's, say; what this package writes is explained where it does so
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        raise UserError(f"{place}{error.strerror}. Free space, then go on with --ckpt_path last.") from error
     finally:
         claimed = os.environ.get(RUN_DIR_ENV)
         if inherited is None and claimed is not None:

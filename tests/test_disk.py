@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -155,6 +156,18 @@ def test_a_config_that_cannot_be_written_leaves_no_run_behind(
         fit(tmp_path / "full")
     assert "config.yaml: the config could not be written (File too large)" in capfd.readouterr().err
     assert not (tmp_path / "full" / "logs").exists()
+
+
+def test_a_disk_that_is_full_for_somebody_else_is_one_line_too(
+    fit: Callable[..., tuple[int, Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def log_elsewhere() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/events")
+
+    code, run_dir = fit(tmp_path / "full", at=(5, log_elsewhere))
+    assert code == 2
+    assert "error: /elsewhere/events: No space left on device. Free space, then go on" in capfd.readouterr().err
+    check_what_was_good(run_dir)
 
 
 def test_the_table_of_games_that_cannot_be_written_is_printed(
