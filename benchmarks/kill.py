@@ -33,7 +33,7 @@ from benchmarks.same_run import differences
 from snake_lora_pl.paths import RunPaths
 
 SAVE_EVERY_N_STEPS = 5
-# Validations and games in the middle of an epoch, dropout, and steps of two batches.
+# Validation and games once an epoch, so that most steps are saved by their number; dropout, and steps of two batches.
 SETTINGS = [
     "--config=balanced.yaml",
     "--data.batch_size=8",
@@ -44,6 +44,7 @@ SETTINGS = [
     "--trainer.accelerator=cpu",
     "--trainer.accumulate_grad_batches=2",
     "--trainer.limit_val_batches=2",
+    "--trainer.val_check_interval=1.0",
     "--trainer.enable_progress_bar=false",
     "--early_stopping.patience=1000",
     "--play.val_games=2",
