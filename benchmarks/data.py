@@ -3,7 +3,7 @@
 First: reading, checking and tokenising rows, prompt and completion apart, beside ``datasets.map`` over batches of rows
 with the same tokenizer. The rows are generated games, none of them twice: lines are as often the same as they are in
 real files. Every turn begins with empty caches, and all must come to the same number of tokens. Second: opening encoded
-rows, split by game; links to the one file stand for more rows. Third: the share of a run's time that its steps wait for
+rows, split by game; copies of the file stand for more rows. Third: the share of a run's time that its steps wait for
 rows.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -97,21 +98,21 @@ def _count_tokens(rows: Any) -> int:
     return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(rows.data.column("input_ids"))).as_py())
 
 
-def time_opening(base_model: str, links_dir: Path, num_files: int) -> dict[str, float]:
+def time_opening(base_model: str, copies_dir: Path, num_files: int) -> dict[str, float]:
     """Seconds until encoded rows are open and split, in a process of its own, without its imports."""
-    command = [sys.executable, "-m", "benchmarks.data", f"--base_model={base_model}", f"--open={links_dir}"]
+    command = [sys.executable, "-m", "benchmarks.data", f"--base_model={base_model}", f"--open={copies_dir}"]
     command.append(f"--files={num_files}")
     for _ in range(2):  # the first one encodes, and looks at files that it does not know
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def open_once(base_model: str, links_dir: str, num_files: int) -> dict[str, float]:
+def open_once(base_model: str, copies_dir: str, num_files: int) -> dict[str, float]:
     import torch  # noqa: F401  # what is imported is not measured
 
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 
-    paths = sorted(map(str, Path(links_dir).iterdir()))[:num_files]
+    paths = sorted(map(str, Path(copies_dir).iterdir()))[:num_files]
     data = SnakeJSONLDataModule(base_model, paths, max_length=MAX_LENGTH)
     _ = data.tokenizer
     start = time.perf_counter()
@@ -147,11 +148,12 @@ def print_contest(turns: dict[str, list[Turn]], num_rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows_path", type=Path, metavar="FILE", help="rows to read instead of generated ones")
     parser.add_argument("--style", default="bfs-512", help="of the generated rows")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each; 0 leaves the first table out")
     parser.add_argument("--num_proc", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="of datasets.map")
     parser.add_argument("--base_model", default="smollm2-135m", help="whose tokenizer encodes the rows")
-    parser.add_argument("--files", type=int, nargs="+", default=[1, 10], help="as many of the file are opened together")
+    parser.add_argument("--files", type=int, nargs="*", default=[1, 10], help="as many of the file are opened together")
     parser.add_argument("--steps", type=int, default=20, help="of the run whose waiting is measured; 0 leaves it out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--open", help=argparse.SUPPRESS)
@@ -162,26 +164,33 @@ def main() -> None:
     models_dir = cache_dir() / "base_models"
     with tempfile.TemporaryDirectory() as directory:
         rows_path = Path(directory) / "rows.jsonl"
-        write_rows(rows_path, options.rows, options.style)
+        if options.rows_path is not None:
+            options.rows = shutil.copyfile(options.rows_path, rows_path).read_bytes().count(b"\n")
+        else:
+            write_rows(rows_path, options.rows, options.style)
         contenders: dict[str, Any] = {OURS: run_ours}
         for num_proc in dict.fromkeys(options.num_proc):
             contenders[f"datasets.map, {num_proc} processes"] = partial(run_map, num_proc=num_proc)
-        turns = run_contest(contenders, options.rounds, {"base_model": options.base_model, "rows_path": str(rows_path)})
-        tokens = {turn.tokens for taken in turns.values() for turn in taken}
-        if len(tokens) != 1:
-            raise SystemExit(f"the contenders do not agree on the number of tokens: {tokens}")
-        print_contest(turns, options.rows)
+        turns: dict[str, list[Turn]] = {}
+        if options.rounds:
+            arguments = {"base_model": options.base_model, "rows_path": str(rows_path)}
+            turns = run_contest(contenders, options.rounds, arguments)
+            tokens = {turn.tokens for taken in turns.values() for turn in taken}
+            if len(tokens) != 1:
+                raise SystemExit(f"the contenders do not agree on the number of tokens: {tokens}")
+            print_contest(turns, options.rows)
         # What is encoded here is of no use to anyone later; the base model is.
         cache = Path(directory) / "cache"
         cache.mkdir()
         (cache / "base_models").symlink_to(models_dir)
         os.environ[CACHE_ENV] = str(cache)
-        links_dir = Path(directory) / "links"
-        links_dir.mkdir()
-        for index in range(max(options.files)):
-            os.link(rows_path, links_dir / f"{index:05}.jsonl")
-        opened = [time_opening(options.base_model, links_dir, num_files) for num_files in options.files]
-        print("\n| encoded rows | opened in s |\n|---|---|")
+        copies_dir = Path(directory) / "copies"
+        copies_dir.mkdir()
+        for index in range(max(options.files, default=0)):
+            shutil.copyfile(rows_path, copies_dir / f"{index:05}.jsonl")
+        opened = [time_opening(options.base_model, copies_dir, num_files) for num_files in options.files]
+        if opened:
+            print("\n| encoded rows | opened in s |\n|---|---|")
         for one in opened:
             print(f"| {one['rows']:,} | {one['seconds']:.2f} |")
         share = wait_share(options.base_model, str(rows_path), options.steps) if options.steps else None
