@@ -35,7 +35,7 @@ from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
-from snake_lora_pl.evaluation.dashboard import Placed, RunOutcome, dashboards
+from snake_lora_pl.evaluation.dashboard import RunLogger, RunOutcome, dashboards
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
 from snake_lora_pl.evaluation.play_callback import PlayEvaluation
 from snake_lora_pl.evaluation.play_settings import PlaySettings
@@ -341,6 +341,10 @@ class SnakeCLI(LightningCLI):
         if configured is None or isinstance(configured, bool):
             configured = []
         extra = configured if isinstance(configured, list) else [configured]
+        for run_logger in extra:
+            if isinstance(run_logger, RunLogger):
+                run_logger.settle(self.run_paths, self._run_name(self.run_paths))
+                self._resources.callback(run_logger.finish)
         return [MetricsCSVLogger(str(self.run_paths.run_dir)), *extra]
 
     def _predictions_path(self, config: Namespace) -> Path:
@@ -405,7 +409,7 @@ class SnakeCLI(LightningCLI):
             if path.exists():
                 print(f"{label:<12}{shown(path)}")
         for run_logger in self.trainer.loggers:
-            if isinstance(run_logger, Placed):
+            if isinstance(run_logger, RunLogger):
                 print(f"{run_logger.label:<12}{run_logger.place}")
         configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
         run_dir, adapter = shown(paths.run_dir), shown(paths.artifacts_dir)
@@ -510,6 +514,15 @@ class SnakeCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Write completions as they come; nothing is kept in memory."""
         self.trainer.predict(**kwargs, return_predictions=False)
+
+    def _run_name(self, paths: RunPaths) -> str:
+        """Preset, base model, kind and time."""
+        config = self.config[self.subcommand]
+        configs = [Path(name).stem for name in self._config_names()]
+        preset = "+".join(name for name in configs if name not in ("wandb", "tensorboard"))
+        base = Path(str(config.model.base_model)).name
+        started = paths.run_dir.parent.name[-len("YYYYmmdd_HHMMSS") :]
+        return " ".join(part for part in (preset, base, config.model.adapter_type, started) if part)
 
     def _config_names(self) -> list[str]:
         given = [Path(str(path)) for path in self.config[self.subcommand].get("config") or []]

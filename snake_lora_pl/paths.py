@@ -186,6 +186,11 @@ class RunPaths:
         return self.run_dir / "val_games.jsonl"
 
     @property
+    def tensorboard_dir(self) -> Path:
+        """TensorBoard's event files."""
+        return self.run_dir / "tensorboard"
+
+    @property
     def report_path(self) -> Path:
         """The page that shows the run."""
         return self.run_dir / "report.html"

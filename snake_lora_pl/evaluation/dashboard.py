@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 
 from snake_lora_pl.evaluation.ranks import PlayerResult
 from snake_lora_pl.evaluation.validations import Validation
+from snake_lora_pl.paths import RunPaths
 
 
 class RunOutcome(NamedTuple):
@@ -54,14 +55,20 @@ class Dashboard(Protocol):
 
 
 @runtime_checkable
-class Placed(Protocol):
-    """A logger that can say, in the lines that a run ends with, where it shows the run."""
+class RunLogger(Protocol):
+    """A logger that a run tells of itself and that tells of its own place."""
 
     label: str
 
+    def settle(self, paths: RunPaths, name: str) -> None:
+        """Take the run's places, and a name for it, before anything is logged."""
+
     @property
     def place(self) -> str:
-        """An address, or the command that makes one."""
+        """An address, or the command that shows what was logged."""
+
+    def finish(self) -> None:
+        """Write what is left; nothing comes after."""
 
 
 def dashboards(trainer: pl.Trainer) -> list[Dashboard]:

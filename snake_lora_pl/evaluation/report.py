@@ -23,7 +23,7 @@ import yaml
 from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.games_writer import best_median_worst
-from snake_lora_pl.evaluation.table import table_rows
+from snake_lora_pl.evaluation.table import players_in, table_rows
 from snake_lora_pl.evaluation.validations import MOVES, NO_MOVE, read_validations
 from snake_lora_pl.game.replay import board_script, json_for_script
 from snake_lora_pl.paths import TIMESTAMP_FORMAT, RunPaths, shown
@@ -280,17 +280,12 @@ def _read_table(paths: RunPaths) -> dict[str, Any]:
 def _play(table: Mapping[str, Any]) -> dict[str, Any] | None:
     if not table:
         return None
-    players, speeds = table["players"], table.get("moves_per_second", {})
-    figures = {
-        name: {key: value for key, value in player.items() if key != "reading"}
-        | ({"moves_per_second": speeds[name]} if name in speeds else {})
-        for name, player in players.items()
-    }
+    players = table["players"]
     settings = table["settings"]
     limit = f", {settings['max_steps']:,} in all" if settings.get("max_steps") else ""
     return {
         "players": list(players),
-        "rows": list(table_rows([(players[name]["reading"], figures[name]) for name in players])),
+        "rows": list(table_rows(list(players_in(table).values()))),
         "apples": [
             [name, *(player[key] for key in ("apples_mean", "apples_low", "apples_high"))]
             for name, player in players.items()

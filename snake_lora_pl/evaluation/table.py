@@ -70,6 +70,19 @@ def table_rows(players: Sequence[tuple[str, Mapping[str, float]]]) -> Iterator[t
         yield f"true: {name.removeprefix(_CLAIM)}", [_known(figures, name, ".1%") for figures in by_player]
 
 
+def players_in(table: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, float]]]:
+    """From what ``table_json`` made: how each player's moves were read, and its figures, by its name."""
+    speeds = table.get(_SPEED, {})
+    return {
+        name: (
+            player["reading"],
+            {key: value for key, value in player.items() if key != "reading"}
+            | ({_SPEED: speeds[name]} if name in speeds else {}),
+        )
+        for name, player in table["players"].items()
+    }
+
+
 def table_json(
     results: Sequence[PlayerResult], settings: Mapping[str, Any], adapters: Mapping[str, Any]
 ) -> dict[str, Any]:

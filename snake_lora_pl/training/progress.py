@@ -1,4 +1,4 @@
-"""One progress bar for the whole run: loss, tokens per second, time left. Plain lines where there is no terminal."""
+"""One progress bar for the whole run: loss, tokens/s, play score, time left. Plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.console import Console
@@ -33,6 +34,7 @@ class RunProgress(ProgressBar):
         self._first_share = 0.0
         self._last_line = 0.0
         self._stage = ""
+        self._score: torch.Tensor | None = None
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this on every process but the first."""
@@ -73,6 +75,8 @@ class RunProgress(ProgressBar):
 
     def _train_text(self, trainer: pl.Trainer, share: float) -> str:
         metrics = trainer.callback_metrics
+        # At validations without games the score is not among the metrics; the last one is still what there is to know.
+        self._score = metrics.get("play/apples_mean", self._score)
         parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
         for name, label, form in (
             ("train/loss", "loss", "{:.3f}"),
@@ -81,6 +85,8 @@ class RunProgress(ProgressBar):
         ):
             if name in metrics:
                 parts.append(f"{label} {form.format(float(metrics[name]))}")
+        if self._score is not None:
+            parts.append(f"play {float(self._score):.1f}")
         if share > self._first_share:
             elapsed = time.monotonic() - self._started
             parts.append(f"left {_clock(elapsed * (1 - share) / (share - self._first_share))}")

@@ -54,6 +54,6 @@ def finished(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
         patch.chdir(directory)
-        assert main(["fit", "--config", "balanced.yaml", *shown_flags]) == 0
+        assert main(["fit", "--config", "balanced.yaml", "--config", "tensorboard.yaml", *shown_flags]) == 0
     (run_dir,) = directory.glob("logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning")
     return RunPaths(run_dir), out.getvalue()
