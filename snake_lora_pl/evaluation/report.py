@@ -11,6 +11,7 @@ import html
 import json
 import math
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -140,7 +141,7 @@ def _report_data(paths: RunPaths) -> dict[str, Any]:
         "config": config_text,
         "files": _files(paths),
         "versions": metadata.get("packages", {}),
-        "commands": _commands(paths),
+        "commands": _commands(paths, metadata),
     }
 
 
@@ -282,6 +283,7 @@ def _play(table: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     players = table["players"]
     settings = table["settings"]
+    num_games, size = settings["num_games"], settings["grid_size"]
     limit = f", {settings['max_steps']:,} in all" if settings.get("max_steps") else ""
     return {
         "players": list(players),
@@ -292,8 +294,8 @@ def _play(table: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "differences": [[name, *values.values()] for name, values in table.get("differences", {}).items()],
         "caption": (
-            f"{settings['num_games']:,} games on {settings['grid_size']}×{settings['grid_size']}, the same for every "  # noqa: RUF001
-            f"player; at most {settings['max_steps_without_apple']:,} steps without an apple{limit}; teacher "
+            f"{num_games:,} game{'' if num_games == 1 else 's'} on {size}×{size}, the same for every player; at most "  # noqa: RUF001
+            f"{settings['max_steps_without_apple']:,} steps without an apple{limit}; teacher "
             f"{settings['teacher']}."
         ),
     }
@@ -380,12 +382,17 @@ def _files(paths: RunPaths) -> list[list[str]]:
     return [[label, link] for label, link in links.items()]
 
 
-def _commands(paths: RunPaths) -> list[list[str]]:
-    run_dir, adapter = shown(paths.run_dir), shown(paths.artifacts_dir)
-    config = shown(paths.config_path)
-    return [
-        ["Play more games", f"{PROG} test --config {config} --adapter {adapter} --games 100"],
-        ["Run it again", f"{PROG} fit --config {config}"],
-        ["Merge for serving", f"{PROG} merge --adapter {adapter} --out merged_model"],
-        ["Write this page anew", f"{PROG} report {run_dir}"],
+def _commands(paths: RunPaths, metadata: Mapping[str, Any]) -> list[list[str]]:
+    commands = [
+        ["Run it again", f"fit --config {shlex.quote(shown(paths.config_path))}"],
+        ["Write this page anew", f"report {shlex.quote(shown(paths.run_dir))}"],
     ]
+    if metadata:
+        adapter = f"--adapter {shlex.quote(shown(paths.artifacts_dir))}"
+        base = f"--model.base_model {shlex.quote(metadata['base_model_name'])}"
+        commands = [
+            ["Play more games", f"test {base} {adapter} --games 100"],
+            *commands,
+            ["Write a plain model, without PEFT", f"merge {adapter} --out merged_model"],
+        ]
+    return [[label, f"{PROG} {command}"] for label, command in commands]

@@ -59,7 +59,10 @@ class AdapterNorms(Callback):
                 figures[f"adapter/weight_norm/{name}"] = total_norm([weight.detach() for weight in weights])
                 figures[f"adapter/update_norm/{name}"] = total_norm(self._before[name])
         self._before = {}
-        pl_module.log_dict(figures, batch_size=1)
+        # Not by `log`: Lightning would repeat the values at every step until the next measurement.
+        values = {name: float(value) for name, value in figures.items()}
+        for run_logger in trainer.loggers:
+            run_logger.log_metrics(values, step=trainer.global_step - 1)
 
 
 def group_by_layers(weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:

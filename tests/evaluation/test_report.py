@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,6 +160,24 @@ def test_the_verb_writes_the_same_page_from_the_runs_files(
     assert main(["report", str(paths.artifacts_dir.relative_to(Path.cwd()))]) == 0
     assert capsys.readouterr().out.strip() == f"Report written to {paths.report_path.relative_to(Path.cwd())}"
     assert Page(paths.report_path.read_text()).data == Page(before).data
+
+
+def test_the_pages_commands_run(
+    finished: tuple[RunPaths, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = finished[0]
+    monkeypatch.chdir(paths.run_dir.parents[5])
+    commands = dict(Page(render_report(paths)).data["commands"])
+    before = paths.report_path.read_text()
+    few = ["--games=1", "--play.max_steps=2", "--trainer.accelerator=cpu", "--model.max_new_tokens=2"]
+    assert main([*shlex.split(commands["Play more games"])[3:], *few]) == 0
+    assert "Table, games and replays written to" in capsys.readouterr().out
+    assert Page(paths.report_path.read_text()).data["play"]["caption"].startswith("1 game on 5")
+    assert paths.report_path.read_text() != before
+    assert main(shlex.split(commands["Write this page anew"])[3:]) == 0
+    assert set(commands) == {
+        "Play more games", "Run it again", "Write this page anew", "Write a plain model, without PEFT",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------ the page

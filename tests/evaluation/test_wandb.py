@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,22 @@ def records(path: Path) -> Iterator[Any]:
             place += left
             continue
         _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+        if kind == 0 or place + 7 + size > len(content):  # not written yet
+            return
         parts.append(content[place + 7 : place + 7 + size])
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(b"".join(parts))
             parts = []
+
+
+def whole_file(path: Path) -> list[Any]:
+    """All records. W&B's own process closes the file some moments after it has said that the run is over."""
+    end = time.monotonic() + 30
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
+        assert time.monotonic() < end, "the run's file has no end"
+        time.sleep(0.05)
+    return list(records(path))
 
 
 class Shown:
@@ -54,7 +66,7 @@ class Shown:
         self.history: list[dict[str, Any]] = []
         self.artifacts: list[Any] = []
         self.config: dict[str, Any] = {}
-        for record in records(path):
+        for record in whole_file(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.run = record.run

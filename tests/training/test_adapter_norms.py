@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,7 +25,6 @@ class Layered(pl.LightningModule):
         self.head = nn.Linear(3, 1)
         self.head.requires_grad_(False)
         self.seen = [self.copy()]
-        self.logged: list[dict[str, float]] = []
 
     def copy(self) -> list[torch.Tensor]:
         return [layer.weight.detach().clone() for layer in self.layers]
@@ -36,34 +38,44 @@ class Layered(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)  # type: ignore[arg-type]
         self.seen.append(self.copy())
 
-    def log_dict(self, dictionary: dict, **kwargs: object) -> None:  # type: ignore[override]
-        self.logged.append({name: float(value) for name, value in dictionary.items()})
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def test_norms_are_those_of_the_weights_and_of_their_change_in_one_step() -> None:
-    module = Layered()
+class Kept(CSVLogger):
+    """Keeps what it is given."""
+
+    def __init__(self, save_dir: Path) -> None:
+        super().__init__(str(save_dir))
+        self.logged: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        if any(name.startswith("adapter/") for name in metrics):
+            self.logged.append((step, metrics))
+
+
+def test_norms_are_those_of_the_weights_and_of_their_change_in_one_step(tmp_path: Path) -> None:
+    module, run_logger = Layered(), Kept(tmp_path)
     trainer = pl.Trainer(
         max_steps=5,
         accumulate_grad_batches=2,
         accelerator="cpu",
-        logger=False,
+        logger=run_logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[AdapterNorms(every_n_steps=3)],
     )
     trainer.fit(module, DataLoader(torch.randn(40, 3), batch_size=2))
-    assert len(module.logged) == 2  # steps 1 and 4 of 5
-    for figures, step in zip(module.logged, (0, 3), strict=True):
+    assert [step for step, _ in run_logger.logged] == [0, 3]  # the first and the fourth of five
+    for step, figures in run_logger.logged:
+        assert step is not None
         before, after = module.seen[step], module.seen[step + 1]
         for layer in range(3):
             assert figures[f"adapter/weight_norm/layer_{layer:02d}"] == pytest.approx(float(after[layer].norm()))
             change = float((after[layer] - before[layer]).norm())
             assert figures[f"adapter/update_norm/layer_{layer:02d}"] == pytest.approx(change, rel=1e-4)
-    assert len(module.logged[0]) == 6
+    assert len(run_logger.logged[0][1]) == 6
 
 
 def test_many_layers_make_four_groups_of_neighbours() -> None:
