@@ -10,12 +10,17 @@ per-batch means would weigh rows by the company they keep (https://github.com/hu
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -54,7 +59,8 @@ def completion_loss(hidden: Tensor, token_ids: Tensor, head: nn.Module, chunk_to
         hidden: Hidden state that predicts each target, shape (num_targets, hidden_size).
         token_ids: Targets, int64 of shape (num_targets,).
         head: Maps hidden state to logits.
-        chunk_tokens: Targets whose logits are alive at a time.
+        chunk_tokens: Targets whose logits are alive at a time. Liger Kernel, which takes over on a GPU where it is
+            installed and the head is frozen, chooses its own number.
 
     Returns:
         float32 scalar; zero, with a graph, where there is no target.
@@ -62,11 +68,37 @@ def completion_loss(hidden: Tensor, token_ids: Tensor, head: nn.Module, chunk_to
     if token_ids.numel() == 0:
         return hidden.sum() * 0.0
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        if hidden.is_cuda and liger_is_installed():
+            return liger_loss(hidden, token_ids, head)
         return _FrozenHeadCrossEntropy.apply(hidden, token_ids, head.weight, head.bias, chunk_tokens)
     loss = hidden.new_zeros((), dtype=torch.float32)
     for h, t in zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True):
         # Recomputed in backward, so that one chunk's logits are alive at a time here too.
         loss = loss + torch.utils.checkpoint.checkpoint(_plain_loss, head, h, t, use_reentrant=False)
+    return loss
+
+
+@functools.cache
+def liger_is_installed() -> bool:
+    """Whether Liger Kernel (extra ``gpu``) is there; said once in the log."""
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    name = "Liger Kernel's fused linear cross-entropy" if installed else "PyTorch, as liger-kernel is not installed"
+    logger.info("The loss is computed by %s.", name)
+    return installed
+
+
+def liger_loss(hidden: Tensor, token_ids: Tensor, head: nn.Linear) -> Tensor:
+    """``completion_loss`` by Liger Kernel's fused linear cross-entropy, https://arxiv.org/abs/2410.10989.
+
+    Chunks as below, but softmax and its gradient are one Triton kernel that reads the logits once and writes the
+    gradient over them. It needs a GPU (or Triton's interpreter).
+    """
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(
+            head.weight, hidden.to(head.weight.dtype), token_ids, head.bias
+        )
     return loss
 
 
