@@ -7,6 +7,7 @@ text or a mistyped verb answers at once.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -42,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         # Who read the output, ``head`` say, has seen enough. Python would complain once more on closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {printable(str(error.filename))}: too long for the name of a file", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

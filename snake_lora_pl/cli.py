@@ -57,7 +57,7 @@ from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.training.progress import RunProgress
 from snake_lora_pl.training.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.throughput import ThroughputMonitor
-from snake_lora_pl.untrusted import check_yaml, read_text
+from snake_lora_pl.untrusted import load_yaml, read_text
 from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,7 @@ _PARSER_MODE = "checked_yaml"
 
 
 def _load_checked_yaml(text: str) -> Any:
-    check_yaml(text)
-    return get_loader("yaml")(text)
+    return load_yaml(text, get_loader("yaml"))
 
 
 set_loader(_PARSER_MODE, _load_checked_yaml, exceptions=(yaml.YAMLError,))

@@ -281,7 +281,7 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: If it is neither; the message lists the shipped ones.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):  # pathlib's raises where the name is too long
         return Path(name)
     shipped = shipped_configs()
     if name in shipped:

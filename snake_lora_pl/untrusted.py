@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,28 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
+
+
+def load_yaml(text: str, load: Callable[[str], Any]) -> Any:
+    """Read YAML that ``check_yaml`` found nothing in.
+
+    Args:
+        text: The YAML.
+        load: What reads it.
+
+    Raises:
+        yaml.YAMLError: If it is none, or holds what nothing can be made of, such as an integer of thousands of digits.
+    """
+    import yaml
+
+    try:
+        check_yaml(text)
+        return load(text)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # What PyYAML lets through: text that is not UTF-8, and values such as `0b_`, an integer only by its looks.
+        raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
 
 
 def check_yaml(text: str) -> None:

@@ -63,6 +63,19 @@ SNAKE = (
     "What is the best move to make? Consider:\n1. Path to the apple\n2. Avoiding collisions with walls and snake body\n"
     "3. Maximizing score and survival\n\nChoose from: UP, DOWN, LEFT, RIGHT"
 )
+CLAIMS = "".join(
+    f"{label}: {filling * 10**6}\n"
+    for label in (
+        "Free space",
+        "- Free space",
+        "Valid moves",
+        "Danger assessment",
+        "Apple direction",
+        "Metrics",
+        "Rationale",
+    )
+    for filling in ("a", "'a", "a:")
+)[: 9 * 10**6]
 DRAWN = "Snake on 10x10 grid.\nHead: [1, 1], Apple: [2, 2], Length: 1.\n"
 ROWS = [
     _row("array", "[1, 2]", "object"),
@@ -103,6 +116,7 @@ ROWS = [
     _row("a body that never ends", _prompting(SNAKE.format(size=10, last=9, rest="[, " * 10**5)), "rows", code=0),
     _row("a drawing of a million lines", _prompting(DRAWN + "Board:\n" + ". S H A\n" * 10**6), "rows", code=0),
     _row("100,000 conclusions", _prompting("a", "Conclusion: " * 10**5), "rows", code=0),
+    _row("claims that never end", _prompting(SNAKE.format(size=10, last=9, rest=""), CLAIMS), "rows", code=0),
     _row_to_fit("array", "[1, 2]", "rows.jsonl:2: not a JSON object"),
     _row_to_fit("truncated", '{"prompt": "a", "comple', "rows.jsonl:2: bad JSON"),
     _row_to_fit("nested 100,000 deep", "[" * 100_000 + "]" * 100_000, "rows.jsonl:2: JSON nested too deep"),
@@ -182,6 +196,9 @@ CONFIGS = [
     _yaml("nested half a million deep", "a: " + "[" * 500_000, "own.yaml"),
     _yaml("an alias to itself", "a: &a [*a]", "own.yaml"),
     _yaml("larger than 16 MiB", b"# " + bytes(2**24), "larger than 16 MiB"),
+    _yaml("a value that looks like a number", "data:\n  batch_size: 0b_\n", "cannot be read"),
+    _yaml("a number of 10,000 digits", "data:\n  batch_size: " + "9" * 10_000, "own.yaml"),
+    _yaml("a key that is a list", "data:\n  ? [a]\n  : 1\n", "own.yaml"),
     _yaml("code to run", "model: !!python/object/apply:os.mkdir [canary]\n", "own.yaml"),
     _yaml("code to import", "model: !!python/module:canary\n", "own.yaml"),
     _yaml(
@@ -203,7 +220,7 @@ CONFIGS = [
 
 
 def _flag(flag: str, message: str) -> Case:
-    return Case(f"flag: {flag[:50]}", lambda s: _fit(s, flag), message)
+    return Case(f"flag: {flag[:40]}{len(flag)}", lambda s: _fit(s, flag), message)
 
 
 FLAGS = [
@@ -264,6 +281,19 @@ FLAGS = [
     _flag("--adapter_name=/tmp/escape", "adapter_name"),
     _flag("--adapter_name=", "adapter_name"),
     _flag("--adapter_name=a\nb", "adapter_name"),
+    _flag(f"--model.base_model={'x' * 5000}", "too long for the name"),
+    _flag(f"--model.base_model={'x/' * 5000}", "too long for the name"),
+    _flag(f"--config={'x' * 5000}", "no such file"),
+    _flag(f"--ckpt_path={'x' * 5000}", "too long"),
+    _flag(f"--root={'x' * 5000}", "x"),
+    _flag(f"--adapter_name={'x' * 5000}", "x"),
+    _flag(f"--adapter={'x' * 5000}", "x"),
+    _flag(f"--model.learning_rate={'9' * 5000}", "learning_rate"),
+    _flag(f"--data.batch_size={'9' * 5000}", "batch_size"),
+    _flag("--data.batch_size=0b_", "batch_size"),
+    _flag("--data.batch_size=\udcff", "batch_size"),
+    _flag("--data.train_path=\udcff", "\\udcff"),
+    _flag(f"--model.lora.rank={'[' * 5000}", "rank"),
     _flag("--nonsense", "nonsense"),
     Case("flag: a root that is a file", lambda s: _fit(s, f"--root={s.file('own', '')}"), "--root"),
     Case("flag: generate no games", lambda s: ["generate", "--out", "x.jsonl", "--games", "0"], "games"),

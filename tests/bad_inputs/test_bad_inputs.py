@@ -77,7 +77,7 @@ def said_last(case: Case, code: int, out: str, err: str) -> str:
     lines = err.splitlines()
     (begin,) = (number for number, line in enumerate(lines) if line.startswith("error: "))
     said = "\n".join(lines[begin:])
-    assert len(said) < 6000
+    assert len(said) < 12_000
     assert said.replace("\n", "").isprintable()
     return said
 

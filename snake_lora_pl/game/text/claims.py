@@ -22,7 +22,8 @@ _MOVING_PATTERN = re.compile(
     rf"^Moving (UP|RIGHT|DOWN|LEFT) from \[({NUMBER}), ({NUMBER})\][ \t\r]*$", re.MULTILINE | re.ASCII
 )
 _MOVING_START_PATTERN = re.compile(r"^Moving\b", re.MULTILINE)
-_PAIR_PATTERN = re.compile(rf"['\"]?(\w+)['\"]?\s*[:=]\s*({NUMBER})", re.ASCII)
+# A bound on a name's length: from every letter of a word of millions the search would run to its end.
+_PAIR_PATTERN = re.compile(rf"['\"]?(\w{{1,20}})['\"]?\s*[:=]\s*({NUMBER})", re.ASCII)
 _NAME_PATTERN = re.compile(r"['\"](\w+)['\"]", re.ASCII)
 
 
