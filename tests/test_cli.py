@@ -350,7 +350,7 @@ def test_mistakes_inside_a_config_are_one_line(
     ("flag", "part"),
     [
         ("--data.train_path=nowhere.jsonl", "nowhere.jsonl"),
-        ("--model.lora.rank=0", "rank must be at least 1"),
+        ("--model.lora.rank=0", "rank must lie between 1 and"),
         ("--model.lora.target_modules=[qproj]", "'qproj' matches no layer"),
         ("--model.adapter_type=lorra", "adapter_type"),
         ("--model.learning_rate=-1", "model.learning_rate must be a number above 0"),
