@@ -132,7 +132,9 @@ class RunProgress(ProgressBar):
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if values and not trainer.sanity_checking:
             text = "  ".join(f"{name} {value:.4g}" for name, value in sorted(values.items()))
-            self.print(f"step {trainer.global_step}: {text}", highlight=False, soft_wrap=True)
+            # Outside of `fit` no step was made: those that the adapter has behind it are not the trainer's.
+            begin = f"step {trainer.global_step}: " if trainer.state.fn == "fit" else ""
+            self.print(f"{begin}{text}", highlight=False, soft_wrap=True)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._open("train")
         else:
