@@ -38,8 +38,10 @@ _MIB = 2**20
 _CPU_PROCESS_BYTES = 665 * _MIB
 # What oneDNN and its threads hold once they have computed.
 _CPU_KERNEL_BYTES = 50 * _MIB
-# Of what torch asks the allocator for.
+# Of what torch asks the allocator for. Up to glibc 2.37 a hole must hold a block wherever that would have to begin, so
+# that a block does not fit where one of its size was.
 _ALIGNMENT = 64
+_ROOM_TO_ALIGN = 96
 _ADAM_MOMENTS = 2
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 # Operators that hold, while they run, another tensor of their input's size which no dispatch shows.
@@ -58,7 +60,7 @@ class MemoryEstimate:
         gradients: Their gradients.
         optimizer: The optimiser's moments.
         activations: What the step holds beside all these at its peak: saved for backward, and in use.
-        heap: Room in the process's heap that is held and not used; 0 on a GPU.
+        heap: Room in the process's heap that is held and not used; 0 on a GPU, and where freed memory is given back.
     """
 
     device: str
@@ -109,7 +111,7 @@ def estimate_memory(module: LoRALightningModule, batch: dict[str, Any], device_t
         gradients=adapter,
         optimizer=_ADAM_MOMENTS * adapter,
         activations=activations,
-        heap=heap.peak_bytes - activations if on_cpu else 0,
+        heap=heap.peak_bytes - activations if on_cpu and not module.gradient_checkpointing else 0,
     )
 
 
@@ -280,7 +282,7 @@ class _Heap:
     def allocate(self, num_bytes: int) -> int:
         """Find a place, of the smallest hole that is large enough or at the end; returns its address."""
         size = -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
-        index = bisect.bisect_left(self._holes, (size, 0))
+        index = bisect.bisect_left(self._holes, (size + _ROOM_TO_ALIGN, 0))
         if index < len(self._holes):
             hole_size, address = self._holes[index]
             self._remove_hole(address)

@@ -28,7 +28,7 @@ from snake_lora_pl.adapters.kind import AdapterKind, adapter_tensors
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
-from snake_lora_pl.training.allocator import keep_freed_memory
+from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
@@ -420,7 +420,8 @@ class LoRALightningModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Settle the process for training on a CPU."""
         if self.device.type == "cpu":
-            keep_freed_memory()
+            # Who recomputes activations is short of memory, not of time.
+            give_back_freed_memory() if self.gradient_checkpointing else keep_freed_memory()
 
     def on_train_start(self) -> None:
         """Drop what an interrupted step left behind; take up the kind's state."""

@@ -27,3 +27,28 @@ def test_a_step_that_takes_its_memory_again_faults_no_pages_in() -> None:
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     plain, kept = map(int, result.stdout.split())
     assert kept < plain / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_memory_that_is_given_back_leaves_no_holes() -> None:
+    script = """
+        import psutil, torch
+        from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
+
+        def held(num_mib):
+            # Every other block is freed; what comes then fits into none of the holes.
+            blocks = [torch.ones(num_mib * 2**18) for _ in range(40)]
+            del blocks[::2]
+            larger = torch.ones(num_mib * 20 * 2**18)
+            return psutil.Process().memory_info().rss / 2**20
+
+        before = psutil.Process().memory_info().rss / 2**20
+        assert give_back_freed_memory()
+        given_back = held(4) - before
+        assert keep_freed_memory()
+        print(given_back, held(4) - before)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    given_back, kept = map(float, result.stdout.split())
+    assert given_back == pytest.approx(160, abs=40)
+    assert kept > given_back + 60
