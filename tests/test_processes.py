@@ -84,13 +84,16 @@ def write_rows(path: Path, num_rows: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run whose last batches, in training and in validation, leave the second process without a row."""
+    """A run on shards whose last batches, in training and in validation, leave the second process without a row."""
     directory = tmp_path_factory.mktemp("rows")
+    lines = write_rows(directory / "train.jsonl", 25, seed=0).read_text().splitlines(keepends=True)
+    for shard in range(3):
+        (directory / f"train-{shard}.jsonl").write_text("".join(lines[shard::3]))
     return [
         "fit",
         "--config=balanced.yaml",
         f"--model.base_model={tiny_llama_dir}",
-        f"--data.train_path={write_rows(directory / 'train.jsonl', 25, seed=0)}",
+        f"--data.train_path={directory / 'train-*.jsonl'}",
         f"--data.val_path={write_rows(directory / 'val.jsonl', 5, seed=3)}",
         "--model.dtype=float32",
         "--model.lora.dropout=0",
