@@ -4,8 +4,8 @@
 
 Real processes that run the command ``fit`` die by SIGKILL: a third of them while they start or take up a checkpoint, a
 third while they train, validate or play, a third while a file is being written. They are forked from one process that
-has imported everything, which saves ten seconds a kill. Each run is killed ten times and then let go to its end. The
-model is a tiny random one, so that the time goes into dying; ``--base_model`` takes another.
+has imported everything, which saves ten seconds a kill. Each run is killed ten times and then let go to its end, five
+runs side by side. The model is a tiny random one, so that the time goes into dying; ``--base_model`` takes another.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def stop_while_writing(victim: Victim, process: BaseProcess, draw: random.Random
     assert process.pid is not None
     with contextlib.suppress(ProcessLookupError):
         while process.is_alive():
+            time.sleep(0.0005)
             if victim.half_written():
                 time.sleep(draw.uniform(0, 0.003))
                 os.kill(process.pid, signal.SIGSTOP)
@@ -237,8 +239,23 @@ def look_at(victim: Victim) -> tuple[int, int, list[str]]:
     return victim.num_steps(), steps_saved, complaints
 
 
+def kill_a_run(victim: Victim, num_kills: int, pace: Pace, draw: random.Random) -> list[Kill]:
+    """Kill a run some times, or as often as it takes it to come to its end."""
+    moments = draw.sample(MOMENTS, len(MOMENTS))
+    kills: list[Kill] = []
+    for moment in itertools.islice(itertools.cycle(moments), num_kills):
+        kill = kill_once(victim, moment, pace, draw)
+        if kill is None:
+            break
+        if kills and kill.steps_saved < kills[-1].steps_saved:
+            kill.complaints.append(f"last.ckpt went back from step {kills[-1].steps_saved} to {kill.steps_saved}")
+        kills.append(kill)
+        print(f"{victim.root.name}: {kill}", file=sys.stderr)
+    return kills
+
+
 def kill_runs(
-    work_dir: Path, arguments: Sequence[str], num_kills: int, seed: int
+    work_dir: Path, arguments: Sequence[str], num_kills: int, seed: int, at_once: int = 1
 ) -> tuple[list[Kill], list[list[str]]]:
     """Kill runs until there were enough kills, and compare the end of each with that of one that was left alone.
 
@@ -247,29 +264,27 @@ def kill_runs(
         arguments: The command ``fit`` and its options.
         num_kills: How often.
         seed: Of the moments.
+        at_once: Runs that go on side by side.
 
     Returns:
         The kills, and of each run that was killed every difference between its end and that of the one left alone.
     """
-    draw = random.Random(seed)
     warm_up()
     straight, pace = Victim(work_dir / "straight", arguments).run_to_its_end()
-    moments = itertools.cycle(MOMENTS)
     kills: list[Kill] = []
     found: list[list[str]] = []
-    while len(kills) < num_kills:
-        victim = Victim(work_dir / f"killed-{len(kills)}", arguments)
-        saved = 0
-        for _ in range(min(KILLS_A_RUN, num_kills - len(kills))):
-            kill = kill_once(victim, next(moments), pace, draw)
-            if kill is None:
-                break
-            if kill.steps_saved < saved:
-                kill.complaints.append(f"last.ckpt went back from step {saved} to {kill.steps_saved}")
-            saved = kill.steps_saved
-            kills.append(kill)
-            print(f"kill {len(kills)}: {kill}", file=sys.stderr)
-        found.append(differences(straight, victim.run_to_its_end()[0]))
+
+    def kill_and_compare(number: int, share: int) -> tuple[list[Kill], list[str]]:
+        victim = Victim(work_dir / f"killed-{number}", arguments)
+        of_this = kill_a_run(victim, share, pace, random.Random(f"{seed} {number}"))
+        return of_this, differences(straight, victim.run_to_its_end()[0])
+
+    with ThreadPoolExecutor(at_once) as pool:
+        while (missing := num_kills - len(kills)) > 0:
+            shares = [min(KILLS_A_RUN, missing - begin) for begin in range(0, missing, KILLS_A_RUN)]
+            for of_one, differing in pool.map(kill_and_compare, itertools.count(len(found)), shares):
+                kills += of_one
+                found.append(differing)
     return kills, found
 
 
@@ -322,6 +337,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="how often")
     parser.add_argument("--base_model", help="directory, hub id or short name; by default a tiny random model")
     parser.add_argument("--max_epochs", type=int, default=12, help="epochs of each run")
+    parser.add_argument("--at_once", type=int, default=5, help="runs that go on side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
 
@@ -336,7 +352,7 @@ def main() -> None:
             write_tiny_model(Path(base_model))
         arguments = ["fit", *SETTINGS, f"--trainer.max_epochs={options.max_epochs}", f"--data.train_path={rows_path}"]
         arguments.append(f"--model.base_model={base_model}")
-        kills, found = kill_runs(Path(work_dir), arguments, options.kills, options.seed)
+        kills, found = kill_runs(Path(work_dir), arguments, options.kills, options.seed, options.at_once)
     console = Console(width=110, highlight=False)
     console.print(table(kills))
     same = sum(not differing for differing in found)
