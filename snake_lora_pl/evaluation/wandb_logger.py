@@ -55,6 +55,8 @@ SUMMARIES = {
     "perf/peak_memory_gib": "max",
 }
 
+# Where W&B notes its own process, for those that this one starts.
+_SERVICE_ENV = "WANDB_SERVICE"
 _CONNECT_S = 3.0
 _INIT_S = 60.0
 
@@ -96,6 +98,8 @@ class RunWandbLogger(WandbLogger):
             raise UserError("wandb.yaml needs wandb: pip install 'snake_lora_pl[wandb]'.") from error
         super().__init__(project=project, name=name, save_dir=save_dir or "", entity=entity, group=group, tags=tags)
         self.mode = mode
+        del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value
+        self._owns_service = False
 
     def settle(self, paths: RunPaths, name: str) -> None:
         """Take what a run knows of itself where nothing else was given."""
@@ -113,6 +117,7 @@ class RunWandbLogger(WandbLogger):
     def _begin(self) -> None:
         import wandb
 
+        self._owns_service = _SERVICE_ENV not in os.environ
         directory = Path(str(self._save_dir or "."))
         directory.mkdir(parents=True, exist_ok=True)
         self._wandb_init |= {
@@ -120,7 +125,7 @@ class RunWandbLogger(WandbLogger):
             "id": self._own_id(directory),
             "mode": self._chosen_mode(),
             # Its capture of the terminal would break the progress bar, and its own lines say nothing ours do not.
-            "settings": wandb.Settings(console="off", quiet=True, init_timeout=_INIT_S),
+            "settings": wandb.Settings(console="off", silent=True, init_timeout=_INIT_S),
         }
         self._id = self._wandb_init["id"]
         try:
@@ -170,9 +175,15 @@ class RunWandbLogger(WandbLogger):
 
     def finish(self) -> None:
         """End the run, so that another one can begin in this process."""
-        if self._experiment is not None:
-            self._experiment.finish()
-            self._experiment = None
+        if self._experiment is None:
+            return
+        self._experiment.finish()
+        self._experiment = None
+        if self._owns_service:
+            # W&B's own process closes the run's file when it ends; until then the last records may be missing there.
+            import wandb
+
+            wandb.teardown()
 
     # ------------------------------------------------------------------ what it shows
 

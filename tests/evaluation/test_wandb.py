@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,6 @@ def records(path: Path) -> Iterator[Any]:
             parts = []
 
 
-def whole_file(path: Path) -> list[Any]:
-    """All records. W&B's own process closes the file some moments after it has said that the run is over."""
-    end = time.monotonic() + 30
-    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
-        assert time.monotonic() < end, "the run's file has no end"
-        time.sleep(0.05)
-    return list(records(path))
-
-
 class Shown:
     """A run as its file tells it."""
 
@@ -65,8 +56,9 @@ class Shown:
         self.metrics: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.artifacts: list[Any] = []
+        self.is_whole = False
         self.config: dict[str, Any] = {}
-        for record in whole_file(path):
+        for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.run = record.run
@@ -80,6 +72,8 @@ class Shown:
                 for item in record.history.item:
                     _nest(row, list(item.nested_key) or [item.key], json.loads(item.value_json))
                 self.history.append(row)
+            elif kind == "exit":
+                self.is_whole = True
             elif kind == "artifact":
                 self.artifacts.append(record.artifact)
         self.artifacts = [artifact for artifact in self.artifacts if artifact.type != "run_table"]  # W&B's own
@@ -116,6 +110,7 @@ def fitted(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
         patch.chdir(directory)
         configs = [f"--config={name}.yaml" for name in ("balanced", "adalora", "wandb")]
         assert main(["fit", *configs, *shown_flags, "--model.lora.rank=2"]) == 0
+        assert "WANDB_SERVICE" not in os.environ
     (run_dir,) = directory.glob("logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning")
     return RunPaths(run_dir), out.getvalue(), Shown(run_dir)
 
@@ -223,6 +218,7 @@ def test_the_run_says_how_to_send_it_and_leaves_nothing_open(fitted: tuple[RunPa
     paths, printed, shown = fitted
     assert f"wandb sync {shown.directory.relative_to(paths.run_dir.parents[5])}" in printed
     assert wandb.run is None
+    assert shown.is_whole
 
 
 def test_a_server_that_cannot_be_reached_is_waited_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +239,7 @@ def test_a_server_that_cannot_be_reached_is_waited_for_a_moment_only(monkeypatch
     assert tried == [(urlsplit(wandb.setup().settings.base_url).hostname, 443, 3.0)]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert RunWandbLogger()._chosen_mode() is None
+    wandb.teardown()
 
 
 def test_the_saved_dashboard_shows_what_a_run_logs(shown: Shown, capsys: pytest.CaptureFixture[str]) -> None:
