@@ -15,14 +15,15 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If no run lies there, one of its files cannot be read, or the page cannot be written.
     """
-    options = _parser().parse(arguments)
+    options = build_parser().parse(arguments)
     from snake_lora_pl.evaluation.report import write_report
 
     print(f"Report written to {shown(write_report(RunPaths.named(options.run)))}")
     return 0
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments of this verb."""
     parser = Parser("report", epilog="fit and test write it too. It opens from disk and loads nothing.")
     parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, or of its adapter")
     return parser
