@@ -216,7 +216,12 @@ def test_auto_becomes_the_number_that_fits_and_stays_that_number(
 def test_too_little_memory_is_one_line_with_settings_that_fit(
     complain: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snake_lora_pl.training.out_of_memory.available_bytes", lambda device: 2**25)
+    # Not really refused: how much an interpreter that has run other tests can still take is not to be foreseen.
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr("snake_lora_pl.training.module.LoRALightningModule.on_train_batch_start", refuse)
+    monkeypatch.setattr("snake_lora_pl.training.out_of_memory.available_bytes", lambda device: 2**30)
     line = complain("fit", "--config=balanced.yaml", *flags, "--data.batch_size=128", "--trainer.max_steps=1")
     assert re.search(r"out of memory: a step on 128 rows of \d+ tokens asks for about [\d.]+ GiB", line)
     assert "--data.batch_size=" in line

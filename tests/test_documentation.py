@@ -222,9 +222,9 @@ def test_a_kind_of_one_s_own_takes_less_than_twenty_lines(run: Callable[[tuple[s
     (command,) = (command for command in COMMANDS if command[1] == "loha.py")
     run((*command, "--root=loha", "--play.final_games=1"))
     (adapter_dir,) = Path("loha").glob("logs/extensions/models/*/*/*/lora_adapters/model_artifacts")
-    assert store.verify(adapter_dir).adapter_type == "loha"
     with restored_registry():
         execute(loha)
+        assert store.verify(adapter_dir).adapter_type == "loha"
         loaded = store.load(adapter_dir)
     assert any("hada_" in name for name, _ in loaded.named_parameters())
 

@@ -20,6 +20,8 @@ from snake_lora_pl.training.memory import estimate_memory, twin_of
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
+# A thread's stack is memory too.
+_REFUSALS = ("not enough memory", "can't start new thread")
 _NUM_SUGGESTIONS = 3
 # What an estimate may be too low by, and what other programs come to need.
 _USABLE_SHARE = 0.9
@@ -30,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or is_oom_error(error)
-        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS))
     )
 
 

@@ -60,6 +60,7 @@ def test_errors_of_every_allocator_are_known() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert is_out_of_memory(RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried"))
+    assert is_out_of_memory(RuntimeError("can't start new thread"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("not enough memory of what was read"))
 
@@ -124,7 +125,7 @@ def test_a_run_that_takes_more_than_there_is_ends_with_the_message(
 ) -> None:
     monkeypatch.setattr(out_of_memory, "available_bytes", lambda device: 50 * 2**20)
     trainer, module = make_trainer(tmp_path), make_module()
-    loader = DataLoader([blank_batch(512, LENGTH, 50)], batch_size=None)
+    loader = DataLoader([blank_batch(4096, LENGTH, 50)], batch_size=None)
     with pytest.raises(UserError, match=r"^out of memory: .* GiB were there \(.*memory.*\)"):
         with explained(trainer, module, Rows("auto")):
             trainer.fit(module, loader)
