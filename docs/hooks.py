@@ -29,4 +29,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _help(verb: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         main([verb, "--help"])
-    return text.getvalue()
+    return text.getvalue().replace(" \b", "")  # jsonargparse takes back a space on a terminal
