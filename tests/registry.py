@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.adapters import kinds
 
 
 @contextlib.contextmanager
 def restored_registry() -> Iterator[None]:
     """Undo what was registered inside."""
-    before = dict(AdapterFactory._kinds)
+    before = dict(kinds._KINDS)
     try:
         yield
     finally:
-        AdapterFactory._kinds.clear()
-        AdapterFactory._kinds.update(before)
+        kinds._KINDS.clear()
+        kinds._KINDS.update(before)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.adapters.adalora import AdaLoRA
+from snake_lora_pl.adapters import kinds, store
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.kind import AdapterKind
-from snake_lora_pl.adapters.lora import LoRA
-from snake_lora_pl.adapters.qlora import QLoRA
-from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-    from snake_lora_pl.adapters.kind import AdapterBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -30,42 +23,9 @@ class AdapterFactory:
         >>> AdapterFactory.create("lora", "smollm2-135m", LoRAConfig(rank=8))  # doctest: +SKIP
     """
 
-    _kinds: dict[str, AdapterKind] = {}  # noqa: RUF012 - the registry is shared by design
-
-    @classmethod
-    def register(cls, adapter_type: str, kind: AdapterKind | AdapterBuilder) -> None:
-        """Add a kind of adapter.
-
-        Args:
-            adapter_type: The name that ``model.adapter_type`` takes.
-            kind: Puts the adapter on a loaded base model and returns the PEFT model; an ``AdapterKind`` where its
-                training differs from LoRA's.
-
-        Raises:
-            ValueError: If the name is taken.
-        """
-        if adapter_type in cls._kinds:
-            raise ValueError(f"Adapter type '{adapter_type}' is registered already.")
-        cls._kinds[adapter_type] = kind if isinstance(kind, AdapterKind) else AdapterKind(kind)
-
-    @classmethod
-    def registered(cls) -> list[str]:
-        """Names of the kinds there are, sorted."""
-        return sorted(cls._kinds)
-
-    @classmethod
-    def kind(cls, adapter_type: str) -> AdapterKind:
-        """The kind of a name.
-
-        Raises:
-            UserError: If there is none; the message lists those there are.
-        """
-        if adapter_type not in cls._kinds:
-            known = cls.registered()
-            near = difflib.get_close_matches(adapter_type, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"model.adapter_type: unknown type '{adapter_type}'. Known: {', '.join(known)}.{hint}")
-        return cls._kinds[adapter_type]
+    register = staticmethod(kinds.register)
+    registered = staticmethod(kinds.registered)
+    kind = staticmethod(kinds.kind_of)
 
     @classmethod
     def create(
@@ -120,8 +80,6 @@ class AdapterFactory:
         Raises:
             UserError: If the directory is no intact adapter, or was trained on another base.
         """
-        from snake_lora_pl.adapters import store
-
         return store.load(
             adapter_path,
             base_model,
@@ -129,7 +87,3 @@ class AdapterFactory:
             full_precision_base=full_precision_base,
             **load_options,
         )
-
-
-for _name, _kind in (("lora", LoRA()), ("qlora", QLoRA()), ("adalora", AdaLoRA())):
-    AdapterFactory.register(_name, _kind)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snake_lora_pl.adapters.card import model_card
+from snake_lora_pl.adapters.kinds import kind_of
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
@@ -80,9 +81,7 @@ def save(
     Returns:
         ``adapter_dir`` as a path.
     """
-    from snake_lora_pl.adapters.factory import AdapterFactory
-
-    kind = AdapterFactory.kind(metadata.adapter_type)
+    kind = kind_of(metadata.adapter_type)
     config_in_memory = model.peft_config["default"]
     config, weights = kind.saved_form(model, model.state_dict() if state_dict is None else state_dict)
     with directory_durably(adapter_dir) as directory:
@@ -223,10 +222,8 @@ def _stored_adapter(directory: Path) -> StoredAdapter:
 
 
 def _check_kind(metadata: AdapterMetadata, directory: Path) -> None:
-    from snake_lora_pl.adapters.factory import AdapterFactory
-
     try:
-        AdapterFactory.kind(metadata.adapter_type)
+        kind_of(metadata.adapter_type)
     except UserError as error:
         raise UserError(f"{directory / METADATA_FILE}: {error}") from None
 
