@@ -17,6 +17,7 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.paths import RunPaths, shipped_configs
 from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS
 from tests.conftest import SAMPLE_DIR
+from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -26,16 +27,7 @@ RUN_PATTERN = "logs/extensions/models/grid-size-10/llm_finetune_v0.03_*/snake_re
 @pytest.fixture(scope="module")
 def flags(tiny_llama_dir: Path, bfs512_sample_path: Path) -> list[str]:
     """What makes a run small."""
-    return [
-        f"--model.base_model={tiny_llama_dir}",
-        f"--data.train_path={bfs512_sample_path}",
-        "--data.max_length=1200",
-        "--data.batch_size=4",
-        "--model.max_new_tokens=4",
-        "--model.dtype=float32",
-        "--trainer.limit_val_batches=2",
-        "--trainer.accelerator=cpu",
-    ]
+    return small_run(tiny_llama_dir, bfs512_sample_path, "--data.max_length=1200")
 
 
 @pytest.fixture(scope="module")

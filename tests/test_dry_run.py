@@ -14,20 +14,14 @@ import yaml
 
 from snake_lora_pl import dry_run
 from snake_lora_pl.__main__ import main
+from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture
 def flags(tiny_llama_dir: Path, bfs512_sample_path: Path) -> list[str]:
-    return [
-        f"--model.base_model={tiny_llama_dir}",
-        f"--data.train_path={bfs512_sample_path}",
-        "--data.max_length=1200",
-        "--data.batch_size=4",
-        "--model.dtype=float32",
-        "--trainer.accelerator=cpu",
-    ]
+    return small_run(tiny_llama_dir, bfs512_sample_path, "--data.max_length=1200")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.paths import RunPaths
+from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,19 +31,6 @@ class Run(NamedTuple):
     flags: list[str]
 
 
-def fit_flags(tiny_llama_dir: Path, rows_path: Path) -> list[str]:
-    """What makes a run small."""
-    return [
-        f"--model.base_model={tiny_llama_dir}",
-        f"--data.train_path={rows_path}",
-        "--data.batch_size=4",
-        "--model.dtype=float32",
-        "--model.max_new_tokens=4",
-        "--trainer.accelerator=cpu",
-        "--trainer.limit_val_batches=2",
-    ]
-
-
 @pytest.fixture(scope="module", params=["lora", "qlora", "adalora"])
 def run(
     request: pytest.FixtureRequest,
@@ -54,7 +42,7 @@ def run(
     directory = tmp_path_factory.mktemp(request.param)
     configs = ["--config", "lightweight.yaml"]
     configs += ["--config", f"{request.param}.yaml"] if request.param != "lora" else []
-    flags = [*configs, *fit_flags(tiny_llama_dir, bfs512_sample_path)]
+    flags = [*configs, *small_run(tiny_llama_dir, bfs512_sample_path)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
         patch.chdir(directory)

@@ -17,6 +17,7 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.evaluation.games_writer import read_games
 from snake_lora_pl.paths import GamesPaths, RunPaths
+from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -29,18 +30,8 @@ def flags(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["generate", "--out", str(path), "--games", "4", "--grid_size", "5", "--style", "compact"]) == 0
-    return [
-        f"--model.base_model={tiny_llama_dir}",
-        f"--data.train_path={path}",
-        "--data.batch_size=4",
-        "--model.max_new_tokens=4",
-        "--model.dtype=float32",
-        "--trainer.limit_train_batches=2",
-        "--trainer.limit_val_batches=1",
-        "--trainer.accelerator=cpu",
-        "--play.reading=score",
-        "--play.max_steps=3",
-    ]
+    short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    return small_run(tiny_llama_dir, path, *short, "--play.reading=score", "--play.max_steps=3")
 
 
 @pytest.fixture(scope="module")

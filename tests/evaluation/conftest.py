@@ -12,6 +12,7 @@ import pytest
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.paths import RunPaths
+from tests.small_run import small_run
 
 NASTY = "</script><img src=x onerror=\"document.title='owned'\"> <b>bold</b> __DATA__ __TITLE__"
 
@@ -26,25 +27,22 @@ def shown_flags(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     val_path = path.with_name("val.jsonl")
     rows[0]["prompt"] += NASTY
     val_path.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
-    return [
-        f"--model.base_model={tiny_llama_dir}",
-        f"--data.train_path={path}",
+    return small_run(
+        tiny_llama_dir,
+        path,
         f"--data.val_path={val_path}",
         "--data.max_length=1400",
         "--data.batch_size=2",
         "--model.max_new_tokens=6",
-        "--model.dtype=float32",
         "--trainer.limit_train_batches=2",
-        "--trainer.limit_val_batches=2",
         "--trainer.max_epochs=2",
         "--trainer.val_check_interval=1.0",
-        "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
         "--num_sample_rows=3",
         "--play.max_steps=3",
         "--play.val_games=2",
         "--play.final_games=3",
-    ]
+    )
 
 
 @pytest.fixture(scope="session")
