@@ -35,7 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            # Here and not when the interpreter ends, where a closed pipe can no longer be caught; also after --help.
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {printable(mask_secrets(str(error), arguments))}", file=sys.stderr)
         return EXIT_USER_ERROR

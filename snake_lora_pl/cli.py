@@ -168,6 +168,10 @@ class SnakeCLI(LightningCLI):
         parser.add_argument(
             "-c", "--config", action=ShippedConfigFile, help="Config by path or shipped name; several compose."
         )
+        for action in parser._actions:
+            if "--print_config" in action.option_strings:
+                # Offered only where ruamel.yaml happens to be installed; the help is the same everywhere.
+                action.help = str(action.help).replace(" comments,", "")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
