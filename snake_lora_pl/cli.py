@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
 from lightning.pytorch import Trainer
@@ -33,7 +34,7 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
 from snake_lora_pl.evaluation.dashboard import RunLogger, RunOutcome, dashboards
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
@@ -629,6 +630,12 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
         raise UserError(f"{place}{error.strerror}. Free space, then go on with --ckpt_path last.") from error
+    except torch.distributed.DistNetworkError as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"the processes cannot meet at {place} (MASTER_ADDR:MASTER_PORT): {one_line(error)}. Choose an address "
+            "of the first machine that the others reach and a port that is free there; on one machine leave both unset."
+        ) from error
     finally:
         claimed = os.environ.get(RUN_DIR_ENV)
         if inherited is None and claimed is not None:

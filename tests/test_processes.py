@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -384,3 +385,14 @@ def test_two_nodes_on_loopback_come_to_the_adapter_of_one_process(
     flags: list[str], alone: RunPaths, tmp_path: Path
 ) -> None:
     assert_same_adapter(run_nodes(flags, tmp_path, [([], "127.0.0.1", "lo")] * 2), alone)
+
+
+def test_a_port_that_is_taken_is_one_line(flags: list[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "snake_lora_pl", *flags, *DDP, f"--root={tmp_path}"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS_S, check=False)
+    assert result.returncode == 2
+    assert f"the processes cannot meet at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT)" in result.stderr
+    assert "Traceback" not in result.stderr
