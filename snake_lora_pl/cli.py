@@ -109,11 +109,7 @@ class OneLineParser(LightningArgumentParser):
         Raises:
             UserError: Always.
         """
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
+        _raise_user_error_behind(ex)
         raise UserError(self._one_line(message)) from ex
 
     def _one_line(self, message: str) -> str:
@@ -137,6 +133,14 @@ class OneLineParser(LightningArgumentParser):
     def _known_keys(self) -> list[str]:
         verbs = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
         return [a.dest for parser in [self, *verbs] for a in parser._actions if a.dest and a.dest != "help"]
+
+
+def _raise_user_error_behind(error: BaseException | None) -> None:
+    """Raise the ``UserError`` that an error was made of, if there is one."""
+    while error is not None:
+        if isinstance(error, UserError):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 class SnakeCLI(LightningCLI):
@@ -294,6 +298,18 @@ class SnakeCLI(LightningCLI):
         return run
 
     # ------------------------------------------------------------------ the trainer
+
+    def instantiate_classes(self) -> None:
+        """Make the module, the data module and the trainer.
+
+        Raises:
+            UserError: As one of them raised it; jsonargparse, which tries every type that an option may have, wraps it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            _raise_user_error_behind(error)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the logger and the callbacks that the verb needs."""

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,6 +218,15 @@ def test_too_little_memory_is_one_line_with_settings_that_fit(
     line = complain("fit", "--config=balanced.yaml", *flags, "--data.batch_size=128", "--trainer.max_steps=1")
     assert re.search(r"out of memory: a step on 128 rows of \d+ tokens asks for about [\d.]+ GiB", line)
     assert "--data.batch_size=" in line
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_an_overlay_whose_package_is_not_installed_names_its_extra(
+    complain: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    line = complain("fit", "--config=balanced.yaml", f"--config={package}.yaml", *flags)
+    assert line.strip() == f"error: {package}.yaml needs {package}: pip install 'snake_lora_pl[{package}]'."
 
 
 def test_two_runs_that_start_in_one_second_get_two_directories(tmp_path: Path) -> None:
