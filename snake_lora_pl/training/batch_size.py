@@ -11,11 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.memory import is_oom_error
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.allocator import keep_freed_memory
 from snake_lora_pl.training.machine_memory import available_bytes, used_bytes
+from snake_lora_pl.training.out_of_memory import is_out_of_memory
 from snake_lora_pl.training.sharding import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _largest_that_fits(trainer: pl.Trainer, module: Any, device: torch.device) -
         low = _peak_bytes(trainer, module, device, few)
         high = _peak_bytes(trainer, module, device, many)
     except Exception as error:
-        if not is_oom_error(error):
+        if not is_out_of_memory(error):
             raise
         return _largest_tried(trainer, module, device, many - 1)
     row_bytes = max(1.0, (high - low) / (many - few))
@@ -128,7 +128,7 @@ def _largest_tried(trainer: pl.Trainer, module: Any, device: torch.device, num_r
         try:
             _peak_bytes(trainer, module, device, num_rows)
         except Exception as error:
-            if not is_oom_error(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             break

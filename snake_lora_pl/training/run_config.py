@@ -42,7 +42,8 @@ class ResolvedConfig(SaveConfigCallback):
         assert trainer.logger is not None
         assert trainer.logger.log_dir is not None
         path = RunPaths(Path(trainer.logger.log_dir)).config_path
+        text = config_text(self.parser, self.config)
         with explain_failed_writes(path, "the config"), open_durably(path, "w", encoding="utf-8") as file:
-            file.write(config_text(self.parser, self.config))
+            file.write(text)
         for run_logger in trainer.loggers:
-            run_logger.log_hyperparams(yaml.safe_load(config_text(self.parser, self.config)))
+            run_logger.log_hyperparams(yaml.safe_load(text))
