@@ -175,9 +175,10 @@ def read_rows(
 ) -> Iterator[Row]:
     """Read rows one at a time, in constant memory whatever the length of a file or of a line.
 
-    Blank lines are passed over; a byte order mark, CRLF and a missing last newline are fine. Files compressed with gzip
-    are known by their content. A row in which a key stands twice is bad, since readers disagree on which one counts.
-    Numbers that JSON lacks (``NaN``) are let through in the keys that are ignored, for Python writes them.
+    Blank lines are passed over; byte order marks (of files that were joined, too), CRLF and a missing last newline
+    are fine. Files compressed with gzip are known by their content. A row in which a key stands twice is bad, since
+    readers disagree on which one counts. Numbers that JSON lacks (``NaN``) are let through in the keys that are
+    ignored, for Python writes them.
 
     Args:
         paths: Files, as ``expand_paths`` returns them.
@@ -294,9 +295,8 @@ def _split_lines(file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes | 
             # Beyond the limit the line is only run through: a file may be one line of many gigabytes.
             if num_bytes <= MAX_ROW_BYTES + len(b"\r\n"):
                 pieces.append(piece)
-        line = b"".join(pieces).rstrip(b"\r\n")
-        if number == 1:
-            line = line.removeprefix(_UTF8_BOM)
+        # Not on the first line only: files are joined with `cat`.
+        line = b"".join(pieces).rstrip(b"\r\n").removeprefix(_UTF8_BOM)
         if max(num_bytes - len(b"\r\n"), len(line)) > MAX_ROW_BYTES:
             yield number, None
         elif line.strip():

@@ -38,9 +38,9 @@ def test_every_text_that_json_can_write_is_read_back_unchanged(tmp_path_factory,
     ]
 
 
-def test_byte_order_mark_crlf_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
+def test_byte_order_marks_crlf_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + GOOD)
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + b"\xef\xbb\xbf" + GOOD + b"\n\xef\xbb\xbf")
     assert [row.line for row in read(path)] == [1, 4]
 
 

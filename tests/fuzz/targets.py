@@ -23,7 +23,7 @@ from snake_lora_pl.untrusted import load_yaml, printable
 
 
 def rows(content: bytes) -> None:
-    """Rows come out as JSON has them, all bad ones are counted, and nothing but a ``UserError`` is raised."""
+    """Rows come out as JSON has them, each line is a row or a complaint, and nothing but a ``UserError`` is raised."""
     complaints = Complaints()
     with _file(content) as path:
         try:
@@ -34,7 +34,7 @@ def rows(content: bytes) -> None:
     if not content.startswith(b"\x1f\x8b"):
         # A byte order mark and a line of white space are no rows.
         filled = [line for line in lines if line.removeprefix(b"\xef\xbb\xbf").strip()]
-        assert len(good) + sum(complaints.counts.values()) <= len(filled)
+        assert len(good) + sum(complaints.counts.values()) == len(filled)
         for row in good:
             read = json.loads(lines[row.line - 1].decode("utf-8-sig"))
             assert (row.prompt, row.completion) == (read["prompt"], read["completion"])
