@@ -15,6 +15,7 @@ from importlib import metadata
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.secrets import mask_secrets
+from snake_lora_pl.training.allocator import restart_joining_small_blocks
 from snake_lora_pl.untrusted import printable
 from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG, help_path
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         try:
-            return _dispatch(arguments)
+            return _dispatch(arguments, owns_process=argv is None)
         finally:
             # Here and not when the interpreter ends, where a closed pipe can no longer be caught; also after --help.
             sys.stdout.flush()
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         print(_overview())
@@ -76,6 +77,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[1:] and arguments[-1] in ("-h", "--help"):
         print(help_path(verb).read_text(encoding="utf-8"), end="")
         return 0
+    if verb == "fit" and owns_process:
+        restart_joining_small_blocks(arguments)
     from snake_lora_pl.cli import run
 
     return run(arguments)
