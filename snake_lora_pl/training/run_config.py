@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def config_text(parser: ArgumentParser, config: Namespace) -> str:
-    """A config as YAML for every verb, also for a run from the start: without the checkpoint that this one went on from.
+    """A config as YAML that serves every verb: without the checkpoint that a run went on from.
 
     Without keys and tokens, too: the logger that was given one takes it from its environment as well.
     """
