@@ -72,7 +72,7 @@ def test_used_memory_grows_with_what_is_held() -> None:
     before = used_bytes(CPU)
     # Not from the heap, where other tests may have left room.
     with mmap.mmap(-1, 64 * MIB) as held:
-        held.write(b"1" * held.size())
+        held.write(b"1" * len(held))
         assert used_bytes(CPU) - before > 32 * MIB
 
 
