@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from rich.text import Text
 
 from snake_lora_pl import dry_run
 from snake_lora_pl.adapters import store
@@ -420,22 +421,27 @@ class SnakeCLI(LightningCLI):
         """Print the games' table, where everything lies and what comes next."""
         if self.contest is not None:
             self._print_games()
-        for label, path in (
+        # Bold in a terminal, which wraps long lines itself, so that a path or the command can be copied whole.
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print()
+        places = [
             ("report", paths.report_path),
             ("metrics", paths.metrics_path),
             ("games", paths.games.games_dir),
             ("checkpoints", paths.checkpoints_dir),
-        ):
-            if path.exists():
-                print(f"{label:<12}{shown(path)}")
-        for run_logger in self.trainer.loggers:
-            if isinstance(run_logger, RunLogger):
-                print(f"{run_logger.label:<12}{run_logger.place}")
-        configs = " ".join(f"--config {shown(c)}" for c in self._config_names())
-        run_dir, adapter = shown(paths.run_dir), shown(paths.artifacts_dir)
-        print(
-            f"Everything lies in {run_dir} (adapter: {adapter}). "
-            f"Next: {PROG} test {configs}{' ' if configs else ''}--adapter {adapter}"
+            ("adapter", paths.artifacts_dir),
+        ]
+        lines = [(label, shown(path)) for label, path in places if path.exists()]
+        lines += [(log.label, log.place) for log in self.trainer.loggers if isinstance(log, RunLogger)]
+        for label, place in lines:
+            console.print(Text.assemble((f"{label:<12}", "bold"), place))
+        command = [*PROG.split(), "test"]
+        for config in self._config_names():
+            command += ["--config", shown(config)]
+        command += ["--adapter", shown(paths.artifacts_dir)]
+        next_one = ("Next:", "bold")
+        console.print(
+            Text.assemble("Everything lies in ", shown(paths.run_dir), ". ", next_one, " ", shlex.join(command))
         )
 
     def _play_with_best(self, settings: PlaySettings) -> None:
@@ -482,13 +488,16 @@ class SnakeCLI(LightningCLI):
 
     def _print_games(self) -> None:
         assert self.contest is not None
-        print(f"\n{self.contest.title}")
+        is_terminal = sys.stdout.isatty()
+        # A log file has no width; 80 columns would cut names.
+        console = Console(width=None if is_terminal else 120, highlight=False, markup=False, emoji=False)
+        console.print(f"\n{self.contest.title}\n", soft_wrap=not is_terminal)
         if len(self.contest.entrants) > 1:
             for entrant in self.contest.entrants:
                 print(f"{entrant.name}: {entrant.adapter_dir}, prompts in {entrant.prompting.style}")
-        # A log file has no width; 80 columns would cut names.
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(render_table(self.contest.results))
-        print("\n".join(differences_in_words(self.contest.results)))
+            print()
+        console.print(render_table(self.contest.results))
+        print("", *differences_in_words(self.contest.results), sep="\n")
 
     def after_predict(self) -> None:
         """Say where the completions are."""

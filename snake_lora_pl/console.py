@@ -21,11 +21,22 @@ _LEVELS = {
 }
 
 
+class StderrHandler(logging.Handler):
+    """Writes to what stderr is at the time: while a progress bar is drawn, to what puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
 def quiet_libraries() -> None:
     """Let this package speak and the libraries only where something is wrong; for commands, not for Python callers."""
     import transformers
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
     logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)

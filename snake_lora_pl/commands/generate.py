@@ -92,5 +92,5 @@ def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
 
     columns = (TextColumn("games"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("games")
+        task = bar.add_task("games", total=None)
         yield lambda num_played, num_games: bar.update(task, completed=num_played, total=num_games)

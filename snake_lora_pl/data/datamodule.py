@@ -213,7 +213,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             self._val = self._open_val_rows(self.val_path)
         self._summary = self._summarise()
         if self.trainer is None or self.trainer.is_global_zero:
-            logger.info("data: %s", ", ".join(f"{name} {value}" for name, value in self.summary().items()))
+            logger.info("data: %s", _in_words(self._summary))
 
     def _open_val_rows(self, val_path: str | list[str]) -> _RowSubset:
         rows = self._open(expand_paths(val_path))
@@ -578,3 +578,19 @@ class _LazyLoader(DataLoader):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    """What of a summary a person wants to know when a run starts; hashes are in the adapter's metadata."""
+    parts = []
+    for rows, games, purpose in (
+        ("num_train_rows", "num_train_games", "to train on"),
+        ("num_val_rows", "num_val_games", "to validate on"),
+    ):
+        if num_rows := summary[rows]:
+            num_games = f"{summary[games]:,} game{'' if summary[games] == 1 else 's'}"
+            parts.append(f"{num_rows:,} rows of {num_games} {purpose}")
+    if removed := summary["num_duplicates_removed"]:
+        parts.append(f"{removed:,} left out whose prompt is among those to validate on")
+    size = summary["grid_size"]
+    return f"{'; '.join(parts) or 'no rows'} ({size}x{size}, {summary['prompt_format']})"

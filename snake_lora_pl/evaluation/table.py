@@ -44,7 +44,8 @@ def render_table(results: Sequence[PlayerResult]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
+    # No wider than needed: four players fit into 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("")
     for result in results:
         table.add_column(result.name, justify="right")
@@ -65,7 +66,7 @@ def table_rows(players: Sequence[tuple[str, Mapping[str, float]]]) -> Iterator[t
         yield label, [show(figures) for figures in by_player]
     for name in _names(by_player, _END):
         if any(figures[name] for figures in by_player):
-            yield f"games ended {name.removeprefix(_END)}", [f"{figures[name]:.0f}" for figures in by_player]
+            yield f"ended {name.removeprefix(_END)}", [f"{figures[name]:.0f}" for figures in by_player]
     for name in _names(by_player, _CLAIM):
         yield f"true: {name.removeprefix(_CLAIM)}", [_known(figures, name, ".1%") for figures in by_player]
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from snake_lora_pl.adapters import store
 from snake_lora_pl.durable import explain_failed_writes, remove_leftovers
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.paths import shown
 from snake_lora_pl.training.checkpoint_io import DurableCheckpointIO
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.resumption import is_between_steps, restore_run_state, run_state, settle_counters
@@ -84,6 +85,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
+        self._has_exported = False
         self.save_every_n_steps = save_every_n_steps
         self._is_between_steps = False
         self._validation_is_due = False
@@ -252,7 +254,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             metadata = _describe(trainer, pl_module)
             with explain_failed_writes(self.adapter_dir, "the adapter", SafetensorError):
                 store.save(pl_module.peft_model, self.adapter_dir, metadata, pl_module.tokenizer, weights)
-            logger.info("Adapter of step %d written to %s", trainer.global_step, self.adapter_dir)
+            # The path fills two lines of a terminal: once is enough.
+            place = "" if self._has_exported else f" to {shown(self.adapter_dir)}"
+            logger.info("step %d: adapter written%s", trainer.global_step, place)
+            self._has_exported = True
         trainer.strategy.barrier("AdapterCheckpoint")
 
 

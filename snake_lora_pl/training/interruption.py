@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.progress import RunProgress
 from snake_lora_pl.training.resumption import is_between_steps
 
 if TYPE_CHECKING:
@@ -124,8 +125,10 @@ class Interruption(Callback):
             raise self._interrupted(signum)
         if is_first and self._trainer is not None and self._trainer.is_global_zero:
             again = " Ctrl-C again stops at once." if signum == signal.SIGINT else ""
-            # Not by `print`: the signal may have come in the middle of one.
-            os.write(2, f"\n{signal.Signals(signum).name}: finishing the step.{again}\n".encode())
+            text = f"{signal.Signals(signum).name}: finishing the step.{again}"
+            progress = self._trainer.progress_bar_callback
+            if not isinstance(progress, RunProgress) or not progress.note(text):
+                os.write(2, f"\n{text}\n".encode())  # not by `print`: the signal may have come in the middle of one
 
     # ------------------------------------------------------------------ where a run can stop
 

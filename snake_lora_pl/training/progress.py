@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
+
+_NAME_WIDTH, _GAP = 5, 2  # of "train", and columns to the bar
+# Seen on white as on black, where rich's own colours are not.
+_DONE, _TO_DO = "green", "grey50"
+
+
+@dataclass
+class _Stage:
+    """What goes on: training, within it a validation, and within that games."""
+
+    name: str
+    started: float
+    share: float = 0.0
+    details: str = ""
+    figures: str = ""
 
 
 class RunProgress(ProgressBar):
@@ -27,13 +47,16 @@ class RunProgress(ProgressBar):
         super().__init__()
         self.line_seconds = line_seconds
         self._enabled = True
-        self._console = Console(file=sys.stderr)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        # Only a terminal can be drawn on, whatever FORCE_COLOR asks for. Long lines are the terminal's to wrap: a path
+        # that was broken here could not be copied.
+        is_interactive = None if sys.stderr.isatty() else False
+        self._console = Console(stderr=True, force_interactive=is_interactive, soft_wrap=True, highlight=False)
+        self._stages: list[_Stage] = []
+        self._live: Live | None = None
+        self._note = ""
         self._started = 0.0
         self._first_share = 0.0
         self._last_line = 0.0
-        self._stage = ""
         self._score: torch.Tensor | None = None
 
     def disable(self) -> None:
@@ -49,6 +72,15 @@ class RunProgress(ProgressBar):
         if self._enabled:
             self._console.print(*args, **kwargs)
 
+    def note(self, text: str) -> bool:
+        """Show a text below the bar from now on; nothing is written here, so that a signal handler may call it.
+
+        Returns:
+            Whether there is a bar.
+        """
+        self._note = text
+        return self._live is not None
+
     # ------------------------------------------------------------------ training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,53 +88,64 @@ class RunProgress(ProgressBar):
         self._started = time.monotonic()
         self._first_share = self._run_share(trainer)
         self._open("train")
+        self._stages[-1].share = self._first_share
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar."""
         share = self._run_share(trainer)
-        self._show(share, self._train_text(trainer, share))
+        self._show(share, self._time_left(share), self._figures(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the bar down."""
-        self._show(self._run_share(trainer), self._train_text(trainer, 1.0), force=True)
+        """Take the bar down and say where training ended."""
         self._close()
+        elapsed = time.monotonic() - self._started
+        self._print_line("train", self._run_share(trainer), f"took {_clock(elapsed)}", self._figures(trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the bar down, so that the message is readable."""
-        self._close()
+        while self._stages:
+            self._close()
 
-    def _train_text(self, trainer: pl.Trainer, share: float) -> str:
+    def _figures(self, trainer: pl.Trainer) -> str:
         metrics = trainer.callback_metrics
         # At validations without games the score is not among the metrics; the last one is still what there is to know.
         self._score = metrics.get("play/apples_mean", self._score)
-        parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
+        parts = [f"epoch {self._epochs_done(trainer):.2f}", f"step {trainer.global_step}"]
         for name, label, form in (
             ("train/loss", "loss", "{:.3f}"),
             ("val/loss", "val", "{:.3f}"),
-            ("perf/tokens_per_second", "tokens/s", "{:.0f}"),
+            ("perf/tokens_per_second", "tokens/s", "{:,.0f}"),
         ):
             if name in metrics:
                 parts.append(f"{label} {form.format(float(metrics[name]))}")
         if self._score is not None:
             parts.append(f"play {float(self._score):.1f}")
-        if share > self._first_share:
-            elapsed = time.monotonic() - self._started
-            parts.append(f"left {_clock(elapsed * (1 - share) / (share - self._first_share))}")
         return "  ".join(parts)
 
+    def _time_left(self, share: float) -> str:
+        if share <= self._first_share:
+            return ""
+        elapsed = time.monotonic() - self._started
+        return f"left {_clock(elapsed * (1 - share) / (share - self._first_share))}"
+
     @staticmethod
-    def _run_share(trainer: pl.Trainer) -> float:
+    def _epochs_done(trainer: pl.Trainer) -> float:
+        batches = trainer.num_training_batches
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        completed = trainer.fit_loop.epoch_progress.current.completed
+        # Between the last batch of an epoch and its end the epoch is not yet among those that are completed.
+        is_over = completed == trainer.fit_loop.epoch_progress.current.ready
+        return float(completed + (done / batches if 0 < batches < float("inf") and not is_over else 0.0))
+
+    def _run_share(self, trainer: pl.Trainer) -> float:
         """Share of the run that is done, in [0, 1], by the limit that is nearest to its end."""
         shares = [0.0]
         if trainer.max_steps > 0:
             shares.append(trainer.global_step / trainer.max_steps)
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            batches = trainer.num_training_batches
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            in_epoch = done / batches if 0 < batches < float("inf") else 0.0
-            shares.append((trainer.fit_loop.epoch_progress.current.completed + in_epoch) / trainer.max_epochs)
+            shares.append(self._epochs_done(trainer) / trainer.max_epochs)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and callback._duration:
                 shares.append(callback.time_elapsed() / callback._duration)
@@ -129,16 +172,13 @@ class RunProgress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the bar back to training and say what came out."""
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if values and not trainer.sanity_checking:
-            text = "  ".join(f"{name} {value:.4g}" for name, value in sorted(values.items()))
-            # Outside of `fit` no step was made: those that the adapter has behind it are not the trainer's.
-            begin = f"step {trainer.global_step}: " if trainer.state.fn == "fit" else ""
-            self.print(f"{begin}{text}", highlight=False, soft_wrap=True)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._open("train")
-        else:
-            self._close()
+        self._close()
+        prefix = "val/"
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
+        if values and trainer.state.fn == "fit" and not trainer.sanity_checking:  # `validate` prints them itself
+            names = sorted(values, key=lambda name: (name != "val/loss", name))
+            text = "  ".join(f"{name.removeprefix(prefix)} {values[name]:.4g}" for name in names)
+            self.print(f"step {trainer.global_step}: val  {text}")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
@@ -164,50 +204,78 @@ class RunProgress(ProgressBar):
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float, str], None]]:
         """Show something else for a while; what it yields takes the share that is done, and a text."""
-        before, was_open = self._stage, self._progress is not None
         self._open(name)
         try:
             yield self._show
         finally:
             self._close()
-            self._stage = before
-            if was_open:
-                self._open(before)
 
     # ------------------------------------------------------------------ drawing
 
-    def _open(self, stage: str) -> None:
-        self._close()
-        self._stage = stage
-        self._last_line = 0.0
-        if self._enabled and self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]{task.fields[stage]:>5}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[text]}"),
+    def _open(self, name: str) -> None:
+        if not self._stages:
+            self._last_line = 0.0  # the first line comes at once, those of stages within this one when it is time
+        self._stages.append(_Stage(name, time.monotonic()))
+        if self._live is None and self._enabled and self._console.is_interactive:
+            self._live = Live(
                 console=self._console,
+                get_renderable=self._bars,
+                transient=True,
+                # What is printed meanwhile comes to stand above; to a file it goes as ever.
+                redirect_stdout=sys.stdout.isatty(),
             )
-            self._task = self._progress.add_task("", total=1.0, stage=stage, text="")
-            self._progress.start()
+            self._live.start()
 
-    def _show(self, share: float, text: str, force: bool = False) -> None:
-        if not self._enabled:
+    def _close(self) -> None:
+        if self._stages:
+            self._stages.pop()
+        if self._live is not None and not self._stages:
+            self._live.stop()
+            self._live = None
+
+    def _show(self, share: float, details: str, figures: str = "") -> None:
+        if not self._stages:
             return
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=share, text=text)
-        elif force or time.monotonic() - self._last_line >= self.line_seconds:
-            self._last_line = time.monotonic()
-            self.print(f"{self._stage} {share:4.0%}  {text}", highlight=False, soft_wrap=True)
+        stage = self._stages[-1]
+        stage.share, stage.details, stage.figures = share, details, figures
+        if self._live is None and time.monotonic() - self._last_line >= self.line_seconds:
+            self._print_line(stage.name, share, details, figures)
 
     def _show_batch(self, batch_idx: int, num_batches: float) -> None:
         self._show((batch_idx + 1) / num_batches, f"batch {batch_idx + 1} of {num_batches}")
 
-    def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._task = None, None
+    def _print_line(self, name: str, share: float, details: str, figures: str) -> None:
+        self._last_line = time.monotonic()
+        self.print("  ".join(part for part in (f"{name} {share:4.0%}", figures, details) if part))
+
+    def _bars(self) -> RenderableType:
+        """The outermost stage and below it the one that it waits for, or else its figures, and a note."""
+        stages = list(self._stages)
+        lines: list[RenderableType] = [_bar(stage) for stage in (*stages[:1], *stages[1:][-1:])]
+        if len(stages) == 1 and stages[0].figures:
+            lines.append(Text(_flowed(stages[0].figures, self._console.width), overflow="ellipsis"))
+        if self._note:
+            lines.append(Text(self._note))
+        return Group(*lines)
+
+
+def _bar(stage: _Stage) -> RenderableType:
+    line = Table.grid(padding=(0, _GAP, 0, 0), expand=True)
+    line.add_column(justify="right", min_width=_NAME_WIDTH, no_wrap=True)
+    line.add_column(ratio=1)
+    for _ in range(3):
+        line.add_column(no_wrap=True)
+    bar = Bar(total=1.0, completed=stage.share, style=_TO_DO, complete_style=_DONE, finished_style=_DONE)
+    elapsed = _clock(time.monotonic() - stage.started)
+    line.add_row(Text(stage.name, style="bold"), bar, f"{stage.share:4.0%}", elapsed, stage.details)
+    return line
+
+
+def _flowed(figures: str, width: int) -> str:
+    """Figures below a bar, on more than one line where they must, but none parted from its name."""
+    indent, glue = " " * (_NAME_WIDTH + _GAP), "\N{NO-BREAK SPACE}"
+    whole = "  ".join(figure.replace(" ", glue) for figure in figures.split("  "))
+    return textwrap.fill(whole, max(width, 20), initial_indent=indent, subsequent_indent=indent).replace(glue, " ")
 
 
 def _clock(seconds: float) -> str:

@@ -74,7 +74,8 @@ def test_with_a_val_path_nothing_is_split_off_but_duplicates_are_removed(make, w
     assert sorted(sources(datamodule.val_dataloader())) == [f"{val}:{line}" for line in (1, 2, 3)]
     assert (datamodule.num_train_rows, datamodule.num_val_rows) == (8, 3)
     assert datamodule.summary()["num_duplicates_removed"] == 2
-    assert "num_train_rows 8, num_train_games 2, num_val_rows 3" in caplog.text
+    said = "8 rows of 2 games to train on; 3 rows of 2 games to validate on; 2 left out"
+    assert said in caplog.text
 
 
 def test_validation_alone_needs_no_training_rows_where_there_is_a_val_path(make, rows_path):

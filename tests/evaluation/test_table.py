@@ -35,9 +35,9 @@ def players() -> list[PlayerResult]:
     ]
 
 
-def printed(results: list[PlayerResult]) -> str:
+def printed(results: list[PlayerResult], width: int = 100) -> str:
     file = io.StringIO()
-    Console(file=file, width=100).print(render_table(results))
+    Console(file=file, width=width).print(render_table(results))
     return file.getvalue()
 
 
@@ -49,13 +49,18 @@ def row(text: str, label: str) -> list[str]:
 def test_the_table_has_a_column_for_each_player_and_a_row_for_each_figure() -> None:
     results = players()
     text = printed(results)
-    assert text.splitlines()[1].split() == ["adapter", "base", "random_legal"]
+    assert text.splitlines()[0].split() == ["adapter", "base", "random_legal"]
     assert row(text, "apples, mean") == [f"{result.figures()['apples_mean']:.1f}" for result in results]
     assert row(text, "unreadable answers") == ["0.00%", "100.00%", "0.00%"]
-    assert row(text, "games ended NO_VALID_ANSWER") == ["0", "5", "0"]
+    assert row(text, "ended NO_VALID_ANSWER") == ["0", "5", "0"]
     assert row(text, "steps beyond it, an apple")[1] == "-"
     assert row(text, "true: head") == ["100.0%", "-", "-"]
     assert "ended WIN" not in text
+
+
+def test_a_table_of_four_players_fits_into_80_columns() -> None:
+    results = [*players(), play(TeacherPolicy("safe_greedy"))]
+    assert len(printed(results, width=80).splitlines()) == len(printed(results, width=200).splitlines())
 
 
 def test_two_runs_give_equal_tables_but_for_the_speed() -> None:
