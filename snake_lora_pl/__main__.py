@@ -10,7 +10,9 @@ import difflib
 import errno
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from importlib import metadata
 
 from snake_lora_pl.errors import UserError
@@ -87,11 +89,13 @@ def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
 def _overview() -> str:
     texts = LIGHTNING_VERBS | LIGHT_VERBS
     width = max(map(len, texts))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in texts.items())
+    columns = shutil.get_terminal_size().columns
+    wrapper = textwrap.TextWrapper(max(columns, 40), subsequent_indent=" " * (width + 4), break_on_hyphens=False)
+    verbs = "\n".join(wrapper.fill(f"  {verb:<{width}}  {text}") for verb, text in texts.items())
     return (
         f"usage: {PROG} VERB [options]\n\n{verbs}\n\n"
         f"{PROG} VERB --help lists a verb's options.\n"
-        f"First run: {PROG} fit --config balanced.yaml --config quickstart.yaml"
+        f"First run:\n{PROG} fit --config balanced.yaml --config quickstart.yaml"
     )
 
 

@@ -115,7 +115,7 @@ class OneLineParser(LightningArgumentParser):
 
     def _one_line(self, message: str) -> str:
         lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-        text = " ".join(lines)[:600]
+        text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(lines)[:600])
         if group := re.fullmatch(r'Key "(\w+)\.([\w.]+)" not found in namespace\.', text):
             return f"{group[1]} is a group of keys, not a value: write {group[1]}.{group[2]} and the like."
         for found in re.findall(r"""["']([\w.]+)["']|--([\w.]+)""", text):

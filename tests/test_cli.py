@@ -411,12 +411,18 @@ def test_an_adapter_of_another_base_is_refused(
     assert f"trained on {tiny_llama_dir}, not on {other}" in message
 
 
-def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_version_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([]) == 0
     overview = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == overview
     assert all(verb in overview for verb in ("fit", "validate", "test", "predict"))
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["--help"]) == 0
+    narrow = capsys.readouterr().out
+    assert narrow.split() == overview.split()
+    command = "python -m snake_lora_pl fit --config balanced.yaml --config quickstart.yaml"
+    assert all(len(line) <= 60 for line in narrow.splitlines() if line != command)
     assert main(["--version"]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
 

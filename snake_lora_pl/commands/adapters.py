@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,10 +63,13 @@ def _table(rows: Sequence[dict[str, Any]], root: str) -> str:
     header = ("kind", "base", "rank", "step", "val loss", "apples", "size", "date", "directory")
     cells = [header, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    # A directory that the terminal would break has a line of its own. Elsewhere there is no width to keep to.
+    does_fit = not sys.stdout.isatty() or sum(widths) + 2 * len(widths) <= shutil.get_terminal_size().columns
+    gap = "  " if does_fit else "\n    "
     # Words to the left, numbers to the right; the last column is as long as it likes.
     lines = [
         "  ".join(f"{cell:{'<' if i in (0, 1, 7) else '>'}{width}}" for i, (cell, width) in enumerate(pairs[:-1]))
-        + f"  {pairs[-1][0]}"
+        + f"{gap}{pairs[-1][0]}"
         for pairs in (list(zip(line, widths, strict=True)) for line in cells)
     ]
     problems = [f"damaged: {row['problem']}" for row in rows if row["problem"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 import time
@@ -21,6 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 _NAME_WIDTH, _GAP = 5, 2  # of "train", and columns to the bar
+# Free columns at the end of a bar: the terminal writes ^C there, which would else begin a line that nobody removes.
+_MARGIN = 4
 # Seen on white as on black, where rich's own colours are not.
 _DONE, _TO_DO = "green", "grey50"
 
@@ -89,6 +92,7 @@ class RunProgress(ProgressBar):
         self._first_share = self._run_share(trainer)
         self._open("train")
         self._stages[-1].share = self._first_share
+        self._last_line = -math.inf  # the first line comes with the first step; other stages may be over soon
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -214,7 +218,7 @@ class RunProgress(ProgressBar):
 
     def _open(self, name: str) -> None:
         if not self._stages:
-            self._last_line = 0.0  # the first line comes at once, those of stages within this one when it is time
+            self._last_line = time.monotonic()
         self._stages.append(_Stage(name, time.monotonic()))
         if self._live is None and self._enabled and self._console.is_interactive:
             self._live = Live(
@@ -251,16 +255,18 @@ class RunProgress(ProgressBar):
     def _bars(self) -> RenderableType:
         """The outermost stage and below it the one that it waits for, or else its figures, and a note."""
         stages = list(self._stages)
-        lines: list[RenderableType] = [_bar(stage) for stage in (*stages[:1], *stages[1:][-1:])]
+        width = self._console.width
+        lines: list[RenderableType] = [_bar(stage, width) for stage in (*stages[:1], *stages[1:][-1:])]
         if len(stages) == 1 and stages[0].figures:
-            lines.append(Text(_flowed(stages[0].figures, self._console.width), overflow="ellipsis"))
+            lines.append(Text(_flowed(stages[0].figures, width), overflow="ellipsis"))
         if self._note:
             lines.append(Text(self._note))
         return Group(*lines)
 
 
-def _bar(stage: _Stage) -> RenderableType:
-    line = Table.grid(padding=(0, _GAP, 0, 0), expand=True)
+def _bar(stage: _Stage, width: int) -> RenderableType:
+    line = Table.grid(padding=(0, _GAP, 0, 0))
+    line.width = max(width - _MARGIN, 1)
     line.add_column(justify="right", min_width=_NAME_WIDTH, no_wrap=True)
     line.add_column(ratio=1)
     for _ in range(3):
@@ -275,7 +281,8 @@ def _flowed(figures: str, width: int) -> str:
     """Figures below a bar, on more than one line where they must, but none parted from its name."""
     indent, glue = " " * (_NAME_WIDTH + _GAP), "\N{NO-BREAK SPACE}"
     whole = "  ".join(figure.replace(" ", glue) for figure in figures.split("  "))
-    return textwrap.fill(whole, max(width, 20), initial_indent=indent, subsequent_indent=indent).replace(glue, " ")
+    lines = textwrap.fill(whole, max(width - _MARGIN, 20), initial_indent=indent, subsequent_indent=indent)
+    return lines.replace(glue, " ")
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ def test_the_table_has_a_line_for_each_adapter(
     date = metadata.training_timestamp[:16].split("T")
     expected = ["lora", metadata.base_model_name, "4", "12", "0.2500", "26.0", "0.0", "MB", *date, "model_artifacts"]
     assert line.split() == expected
+
+
+def test_in_a_narrow_terminal_directories_have_lines_of_their_own(
+    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["adapters"]) == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()][1::2] == ["directory", "model_artifacts"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["adapters"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_json_is_for_machines(adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,9 +152,10 @@ def test_a_bar_leaves_nothing_of_itself_between_what_is_printed(
     progress.on_train_batch_end(trainer_at(1, **metrics), MODULE, None, None, 0)
     progress._live.refresh()  # type: ignore[union-attr]
     bar, figures = terminal.lines
-    assert bar.startswith("train  ━━━━━")
+    assert bar.startswith("train  ━━━━╸━")
     assert bar.endswith("10%  0:20  left 3:00")
     assert figures == "       epoch 0.10  step 1  loss 1.250  val 2.000  tokens/s 51,234  play 8.0"
+    assert len(bar) == 80 - len("^C^C")  # which the terminal may write there
     with progress.stage("val") as show:
         show(0.5, "batch 1 of 2")
         with progress.stage("play") as show_games:
@@ -181,7 +182,7 @@ def test_figures_that_do_not_fit_go_on_below_and_stay_beside_their_names(
     terminal: Terminal, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "45")
+    monkeypatch.setenv("COLUMNS", "50")
     progress = RunProgress()
     progress.on_train_start(trainer_at(0), MODULE)
     clock[0] += 20
