@@ -148,6 +148,16 @@ def test_saved_config_is_the_resolved_one_and_fits_again(run_dir: Path, flags: l
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
+@pytest.mark.parametrize("verb", LIGHTNING_VERBS)
+def test_saved_config_is_one_for_every_verb(verb: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_path = run_dir / "config.yaml"
+    # A checkpoint is where one run went on, and no setting.
+    assert "ckpt_path" not in yaml.safe_load(config_path.read_text())
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--config", str(config_path), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["lora"]["rank"] == 16
+
+
 def test_flags_win_over_configs_and_later_configs_over_earlier_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ _MIB = 2**20
 
 # Resident set of a process that has loaded a model of the Llama family through transformers and PEFT in a trainer,
 # without the model's weights.
-_CPU_PROCESS_BYTES = 665 * _MIB
+_CPU_PROCESS_BYTES = 605 * _MIB
 # What oneDNN and its threads hold once they have computed.
 _CPU_KERNEL_BYTES = 50 * _MIB
 # Of what torch asks the allocator for. Up to glibc 2.37 a hole must hold a block wherever that would have to begin, so

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 
 
 def config_text(parser: ArgumentParser, config: Namespace) -> str:
-    """A config as YAML, without keys and tokens: the logger that was given one takes it from its environment, too."""
-    text = parser.dump(config, skip_unset=False)
+    """A config as YAML that serves every verb: without the checkpoint that a run went on from.
+
+    Without keys and tokens, too: the logger that was given one takes it from its environment as well.
+    """
+    settings = config.clone()
+    settings.pop("ckpt_path", None)
+    text = parser.dump(settings, skip_unset=False)
     values = yaml.safe_load(text)
     public = without_secrets(values)
     return text if public == values else yaml.safe_dump(public, sort_keys=False)

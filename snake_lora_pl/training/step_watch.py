@@ -100,19 +100,18 @@ class StepWatch:
             return True
         what = "gradient" if math.isfinite(loss_value) else "loss"
         is_overflow = is_scaled and what == "gradient"
+        rows = ", ".join(self._bad_rows(trainer))
         if self.on_nonfinite == "error" and not is_overflow:
             raise UserError(
-                f"step {trainer.global_step}: the {what} is not finite in a batch of the rows "
-                f"{', '.join(self._bad_rows(trainer))}. Look at these rows, lower model.learning_rate, set "
-                "trainer.gradient_clip_val, or leave such steps out with model.on_nonfinite=skip."
+                f"step {trainer.global_step}: the {what} is not finite in a batch of the rows {rows}. Look at these "
+                "rows, lower model.learning_rate, set trainer.gradient_clip_val, or leave such steps out with "
+                "model.on_nonfinite=skip."
             )
         self.num_skipped += 1
         self.num_skipped_in_a_row += 1
         if not is_overflow:
-            rows = ", ".join(self._bad_rows(trainer))
             logger.warning("step %d: skipped, the %s is not finite; rows %s", trainer.global_step, what, rows)
         if self.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            rows = ", ".join(self._bad_rows(trainer))
             raise UserError(
                 f"step {trainer.global_step}: {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, for their loss or "
                 f"gradient was not finite; the last had the rows {rows}. Lower model.learning_rate, or use "
