@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 # Processes that a launcher starts for one run inherit it, so that all write to one place.
 RUN_DIR_ENV = "SNAKE_LORA_PL_RUN_DIR"
-_HELP_WIDTH = "100"
+_HELP_WIDTH = "80"
 # Of jsonargparse's readers of configs and of values in flags; it knows our own by this name.
 _PARSER_MODE = "checked_yaml"
 
@@ -594,7 +594,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If the user can mend it.
     """
-    quiet_libraries()
+    quiet_libraries(is_first_process=_is_first_process())
     ignore_known_warnings()
     # A launcher of further processes repeats the command line.
     with _command_line(*arguments), _leaving_on_signals():
@@ -713,7 +713,7 @@ def _build(arguments: list[str], cli_class: type[SnakeCLI], resources: contextli
 
 
 def help_text(verb: str) -> str:
-    """The help of a verb as its parser prints it, 100 columns wide."""
+    """The help of a verb as its parser prints it, 80 columns wide."""
     with _environment(COLUMNS=_HELP_WIDTH, NO_COLOR="1"), contextlib.redirect_stdout(io.StringIO()) as text:
         with contextlib.suppress(SystemExit):
             _build([verb, "--help"], SnakeCLI, contextlib.ExitStack())

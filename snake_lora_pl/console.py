@@ -32,12 +32,17 @@ class StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-def quiet_libraries() -> None:
-    """Let this package speak and the libraries only where something is wrong; for commands, not for Python callers."""
+def quiet_libraries(*, is_first_process: bool = True) -> None:
+    """Let this package speak and the libraries only where something is wrong; for commands, not for Python callers.
+
+    Args:
+        is_first_process: Of the further processes of a run one hears only where something is wrong: what goes on the
+            first one has said.
+    """
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
-    logging.getLogger("snake_lora_pl").setLevel(logging.INFO)
+    logging.getLogger("snake_lora_pl").setLevel(logging.INFO if is_first_process else logging.WARNING)
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.disable_progress_bar()

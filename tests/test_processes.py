@@ -30,6 +30,9 @@ DDP = ("--config", "ddp.yaml", "--trainer.devices=2", "--data.batch_size=2")
 FSDP = ("--config", "fsdp.yaml", "--trainer.devices=2", "--data.batch_size=2")
 IN_4_BITS = ("--config=qlora.yaml", "--trainer.max_steps=6", "--play.final_games=0", "--play.val_games=0")
 
+# Beside a run, what its command wrote to stderr.
+STDERR = "stderr.txt"
+
 # Runs the command line and writes down every collective that this process takes part in.
 RECORDER = """
 import os, sys
@@ -130,6 +133,7 @@ def run_cli(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Calla
         done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         (run_dir,) = root.glob(RUN_PATTERN)
+        (run_dir / STDERR).write_text(done.stderr)
         return RunPaths(run_dir)
 
     return run
@@ -187,6 +191,12 @@ def test_losses_and_metrics_are_those_of_all_tokens_of_all_processes(
     assert len(steps) == 5 * 4
     assert sum("val/loss" in row for row in rows) == 5
     assert sum("play/apples_mean" in row for row in rows) == 5
+
+
+def test_the_first_process_alone_says_what_goes_on(pair: tuple[RunPaths, list[str]]) -> None:
+    lines = (pair[0].run_dir / STDERR).read_text().splitlines()
+    assert sum("parameters trained" in line for line in lines) == 1
+    assert len({line for line in lines if line.startswith("step ")}) == sum(line.startswith("step ") for line in lines)
 
 
 def test_every_process_takes_part_in_the_same_collectives(pair: tuple[RunPaths, list[str]]) -> None:

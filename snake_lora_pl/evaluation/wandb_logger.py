@@ -169,9 +169,11 @@ class RunWandbLogger(WandbLogger):
     def place(self) -> str:
         """The run's address, or the command that sends it."""
         run = self._experiment
-        if run is None or run.url:
-            return str(run.url) if run is not None else "no run was begun"
-        return f"wandb sync {shown(Path(run.dir).parent)}"
+        if run is None:
+            return "no run was begun"
+        # Of a run without an address W&B warns that it has none.
+        address = None if run.offline else run.url
+        return str(address) if address else f"wandb sync {shown(Path(run.dir).parent)}"
 
     def finish(self) -> None:
         """End the run, so that another one can begin in this process."""
@@ -257,7 +259,10 @@ class RunWandbLogger(WandbLogger):
         else:
             run.use_artifact(data)
         adapter = wandb.Artifact(f"adapter-{run.id}", type="model", metadata=_plain(metadata))
-        adapter.add_dir(str(outcome.adapter_dir))
+        # `add_dir` writes to the terminal, whatever the settings say.
+        for path in sorted(outcome.adapter_dir.rglob("*")):
+            if path.is_file():
+                adapter.add_file(str(path), name=path.relative_to(outcome.adapter_dir).as_posix())
         run.log_artifact(adapter, aliases=["latest", "best"])
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:

@@ -137,11 +137,10 @@ class RunProgress(ProgressBar):
     @staticmethod
     def _epochs_done(trainer: pl.Trainer) -> float:
         batches = trainer.num_training_batches
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        completed = trainer.fit_loop.epoch_progress.current.completed
-        # Between the last batch of an epoch and its end the epoch is not yet among those that are completed.
-        is_over = completed == trainer.fit_loop.epoch_progress.current.ready
-        return float(completed + (done / batches if 0 < batches < float("inf") and not is_over else 0.0))
+        if not 0 < batches < float("inf"):
+            return float(trainer.current_epoch)
+        # Lightning counts an epoch that `max_steps` cuts short as a whole one.
+        return trainer.fit_loop.epoch_loop.batch_progress.total.ready / batches
 
     def _run_share(self, trainer: pl.Trainer) -> float:
         """Share of the run that is done, in [0, 1], by the limit that is nearest to its end."""
@@ -182,7 +181,7 @@ class RunProgress(ProgressBar):
         if values and trainer.state.fn == "fit" and not trainer.sanity_checking:  # `validate` prints them itself
             names = sorted(values, key=lambda name: (name != "val/loss", name))
             text = "  ".join(f"{name.removeprefix(prefix)} {values[name]:.4g}" for name in names)
-            self.print(f"step {trainer.global_step}: val  {text}")
+            self._print_figures(f"step {trainer.global_step}: val  {text}")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar."""
@@ -250,7 +249,11 @@ class RunProgress(ProgressBar):
 
     def _print_line(self, name: str, share: float, details: str, figures: str) -> None:
         self._last_line = time.monotonic()
-        self.print("  ".join(part for part in (f"{name} {share:4.0%}", figures, details) if part))
+        self._print_figures("  ".join(part for part in (f"{name} {share:4.0%}", figures, details) if part))
+
+    def _print_figures(self, text: str) -> None:
+        # Unlike a path they may be broken between words.
+        self.print(text, soft_wrap=not self._console.is_terminal)
 
     def _bars(self) -> RenderableType:
         """The outermost stage and below it the one that it waits for, or else its figures, and a note."""

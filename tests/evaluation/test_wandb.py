@@ -99,7 +99,8 @@ def _nest(into: dict[str, Any], keys: list[str], value: Any) -> None:
 def fitted(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, str, Shown]:
     """An AdaLoRA run of four steps with the overlay, where there is neither key nor network."""
     directory = tmp_path_factory.mktemp("wandb")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
         patch.setenv("HOME", str(directory))  # no key of whoever runs the tests
         patch.setenv("WANDB_CONFIG_DIR", str(directory / "config"))
@@ -217,6 +218,7 @@ def test_the_run_says_how_to_send_it_and_leaves_nothing_open(fitted: tuple[RunPa
 
     paths, printed, shown = fitted
     assert f"wandb sync {shown.directory.relative_to(paths.run_dir.parents[5])}" in printed
+    assert "wandb:" not in printed  # where W&B speaks for itself
     assert wandb.run is None
     assert shown.is_whole
 
