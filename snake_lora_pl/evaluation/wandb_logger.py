@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.evaluation.dashboard import RunOutcome
 from snake_lora_pl.evaluation.games_writer import best_median_worst
 from snake_lora_pl.evaluation.play import PlayedGame
@@ -59,6 +59,9 @@ SUMMARIES = {
 _SERVICE_ENV = "WANDB_SERVICE"
 _CONNECT_S = 3.0
 _INIT_S = 60.0
+# How long a run that is over waits for what is not yet sent. Where W&B is about to send a table or an artifact as the
+# server stops answering, its own tries for that come first.
+_SEND_S = 300.0
 
 
 class RunWandbLogger(WandbLogger):
@@ -123,16 +126,27 @@ class RunWandbLogger(WandbLogger):
         self._wandb_init |= {
             "dir": str(directory),
             "id": self._own_id(directory),
-            "mode": self._chosen_mode(),
             # Its capture of the terminal would break the progress bar, and its own lines say nothing ours do not.
-            "settings": wandb.Settings(console="off", silent=True, init_timeout=_INIT_S),
+            "settings": wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=_INIT_S,
+                finish_timeout=_SEND_S,
+                finish_timeout_raises=True,
+            ),
         }
         self._id = self._wandb_init["id"]
         try:
+            self._wandb_init["mode"] = self._chosen_mode()
             run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+            if not (run.offline or run.disabled):
+                # Before its first table or artifact W&B checks the key once more, and raises where the server is gone
+                # by then. From here on such a table is kept on disk, and sent when the server is back.
+                run._public_api()
         except (wandb.Error, TimeoutError) as error:
+            self._end_service()
             raise UserError(
-                f"W&B did not begin a run: {' '.join(str(error).split())} Mend the key (wandb login), or keep the run "
+                f"W&B did not begin a run: {one_line(error)}. Mend the key (wandb login), or keep the run "
                 "on disk with WANDB_MODE=offline."
             ) from error
         for name, summary in SUMMARIES.items():
@@ -153,7 +167,8 @@ class RunWandbLogger(WandbLogger):
             return None  # wandb reads it
         if self.mode != "auto":
             return self.mode
-        if not wandb.login(prompt=False):
+        wandb.setup(wandb.Settings(silent=True))  # else login asks the server for the name that it greets
+        if not wandb.login(prompt=False, verify=False):
             logger.info("W&B: no API key, so the run is kept on disk (wandb login stores a key).")
             return "offline"
         host = urlsplit(wandb.setup().settings.base_url)
@@ -173,14 +188,21 @@ class RunWandbLogger(WandbLogger):
             return "no run was begun"
         # Of a run without an address W&B warns that it has none.
         address = None if run.offline else run.url
-        return str(address) if address else f"wandb sync {shown(Path(run.dir).parent)}"
+        return str(address) if address else _sync_command(run)
 
     def finish(self) -> None:
         """End the run, so that another one can begin in this process."""
         if self._experiment is None:
             return
-        self._experiment.finish()
+        try:
+            self._experiment.finish()
+        except TimeoutError:
+            command = _sync_command(self._experiment)
+            logger.warning("W&B: the server did not take all of the run in %.0f s. Send it: %s", _SEND_S, command)
         self._experiment = None
+        self._end_service()
+
+    def _end_service(self) -> None:
         if self._owns_service:
             # W&B's own process closes the run's file when it ends; until then the last records may be missing there.
             import wandb
@@ -242,32 +264,42 @@ class RunWandbLogger(WandbLogger):
     def show_outcome(self, outcome: RunOutcome) -> None:
         """The table of players, and the adapter as an artifact made from that of its rows."""
         import wandb
+        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
         run, metadata = self.experiment, outcome.metadata
         if metadata["play"]:
             players = players_in(metadata["play"])
             rows = [[label.strip(), *cells] for label, cells in table_rows(list(players.values()))]
             self._log({"final_games/players": wandb.Table(columns=["", *players], data=rows)}, metadata["step"])
+        if run.disabled:
+            return
         data = wandb.Artifact(
             f"rows-{outcome.data_summary['data_hash'][:12]}", type="dataset", metadata=_plain(outcome.data_summary)
         )
         for path in outcome.data_paths:
             data.add_reference(path.absolute().as_uri(), name=path.name)  # its hash is noted; it is not sent
-        if run.offline:
-            # `use_artifact` refuses offline, though it does just this for an artifact that the server has not seen.
-            run._log_artifact(data, is_user_created=True, use_after_commit=True)
-        else:
-            run.use_artifact(data)
         adapter = wandb.Artifact(f"adapter-{run.id}", type="model", metadata=_plain(metadata))
         # `add_dir` writes to the terminal, whatever the settings say.
         for path in sorted(outcome.adapter_dir.rglob("*")):
             if path.is_file():
                 adapter.add_file(str(path), name=path.relative_to(outcome.adapter_dir).as_posix())
-        run.log_artifact(adapter, aliases=["latest", "best"])
+        try:
+            # What `use_artifact` does, which refuses offline.
+            run._log_artifact(data, is_user_created=True, use_after_commit=True)
+            run.log_artifact(adapter, aliases=["latest", "best"])
+            if not run.offline:
+                data.wait(timeout=_SEND_S)
+                adapter.wait(timeout=_SEND_S)
+        except (wandb.Error, WandbApiFailedError, ValueError) as error:
+            logger.warning("W&B: the adapter did not arrive as an artifact of its rows: %s", one_line(error))
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         # Lightning counts the steps of its metrics from 0.
         self.experiment.log({**values, STEP: max(0, step - 1)})
+
+
+def _sync_command(run: wandb.Run) -> str:
+    return f"wandb sync {shown(Path(run.dir).parent)}"
 
 
 def _said(value: bool | None) -> str:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from snake_lora_pl.errors import one_line
+
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
@@ -76,8 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--project", default="snake_lora_pl")
     parser.add_argument("--json", action="store_true", help="print the view and save nothing")
     options = parser.parse_args(arguments)
-    view = workspace(options.entity, options.project)
-    print(view._to_model().model_dump_json(indent=2) if options.json else view.save().url)
+    try:
+        import wandb
+        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+        view = workspace(options.entity, options.project)
+    except ModuleNotFoundError as error:
+        parser.exit(2, f"error: {error.name} is not installed: pip install 'snake_lora_pl[wandb]'.\n")
+    if options.json:
+        print(view._to_model().model_dump_json(indent=2))
+        return 0
+    try:
+        print(view.save().url)
+    except (wandb.Error, WandbApiFailedError) as error:
+        told = f"error: W&B did not save the layout: {one_line(error)}."
+        parser.exit(2, f"{told} Mend the key (wandb login) or --entity.\n")
     return 0
 
 

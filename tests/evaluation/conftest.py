@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from snake_lora_pl.paths import RunPaths
 from tests.small_run import small_run
 
 NASTY = "</script><img src=x onerror=\"document.title='owned'\"> <b>bold</b> __DATA__ __TITLE__"
+
+
+WANDB_ARGUMENTS = [*(f"--config={name}.yaml" for name in ("balanced", "adalora", "wandb")), "--model.lora.rank=2"]
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +49,32 @@ def shown_flags(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     )
 
 
+def fit(directory: Path, *arguments: str, **environment: str) -> tuple[RunPaths, str]:
+    """A run in a directory of its own, where W&B finds no key of whoever runs the tests; and what it printed."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
+        patch.setenv("HOME", str(directory))
+        for name in ("CONFIG", "CACHE", "DATA"):
+            patch.setenv(f"WANDB_{name}_DIR", str(directory / name.lower()))
+        for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.chdir(directory)
+        assert main(["fit", *arguments]) == 0
+        assert "WANDB_SERVICE" not in os.environ
+    (run_dir,) = directory.glob("logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning")
+    return RunPaths(run_dir), out.getvalue()
+
+
 @pytest.fixture(scope="session")
 def finished(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, str]:
     """A run of four steps, and what it printed."""
-    directory = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
-        patch.chdir(directory)
-        assert main(["fit", "--config", "balanced.yaml", "--config", "tensorboard.yaml", *shown_flags]) == 0
-    (run_dir,) = directory.glob("logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning")
-    return RunPaths(run_dir), out.getvalue()
+    return fit(tmp_path_factory.mktemp("finished"), "--config=balanced.yaml", "--config=tensorboard.yaml", *shown_flags)
+
+
+@pytest.fixture(scope="session")
+def kept_offline(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, str]:
+    """An AdaLoRA run of four steps with the W&B overlay, where there is neither key nor network."""
+    return fit(tmp_path_factory.mktemp("wandb"), *WANDB_ARGUMENTS, *shown_flags)

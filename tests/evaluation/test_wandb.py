@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
-from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.evaluation import wandb_workspace
 from snake_lora_pl.evaluation.validations import read_validations
@@ -96,29 +91,8 @@ def _nest(into: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def fitted(shown_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, str, Shown]:
-    """An AdaLoRA run of four steps with the overlay, where there is neither key nor network."""
-    directory = tmp_path_factory.mktemp("wandb")
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        patch.setenv("SNAKE_LORA_PL_CACHE", str(directory / "cache"))
-        patch.setenv("HOME", str(directory))  # no key of whoever runs the tests
-        patch.setenv("WANDB_CONFIG_DIR", str(directory / "config"))
-        patch.setenv("WANDB_CACHE_DIR", str(directory / "cache"))
-        patch.setenv("WANDB_DATA_DIR", str(directory / "data"))
-        for name in ("WANDB_MODE", "WANDB_API_KEY"):
-            patch.delenv(name, raising=False)
-        patch.chdir(directory)
-        configs = [f"--config={name}.yaml" for name in ("balanced", "adalora", "wandb")]
-        assert main(["fit", *configs, *shown_flags, "--model.lora.rank=2"]) == 0
-        assert "WANDB_SERVICE" not in os.environ
-    (run_dir,) = directory.glob("logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning")
-    return RunPaths(run_dir), out.getvalue(), Shown(run_dir)
-
-
-@pytest.fixture
-def shown(fitted: tuple[RunPaths, str, Shown]) -> Shown:
-    return fitted[2]
+def shown(kept_offline: tuple[RunPaths, str]) -> Shown:
+    return Shown(kept_offline[0].run_dir)
 
 
 SCALARS = {
@@ -146,24 +120,24 @@ def test_metrics_have_axes_and_summaries(shown: Shown) -> None:
     assert shown.metrics["perf/peak_memory_gib"].summary.max
 
 
-def test_the_resolved_config_is_there(fitted: tuple[RunPaths, str, Shown]) -> None:
+def test_the_resolved_config_is_there(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
     import yaml
 
-    paths, _, shown = fitted
+    paths, _ = kept_offline
     config = yaml.safe_load(paths.config_path.read_text())
     for group in ("model", "data", "trainer", "play"):
         assert shown.config[group] == json.loads(json.dumps(config[group]))
 
 
-def test_the_run_is_named_by_preset_base_kind_and_time(fitted: tuple[RunPaths, str, Shown]) -> None:
-    paths, _, shown = fitted
+def test_the_run_is_named_by_preset_base_kind_and_time(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
+    paths, _ = kept_offline
     base = Path(shown.config["model"]["base_model"]).name
     started = paths.run_dir.parent.name.removeprefix("llm_finetune_v0.03_")
     assert shown.run.display_name == f"balanced+adalora {base} adalora {started}"
 
 
-def test_sample_rows_are_a_table_at_each_validation(fitted: tuple[RunPaths, str, Shown]) -> None:
-    paths, _, shown = fitted
+def test_sample_rows_are_a_table_at_each_validation(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
+    paths, _ = kept_offline
     tables = [json.loads(shown.file(value).read_text()) for value in shown.values("val/sample_rows")]
     wanted = list(read_validations(paths.validations_path))
     assert len(tables) == len(wanted) == 2
@@ -175,8 +149,8 @@ def test_sample_rows_are_a_table_at_each_validation(fitted: tuple[RunPaths, str,
         assert {"legal", "claims right", "claims wrong"} <= set(table["columns"])
 
 
-def test_the_confusion_of_moves_is_the_one_in_the_report(fitted: tuple[RunPaths, str, Shown]) -> None:
-    paths, _, shown = fitted
+def test_the_confusion_of_moves_is_the_one_in_the_report(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
+    paths, _ = kept_offline
     (*_, last) = shown.values("val/moves_table")
     cells = json.loads(shown.file(last).read_text())["data"]
     (*_, validation) = read_validations(paths.validations_path)
@@ -184,8 +158,8 @@ def test_the_confusion_of_moves_is_the_one_in_the_report(fitted: tuple[RunPaths,
     assert "val/moves" in shown.config["_wandb"]["visualize"]
 
 
-def test_games_are_pages_and_videos_with_the_models_words(fitted: tuple[RunPaths, str, Shown]) -> None:
-    paths, _, shown = fitted
+def test_games_are_pages_and_videos_with_the_models_words(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
+    paths, _ = kept_offline
     for prefix, times in (("games", 2), ("final_games", 1)):
         for which in ("best", "median", "worst"):
             pages, videos = shown.values(f"{prefix}/{which}"), shown.values(f"{prefix}/{which}_video")
@@ -198,8 +172,8 @@ def test_games_are_pages_and_videos_with_the_models_words(fitted: tuple[RunPaths
     assert table["columns"] == ["", "adapter", "base", "bfs", "random_legal"]
 
 
-def test_the_adapter_is_an_artifact_made_from_that_of_its_rows(fitted: tuple[RunPaths, str, Shown]) -> None:
-    paths, _, shown = fitted
+def test_the_adapter_is_an_artifact_made_from_its_rows(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
+    paths, _ = kept_offline
     data, adapter = shown.artifacts
     assert (data.type, adapter.type) == ("dataset", "model")
     assert data.use_after_commit  # an input of the run
@@ -213,10 +187,10 @@ def test_the_adapter_is_an_artifact_made_from_that_of_its_rows(fitted: tuple[Run
     assert not rows.local_path  # noted by its hash, not sent
 
 
-def test_the_run_says_how_to_send_it_and_leaves_nothing_open(fitted: tuple[RunPaths, str, Shown]) -> None:
+def test_the_run_says_how_to_send_it_and_leaves_nothing_open(kept_offline: tuple[RunPaths, str], shown: Shown) -> None:
     import wandb
 
-    paths, printed, shown = fitted
+    paths, printed = kept_offline
     assert f"wandb sync {shown.directory.relative_to(paths.run_dir.parents[5])}" in printed
     assert "wandb:" not in printed  # where W&B speaks for itself
     assert wandb.run is None
@@ -229,7 +203,8 @@ def test_a_server_that_cannot_be_reached_is_waited_for_a_moment_only(monkeypatch
     from snake_lora_pl.evaluation.wandb_logger import RunWandbLogger
 
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr("wandb.login", lambda prompt: True)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://localhost:9")
     tried = []
 
     def refuse(address: tuple[str, int], timeout: float) -> None:
@@ -238,7 +213,7 @@ def test_a_server_that_cannot_be_reached_is_waited_for_a_moment_only(monkeypatch
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     assert RunWandbLogger()._chosen_mode() == "offline"
-    assert tried == [(urlsplit(wandb.setup().settings.base_url).hostname, 443, 3.0)]
+    assert tried == [("localhost", 9, 3.0)]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert RunWandbLogger()._chosen_mode() is None
     wandb.teardown()
