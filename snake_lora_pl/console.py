@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 
@@ -21,13 +23,25 @@ _LEVELS = {
 }
 
 
+def fitted(text: str) -> str:
+    """A text for stderr: in a terminal broken between words, elsewhere as it is.
+
+    A word that is longer than a line, a path say, stays whole for the terminal to break, so that it can be copied.
+    """
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= width else wrapper.fill(line) for line in text.split("\n"))
+
+
 class StderrHandler(logging.Handler):
     """Writes to what stderr is at the time: while a progress bar is drawn, to what puts lines above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            print(fitted(self.format(record)), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

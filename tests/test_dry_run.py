@@ -82,7 +82,7 @@ def test_it_tells_all_that_can_be_known_and_writes_nothing(
 
     assert re.search(r"loss \d+\.\d+ on [\d,]+ target tokens, gradient norm \d", told["one step"])
     num_batches = int(re.search(r"an epoch has (\d+) steps of 3 such batches", told["one step"])[1])  # type: ignore[index]
-    num_train_rows = int(re.search(r"num_train_rows (\d+)", caplog.text)[1])  # type: ignore[index]
+    num_train_rows = int(re.search(r"data: (\d+) rows", caplog.text)[1])  # type: ignore[index]
     assert num_batches == math.ceil(math.ceil(num_train_rows / 4) / 3)
 
     place = "logs/extensions/models/grid-size-10/llm_finetune_v0.03_"
