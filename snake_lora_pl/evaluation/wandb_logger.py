@@ -144,7 +144,7 @@ class RunWandbLogger(WandbLogger):
                 # by then. From here on such a table is kept on disk, and sent when the server is back.
                 run._public_api()
         except (wandb.Error, TimeoutError) as error:
-            self._end_service()
+            self.finish()
             raise UserError(
                 f"W&B did not begin a run: {one_line(error)}. Mend the key (wandb login), or keep the run "
                 "on disk with WANDB_MODE=offline."
@@ -192,22 +192,19 @@ class RunWandbLogger(WandbLogger):
 
     def finish(self) -> None:
         """End the run, so that another one can begin in this process."""
-        if self._experiment is None:
-            return
-        try:
-            self._experiment.finish()
-        except TimeoutError:
-            command = _sync_command(self._experiment)
-            logger.warning("W&B: the server did not take all of the run in %.0f s. Send it: %s", _SEND_S, command)
-        self._experiment = None
-        self._end_service()
-
-    def _end_service(self) -> None:
+        if self._experiment is not None:
+            try:
+                self._experiment.finish()
+            except TimeoutError:
+                command = _sync_command(self._experiment)
+                logger.warning("W&B: the server did not take all of the run in %.0f s. Send it: %s", _SEND_S, command)
+            self._experiment = None
         if self._owns_service:
             # W&B's own process closes the run's file when it ends; until then the last records may be missing there.
             import wandb
 
             wandb.teardown()
+            self._owns_service = False
 
     # ------------------------------------------------------------------ what it shows
 

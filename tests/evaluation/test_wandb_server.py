@@ -208,6 +208,16 @@ def test_a_key_that_the_server_refuses_ends_in_one_line(
     assert re.match(rf"error: W&B did not begin a run: .*{status}.* Mend the key \(wandb login\)", line)
 
 
+def test_a_key_that_the_server_takes_no_longer_ends_in_one_line(tmp_path: Path, own_home: pytest.MonkeyPatch) -> None:
+    logger = RunWandbLogger(save_dir=str(tmp_path))
+    with serving() as server:
+        own_home.setenv("WANDB_BASE_URL", server.url)
+        server.refused = {"Viewer"}
+        with pytest.raises(UserError, match=r"W&B did not begin a run: .*permission denied.*Mend the key"):
+            _ = logger.experiment
+        assert wandb.run is None
+
+
 def test_a_key_that_is_none_ends_in_one_line(own_home: pytest.MonkeyPatch) -> None:
     own_home.setenv("WANDB_API_KEY", "short")
     with pytest.raises(UserError, match=r"W&B did not begin a run: .*40\+ characters.*Mend the key"):
