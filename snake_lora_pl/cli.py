@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import pkgutil
 import re
 import shlex
 import signal
@@ -37,7 +38,7 @@ from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
-from snake_lora_pl.evaluation.dashboard import RunLogger, RunOutcome, dashboards
+from snake_lora_pl.evaluation.dashboard import RunLogger, RunOutcome, dashboards, require_package
 from snake_lora_pl.evaluation.games_writer import write_games, write_replays
 from snake_lora_pl.evaluation.play_callback import PlayEvaluation
 from snake_lora_pl.evaluation.play_settings import PlaySettings
@@ -306,6 +307,12 @@ class SnakeCLI(LightningCLI):
         Raises:
             UserError: As one of them raised it; jsonargparse, which tries every type that an option may have, wraps it.
         """
+        # Before jsonargparse makes them: of an item in a list it lets no reason through.
+        configured = self.config[self.subcommand].trainer.logger
+        for run_logger in configured if isinstance(configured, list) else [configured]:
+            class_path = getattr(run_logger, "class_path", "")
+            if class_path.startswith("snake_lora_pl.evaluation."):
+                require_package(pkgutil.resolve_name(class_path).package)
         try:
             super().instantiate_classes()
         except ValueError as error:

@@ -171,6 +171,14 @@ def test_flags_win_over_configs_and_later_configs_over_earlier_ones(
     assert resolved["trainer"]["max_epochs"] == 100
 
 
+def test_a_run_is_shown_in_every_place_that_an_overlay_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config=balanced.yaml", "--config=wandb.yaml", "--config=tensorboard.yaml", "--print_config"])
+    loggers = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]
+    names = [run_logger["class_path"].rpartition(".")[2] for run_logger in loggers]
+    assert names == ["RunWandbLogger", "RunTensorBoardLogger"]
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_config_parses_and_opens_with_the_command_that_runs_it(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,12 +7,14 @@ games. Every logger and callback of the trainer that is a ``Dashboard`` gets the
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 
+from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.ranks import PlayerResult
 from snake_lora_pl.evaluation.validations import Validation
 from snake_lora_pl.paths import RunPaths
@@ -56,9 +58,10 @@ class Dashboard(Protocol):
 
 @runtime_checkable
 class RunLogger(Protocol):
-    """A logger that a run tells of itself and that tells of its own place."""
+    """A logger that a run tells of itself and that tells of its own place; ``package`` is what it needs installed."""
 
     label: str
+    package: str
 
     def settle(self, paths: RunPaths, name: str) -> None:
         """Take the run's places, and a name for it, before anything is logged."""
@@ -69,6 +72,19 @@ class RunLogger(Protocol):
 
     def finish(self) -> None:
         """Write what is left; nothing comes after."""
+
+
+def require_package(package: str) -> None:
+    """Make sure that the package of an optional place to show a run is there.
+
+    Args:
+        package: Its name, and that of the overlay and the extra.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package}.yaml needs {package}: pip install 'snake_lora_pl[{package}]'.")
 
 
 def dashboards(trainer: pl.Trainer) -> list[Dashboard]:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.dashboard import RunOutcome
+from snake_lora_pl.evaluation.dashboard import RunOutcome, require_package
 from snake_lora_pl.evaluation.games_writer import best_median_worst
 from snake_lora_pl.evaluation.ranks import PlayerResult
 from snake_lora_pl.evaluation.table import players_in, table_rows
@@ -27,12 +26,10 @@ class RunTensorBoardLogger(TensorBoardLogger):
     """
 
     label = "TensorBoard"
+    package = "tensorboard"
 
     def __init__(self, save_dir: str | None = None) -> None:
-        try:
-            import tensorboard  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UserError("tensorboard.yaml needs tensorboard: pip install 'snake_lora_pl[tensorboard]'.") from error
+        require_package(self.package)
         super().__init__(save_dir or "tensorboard", name="", version="", default_hp_metric=False)
         self._is_placed = save_dir is not None
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from snake_lora_pl.errors import UserError, one_line
-from snake_lora_pl.evaluation.dashboard import RunOutcome
+from snake_lora_pl.evaluation.dashboard import RunOutcome, require_package
 from snake_lora_pl.evaluation.games_writer import best_median_worst
 from snake_lora_pl.evaluation.play import PlayedGame
 from snake_lora_pl.evaluation.ranks import PlayerResult
@@ -84,6 +84,7 @@ class RunWandbLogger(WandbLogger):
     """
 
     label = "W&B"
+    package = "wandb"
 
     def __init__(
         self,
@@ -95,10 +96,7 @@ class RunWandbLogger(WandbLogger):
         mode: Literal["auto", "online", "offline"] = "auto",
         save_dir: str | None = None,
     ) -> None:
-        try:
-            import wandb  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UserError("wandb.yaml needs wandb: pip install 'snake_lora_pl[wandb]'.") from error
+        require_package(self.package)
         super().__init__(project=project, name=name, save_dir=save_dir or "", entity=entity, group=group, tags=tags)
         self.mode = mode
         del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value

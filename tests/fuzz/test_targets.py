@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snake_lora_pl.game import Move
@@ -14,9 +14,7 @@ from snake_lora_pl.paths import shipped_configs
 from tests.fuzz import targets
 from tests.game.board_strategies import boards
 
-often = settings(
-    max_examples=1000, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
+often = settings(max_examples=1000)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

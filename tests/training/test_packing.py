@@ -28,7 +28,7 @@ def batch_of(rows: list[list[tuple[int, bool]]]) -> tuple[torch.Tensor, torch.Te
 
 
 @given(rows_strategy, st.booleans())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_every_target_is_predicted_after_exactly_its_own_row(rows: list, share_head: bool) -> None:
     input_ids, labels = batch_of(rows)
     targets = select_targets(labels)
@@ -54,7 +54,7 @@ def test_every_target_is_predicted_after_exactly_its_own_row(rows: list, share_h
 
 
 @given(rows_strategy)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_padded_rests_hold_the_rows(rows: list) -> None:
     batch = pack(*batch_of(rows))
     if batch is None or not batch.padded_index.numel():
