@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import ThreadingHTTPServer
+
+from tests.json_server import JSONHandler
 
 TOKEN = "hf_NobodyMayReadThis"
 
@@ -27,30 +28,16 @@ class FakeHub(ThreadingHTTPServer):
         self.visibility: str | None = None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JSONHandler):
     server: FakeHub
 
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def _answer(self, content: Any, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def do_PUT(self) -> None:
+    def do_PUT(self) -> None:  # noqa: N802 - as http.server calls it
         content = self._body()
         assert self.path == f"/blobs/{hashlib.sha256(content).hexdigest()}"
         self.server.blobs[self.path.rsplit("/", 1)[1]] = content
         self._answer({})
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 - as http.server calls it
         body = self._body()
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self._answer({"error": f"bad token {self.headers['Authorization']}"}, 401)

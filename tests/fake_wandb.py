@@ -9,8 +9,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.json_server import JSONHandler
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ENTITY = "someone"
@@ -127,31 +129,20 @@ def serving(refusal: int = 401) -> Iterator[FakeWandb]:
             thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JSONHandler):
     server: FakeWandb
 
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def _answer(self, content: Any, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
     def _body(self) -> bytes:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = super()._body()
         self.server.bodies.append(body)
         return body
 
-    def do_PUT(self) -> None:
+    def do_PUT(self) -> None:  # noqa: N802 - as http.server calls it
         into, name = self.server.uploads[int(self.path.removeprefix("/uploads/"))]
         into[name] = self._body()
         self._answer({})
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 - as http.server calls it
         body = self._body()
         if self.path.startswith("/sdk/otel/"):  # what W&B measures of itself
             return self._answer({})
