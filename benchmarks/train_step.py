@@ -88,12 +88,61 @@ def run_ours(
 def run_trl(
     referee: Referee, base_model: str, rows_path: str, batch_size: int, steps: int, rounds: int, dtype: str
 ) -> None:
-    from datasets import Dataset
-    from peft import LoraConfig
-    from torch.utils.data import SequentialSampler
-    from trl import SFTConfig, SFTTrainer
+    from snake_lora_pl.models import load_base_model, load_tokenizer
+
+    # Its default loss computes logits a chunk at a time ("chunked_nll" is an alias of it).
+    model, tokenizer = load_base_model(base_model, dtype=dtype), load_tokenizer(base_model)
+    _train_with_trl(referee, model, tokenizer, rows_path, batch_size, steps, rounds, dtype)
+
+
+def run_trl_packed(
+    referee: Referee, base_model: str, rows_path: str, batch_size: int, steps: int, rounds: int, dtype: str
+) -> None:
+    """TRL at its best: no padding, and Liger Kernel's layers and loss on a GPU where it is installed.
+
+    A pack holds up to ``max_length`` tokens, so that a turn has another number of rows. Without FlashAttention, as on
+    a CPU, TRL lets rows of a pack see each other, and says so.
+    """
+    import torch
 
     from snake_lora_pl.models import load_base_model, load_tokenizer
+
+    model, tokenizer = load_base_model(base_model, dtype=dtype), load_tokenizer(base_model)
+    if torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
+        model.set_attn_implementation("flash_attention_2")
+    settings = {
+        "packing": True,
+        "use_liger_kernel": torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None,
+    }
+    _train_with_trl(referee, model, tokenizer, rows_path, batch_size, steps, rounds, dtype, **settings)
+
+
+def run_unsloth(
+    referee: Referee, base_model: str, rows_path: str, batch_size: int, steps: int, rounds: int, dtype: str
+) -> None:
+    """Unsloth, as its documentation has it: its model and layers in TRL's trainer, which its import patches."""
+    from unsloth import FastLanguageModel  # isort: skip - before TRL
+    import torch
+
+    from snake_lora_pl.models import prepare_base_model
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        prepare_base_model(base_model).path_or_id, max_seq_length=512, dtype=getattr(torch, dtype), load_in_4bit=False
+    )
+    settings = {name: value for name, value in _peft_settings().items() if name != "task_type"}
+    model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=False, random_state=0, **settings)
+    _train_with_trl(referee, model, tokenizer, rows_path, batch_size, steps, rounds, dtype)
+
+
+def _train_with_trl(
+    referee: Referee, model: Any, tokenizer: Any, rows_path: str, batch_size: int, steps: int, rounds: int, dtype: str,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """TRL's SFTTrainer on a model that has its adapter, or gets it here."""
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from torch.utils.data import SequentialSampler
+    from trl import SFTConfig, SFTTrainer
 
     rows = [
         {"prompt": TEMPLATE.format(prompt=row["prompt"]), "completion": row["completion"]}
@@ -107,12 +156,11 @@ def run_trl(
     with tempfile.TemporaryDirectory() as directory:
         arguments = _hf_arguments(directory, batch_size, steps * rounds, dtype)
         trainer = InOrder(
-            model=load_base_model(base_model, dtype=dtype),
-            processing_class=load_tokenizer(base_model),
+            model=model,
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(**_peft_settings()),
-            # Its default loss computes logits a chunk at a time ("chunked_nll" is an alias of it).
-            args=SFTConfig(max_length=512, completion_only_loss=True, packing=False, **arguments),
+            peft_config=None if isinstance(model, PeftModel) else LoraConfig(**_peft_settings()),
+            args=SFTConfig(max_length=512, completion_only_loss=True, **{"packing": False, **settings}, **arguments),
         )
         _take_turns(referee, trainer, steps)
 
@@ -178,7 +226,8 @@ def _take_turns(referee: Referee, trainer: Any, steps: int) -> None:
 
     def counting_step(model: Any, inputs: Any, *args: Any) -> Any:
         nonlocal tokens
-        tokens += int(inputs["attention_mask"].sum())
+        mask = inputs.get("attention_mask")
+        tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())  # packs have no padding
         return own_step(model, inputs, *args)
 
     class TakeTurns(TrainerCallback):
@@ -261,15 +310,25 @@ def run_litgpt(
         referee.end_turn(tokens, statistics.mean(losses), peak_memory_gib(device))
 
 
-CONTENDERS = {"trl": run_trl, "transformers": run_transformers, "litgpt": run_litgpt}
+CONTENDERS = {
+    "trl": run_trl, "trl_packed": run_trl_packed, "transformers": run_transformers, "litgpt": run_litgpt,
+    "unsloth": run_unsloth,
+}  # fmt: skip
 
 
 def installed_contenders(names: list[str]) -> dict[str, Any]:
-    """Ours and the named ones, but LitGPT where it is missing: it pins other versions of our dependencies."""
-    if "litgpt" in names and importlib.util.find_spec("litgpt") is None:
-        print("LitGPT takes no part; pip install --no-deps litgpt adds it.")
-        names = [name for name in names if name != "litgpt"]
-    return {OURS: run_ours} | {name: CONTENDERS[name] for name in names}
+    """Ours and the named ones, but those that are missing: both pin other versions of our dependencies."""
+    import torch
+
+    reasons = {}
+    if importlib.util.find_spec("litgpt") is None:
+        reasons["litgpt"] = "LitGPT takes no part; pip install --no-deps litgpt adds it."
+    if importlib.util.find_spec("unsloth") is None or not torch.cuda.is_available():
+        reasons["unsloth"] = "Unsloth takes no part; it needs a GPU and pip install unsloth."
+    for name in names:
+        if name in reasons:
+            print(reasons[name])
+    return {OURS: run_ours} | {name: CONTENDERS[name] for name in names if name not in reasons}
 
 
 def make_step(base_model: str, rank: int, dtype: str) -> Callable[[dict[str, Any]], None]:
