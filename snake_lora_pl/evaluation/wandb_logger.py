@@ -7,11 +7,13 @@ import os
 import secrets
 import socket
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+import psutil
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -101,6 +103,7 @@ class RunWandbLogger(WandbLogger):
         self.mode = mode
         del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value
         self._owns_service = False
+        self._gave_up = False
 
     def settle(self, paths: RunPaths, name: str) -> None:
         """Take what a run knows of itself where nothing else was given."""
@@ -129,8 +132,6 @@ class RunWandbLogger(WandbLogger):
                 console="off",
                 silent=True,
                 init_timeout=_INIT_S,
-                finish_timeout=_SEND_S,
-                finish_timeout_raises=True,
             ),
         }
         self._id = self._wandb_init["id"]
@@ -189,20 +190,42 @@ class RunWandbLogger(WandbLogger):
         return str(address) if address else _sync_command(run)
 
     def finish(self) -> None:
-        """End the run, so that another one can begin in this process."""
+        """End the run, so that another one can begin in this process; a server that is lost is not waited for long."""
         if self._experiment is not None:
+            patience = threading.Timer(_SEND_S, self._give_up)
+            patience.daemon = True
+            patience.start()
             try:
                 self._experiment.finish()
-            except TimeoutError:
+            except Exception:  # W&B has no public name for what it raises where its own process is gone
+                if not self._gave_up:
+                    raise
                 command = _sync_command(self._experiment)
                 logger.warning("W&B: the server did not take all of the run in %.0f s. Send it: %s", _SEND_S, command)
+            finally:
+                patience.cancel()
             self._experiment = None
         if self._owns_service:
             # W&B's own process closes the run's file when it ends; until then the last records may be missing there.
             import wandb
 
-            wandb.teardown()
+            try:
+                wandb.teardown()
+            except ConnectionError:
+                if not self._gave_up:
+                    raise
             self._owns_service = False
+
+    def _give_up(self) -> None:
+        """End W&B's process, which goes on trying for a quarter of an hour; by now all of the run is in its file.
+
+        Its ``finish_timeout`` (0.31) does not interrupt a request that it repeats.
+        """
+        if self._owns_service:
+            self._gave_up = True
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("wandb-core"):
+                    process.kill()
 
     # ------------------------------------------------------------------ what it shows
 
@@ -294,7 +317,9 @@ class RunWandbLogger(WandbLogger):
 
 
 def _sync_command(run: wandb.Run) -> str:
-    return f"wandb sync {shown(Path(run.dir).parent)}"
+    # Of a run that began online W&B thinks that the server has it.
+    option = "" if run.offline else "--include-online "
+    return f"wandb sync {option}{shown(Path(run.dir).parent)}"
 
 
 def _said(value: bool | None) -> str:
