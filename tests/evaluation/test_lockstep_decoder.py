@@ -247,3 +247,21 @@ def test_a_model_that_makes_its_own_of_masks_and_positions_is_refused() -> None:
         make_decoder(bloom)
     with pytest.raises(UserError, match="OfItsOwnMind cannot play"):
         make_decoder(OfItsOwnMind(make_model("llama").config).eval())
+
+
+class Shifted(LlamaForCausalLM):
+    """Adds to all logits alike what differs between two ways of computing them."""
+
+    shift = 3.0
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        output.logits += self.shift * len(input_ids)
+        return output
+
+
+def test_what_leaves_every_choice_as_it_was_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_decoder(Shifted(make_model("llama").config).eval())
+    monkeypatch.setattr(Shifted, "shift", torch.nan)
+    with pytest.raises(UserError, match="Shifted cannot play"):
+        make_decoder(Shifted(make_model("llama").config).eval())
