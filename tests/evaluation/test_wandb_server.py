@@ -255,7 +255,7 @@ def test_a_server_lost_on_the_way_ends_nothing(
 ) -> None:
     # Long enough for all of it to be in the run's file. W&B itself would go on for a quarter of an hour, and the test's
     # own limit end it.
-    own_home.setattr(wandb_logger, "_SEND_S", 5.0)
+    own_home.setattr(wandb_logger, "_SEND_S", 12.0)
     own_home.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)
     with serving() as server:
         own_home.setenv("WANDB_BASE_URL", server.url)
