@@ -253,9 +253,9 @@ def test_a_server_lost_on_the_way_ends_nothing(
     caplog: pytest.LogCaptureFixture,
     finished: tuple[RunPaths, str],
 ) -> None:
-    # Long enough for all of it to be in the run's file. W&B itself would go on for a quarter of an hour, and the test's
-    # own limit end it.
-    own_home.setattr(wandb_logger, "_SEND_S", 12.0)
+    # Long enough for all of it to be in the run's file, which W&B writes every so many seconds. W&B itself would go on
+    # for a quarter of an hour, and the test's own limit end it.
+    own_home.setattr(wandb_logger, "_SEND_S", 20.0)
     own_home.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)
     with serving() as server:
         own_home.setenv("WANDB_BASE_URL", server.url)
