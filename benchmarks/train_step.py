@@ -9,13 +9,13 @@ default, and which costs it time, is off. Two more tables: how the step grows, a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,10 @@ def run_trl_packed(
     from snake_lora_pl.models import load_base_model, load_tokenizer
 
     model, tokenizer = load_base_model(base_model, dtype=dtype), load_tokenizer(base_model)
-    if torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
+    usable = {name for name in ("flash_attn", "liger_kernel") if torch.cuda.is_available() and find_spec(name)}
+    if "flash_attn" in usable:
         model.set_attn_implementation("flash_attention_2")
-    settings = {
-        "packing": True,
-        "use_liger_kernel": torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None,
-    }
+    settings = {"packing": True, "use_liger_kernel": "liger_kernel" in usable}
     _train_with_trl(referee, model, tokenizer, rows_path, batch_size, steps, rounds, dtype, **settings)
 
 
@@ -160,7 +158,7 @@ def _train_with_trl(
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows),
             peft_config=None if isinstance(model, PeftModel) else LoraConfig(**_peft_settings()),
-            args=SFTConfig(max_length=512, completion_only_loss=True, **{"packing": False, **settings}, **arguments),
+            args=SFTConfig(max_length=512, completion_only_loss=True, **settings, **arguments),
         )
         _take_turns(referee, trainer, steps)
 
@@ -321,9 +319,9 @@ def installed_contenders(names: list[str]) -> dict[str, Any]:
     import torch
 
     reasons = {}
-    if importlib.util.find_spec("litgpt") is None:
+    if find_spec("litgpt") is None:
         reasons["litgpt"] = "LitGPT takes no part; pip install --no-deps litgpt adds it."
-    if importlib.util.find_spec("unsloth") is None or not torch.cuda.is_available():
+    if find_spec("unsloth") is None or not torch.cuda.is_available():
         reasons["unsloth"] = "Unsloth takes no part; it needs a GPU and pip install unsloth."
     for name in names:
         if name in reasons:

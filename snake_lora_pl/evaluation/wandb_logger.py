@@ -103,7 +103,6 @@ class RunWandbLogger(WandbLogger):
         self.mode = mode
         del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value
         self._owns_service = False
-        self._gave_up = False
 
     def settle(self, paths: RunPaths, name: str) -> None:
         """Take what a run knows of itself where nothing else was given."""
@@ -128,11 +127,7 @@ class RunWandbLogger(WandbLogger):
             "dir": str(directory),
             "id": self._own_id(directory),
             # Its capture of the terminal would break the progress bar, and its own lines say nothing ours do not.
-            "settings": wandb.Settings(
-                console="off",
-                silent=True,
-                init_timeout=_INIT_S,
-            ),
+            "settings": wandb.Settings(console="off", silent=True, init_timeout=_INIT_S),
         }
         self._id = self._wandb_init["id"]
         try:
@@ -191,14 +186,15 @@ class RunWandbLogger(WandbLogger):
 
     def finish(self) -> None:
         """End the run, so that another one can begin in this process; a server that is lost is not waited for long."""
+        gave_up = threading.Event()
         if self._experiment is not None:
-            patience = threading.Timer(_SEND_S, self._give_up)
+            patience = threading.Timer(_SEND_S, self._give_up, [gave_up])
             patience.daemon = True
             patience.start()
             try:
                 self._experiment.finish()
             except Exception:  # W&B has no public name for what it raises where its own process is gone
-                if not self._gave_up:
+                if not gave_up.is_set():
                     raise
                 command = _sync_command(self._experiment)
                 logger.warning("W&B: the server did not take all of the run in %.0f s. Send it: %s", _SEND_S, command)
@@ -212,17 +208,17 @@ class RunWandbLogger(WandbLogger):
             try:
                 wandb.teardown()
             except ConnectionError:
-                if not self._gave_up:
+                if not gave_up.is_set():
                     raise
             self._owns_service = False
 
-    def _give_up(self) -> None:
+    def _give_up(self, gave_up: threading.Event) -> None:
         """End W&B's process, which goes on trying for a quarter of an hour; by now all of the run is in its file.
 
         Its ``finish_timeout`` (0.31) does not interrupt a request that it repeats.
         """
         if self._owns_service:
-            self._gave_up = True
+            gave_up.set()
             for process in psutil.Process().children(recursive=True):
                 if process.name().startswith("wandb-core"):
                     process.kill()
