@@ -208,8 +208,10 @@ def recover_directory(path: str | os.PathLike[str]) -> None:
     Only a file system that cannot exchange two directories in one step leaves such a state.
     """
     path = Path(path)
+    if path.exists():  # as "." and "/" do, which have no name that the old one could be called by
+        return
     old = path.with_name(f".{path.name}{_OLD_SUFFIX}")
-    if not path.exists() and old.exists():
+    if old.exists():
         os.rename(old, path)
 
 

@@ -84,10 +84,12 @@ class AdaLoRA(AdapterKind):
         # Ranks are dropped by importance, which takes a step to be measured.
         needed = max(initial, 1) + final + 1
         if total_steps < needed:
+            given = [name for name in ("initial_steps", "final_steps") if getattr(adalora, name)]
+            lower = ", or lower " + " and ".join(f"model.lora.adalora.{name}" for name in given) if given else ""
             raise UserError(
                 f"model.adapter_type=adalora: {initial} steps before ranks are lowered and {final} after do not fit "
                 f"into a run of {total_steps}. Train for at least {needed} steps (trainer.max_steps, "
-                "trainer.max_epochs), or lower model.lora.adalora.initial_steps and model.lora.adalora.final_steps."
+                f"trainer.max_epochs){lower}."
             )
         peft_config.total_step, peft_config.tinit, peft_config.tfinal = total_steps, initial, final
 

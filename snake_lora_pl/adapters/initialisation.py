@@ -102,7 +102,7 @@ def _plain_weight(layer: Any) -> Iterator[None]:
     base_layer, fan_in_fan_out = layer.base_layer, layer.fan_in_fan_out
     with torch.no_grad():
         weight = dequantize_module_weight(base_layer).detach().to(torch.float32, copy=True)
-        copied = nn.Linear(0, 0, bias=False)
+        copied = nn.Linear(1, 1, bias=False, device="meta")  # draws no random numbers; an empty one would warn
         copied.weight = nn.Parameter(weight.T.contiguous() if fan_in_fan_out else weight)
         try:
             layer.base_layer, layer.fan_in_fan_out = copied, False

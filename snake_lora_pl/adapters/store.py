@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snake_lora_pl.adapters.card import model_card
-from snake_lora_pl.adapters.kinds import kind_of
+from snake_lora_pl.adapters.kinds import kind_of, registered
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
@@ -146,13 +146,22 @@ def read_metadata(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     if not directory.is_dir():
         raise UserError(f"--adapter {directory}: no such directory. Give the model_artifacts directory of a run.")
     if not path.is_file():
-        inside = sorted(p.relative_to(directory).parent for p in directory.glob(f"**/{METADATA_FILE}") if p.is_file())
-        hint = f" Found one in {directory / inside[-1]}." if inside else " Was it written by snake_lora_pl?"
-        raise UserError(f"--adapter {directory}: no {METADATA_FILE} here.{hint}")
+        raise UserError(f"--adapter {directory}: no {METADATA_FILE} here. {_what_is_there_instead(directory)}")
     try:
         return parse_metadata(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}). Train again, or copy the file from a backup.") from error
+
+
+def _what_is_there_instead(directory: Path) -> str:
+    if (directory / CONFIG_FILE).is_file():
+        return (
+            "It is an adapter that snake_lora_pl did not write, or lost that file: load it with PEFT, or copy it again."
+        )
+    if (directory / "config.json").is_file():
+        return "It is a whole model: give it as the base model, or name the adapter that was merged into it."
+    inside = _adapter_dirs(directory)
+    return f"Found one in {inside[-1]}." if inside else "Was it written by snake_lora_pl?"
 
 
 def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
@@ -202,12 +211,19 @@ def list_adapters(root: str | os.PathLike[str]) -> list[StoredAdapter]:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such directory. Give one that holds runs or adapters.")
-    found = []
-    for path in sorted(root.rglob(METADATA_FILE)):
-        # A run that is being written, or that was killed while writing, leaves hidden directories.
-        if not any(part.startswith(".") for part in path.relative_to(root).parts):
-            found.append(_stored_adapter(path.parent))
+    found = [_stored_adapter(directory) for directory in _adapter_dirs(root)]
     return sorted(found, key=lambda adapter: adapter.metadata.training_timestamp if adapter.metadata else "")
+
+
+def _adapter_dirs(root: Path) -> list[Path]:
+    """Directories at and below ``root`` that hold metadata, by name; what may not be read is passed over."""
+    found = []
+    for directory, subdirectories, files in os.walk(root):
+        # A run that is being written, or that was killed while writing, leaves hidden directories.
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        if METADATA_FILE in files:
+            found.append(Path(directory))
+    return sorted(found)
 
 
 def _stored_adapter(directory: Path) -> StoredAdapter:
@@ -222,10 +238,11 @@ def _stored_adapter(directory: Path) -> StoredAdapter:
 
 
 def _check_kind(metadata: AdapterMetadata, directory: Path) -> None:
-    try:
-        kind_of(metadata.adapter_type)
-    except UserError as error:
-        raise UserError(f"{directory / METADATA_FILE}: {error}") from None
+    if metadata.adapter_type not in registered():
+        raise UserError(
+            f"{directory / METADATA_FILE}: adapter_type is '{metadata.adapter_type}', which is not registered here "
+            f"({', '.join(registered())}). Run the program that registers it, with the same arguments."
+        )
 
 
 def _refuse_code(directory: Path) -> None:

@@ -93,6 +93,11 @@ def train_on_heuristic_data(
     checkpoint: AdapterCheckpoint = run.config_init[run.subcommand].checkpoint
     assert run.run_paths is not None
     assert checkpoint.adapter_dir is not None
+    if not checkpoint.adapter_dir.is_dir():
+        raise UserError(
+            "training_config: the run had no step to take, so there is no adapter. Raise trainer.max_steps, "
+            "trainer.max_epochs or trainer.limit_train_batches."
+        )
     # A program may change its working directory; a result stays true.
     paths = RunPaths(run.run_paths.run_dir.absolute())
     metadata = store.read_metadata(checkpoint.adapter_dir)
@@ -134,24 +139,46 @@ def _arguments(
     training_config: Mapping[str, Any],
 ) -> list[str]:
     """The command line that says the same."""
+    if not isinstance(training_config, Mapping):
+        raise UserError(f"training_config: a dict of fit's keys is needed, not {_described(training_config)}.")
     settings = dict(_flat(training_config))
     configs = settings.pop("config", DEFAULT_CONFIG)
+    names = [configs] if isinstance(configs, (str, os.PathLike)) else configs
+    if not _are_paths(names):
+        raise UserError(f"training_config: config names files, one or a list; it is {_described(configs)}.")
+    dataset_paths = [dataset_path] if isinstance(dataset_path, (str, os.PathLike)) else dataset_path
+    if not _are_paths(dataset_paths):
+        # Without any, `fit` would generate rows.
+        raise UserError(
+            f"dataset_path: a JSONL file, a glob or a list of them is needed, not {_described(dataset_path)}."
+        )
     given: dict[str, Any] = {"data.train_path": dataset_path}
     if adapter_config is not None:
         if isinstance(adapter_config, str):
             adapter_config = LoRAConfig.preset(adapter_config)
+        if not isinstance(adapter_config, LoRAConfig):
+            raise UserError(
+                f"adapter_config: a LoRAConfig or the name of a preset is needed, not {_described(adapter_config)}."
+            )
         given |= {f"model.lora.{name}": value for name, value in dataclasses.asdict(adapter_config).items()}
     for key in settings:
         owner = "dataset_path" if key == "data.train_path" else "adapter_config"
         if key in given or (adapter_config is not None and key == "model.lora"):
             raise UserError(f"training_config: {key} is what the argument {owner} says. Leave one of them out.")
-    names = [configs] if isinstance(configs, (str, os.PathLike)) else configs
     options = {**settings, **given}
     return [
         "fit",
         *(f"--config={os.fspath(name)}" for name in names),
         *(f"--{key}={_text(key, value)}" for key, value in options.items()),
     ]
+
+
+def _are_paths(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(value, (str, os.PathLike)) for value in values)
+
+
+def _described(value: Any) -> str:
+    return f"{value!r:.60} of type {type(value).__name__}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from snake_lora_pl.adapters.serving import adapter_rank, vllm_obstacles
 from snake_lora_pl.adapters.store import StoredAdapter, list_adapters
 from snake_lora_pl.commands.parser import Parser
 from snake_lora_pl.paths import shown
+from snake_lora_pl.untrusted import printable
 
 _NOT_KNOWN = "-"
 
@@ -59,9 +60,9 @@ def _describe(adapter: StoredAdapter) -> dict[str, Any]:
 
 def _table(rows: Sequence[dict[str, Any]], root: str) -> str:
     if not rows:
-        return f"no adapter under {root}"
+        return f"no adapter of snake_lora_pl under {root}"
     header = ("kind", "base", "rank", "step", "val loss", "apples", "size", "date", "directory")
-    cells = [header, *(_cells(row) for row in rows)]
+    cells = [header, *(tuple(map(_on_one_line, _cells(row))) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     # A directory that the terminal would break has a line of its own. Elsewhere there is no width to keep to.
     does_fit = not sys.stdout.isatty() or sum(widths) + 2 * len(widths) <= shutil.get_terminal_size().columns
@@ -72,7 +73,7 @@ def _table(rows: Sequence[dict[str, Any]], root: str) -> str:
         + f"{gap}{pairs[-1][0]}"
         for pairs in (list(zip(line, widths, strict=True)) for line in cells)
     ]
-    problems = [f"damaged: {row['problem']}" for row in rows if row["problem"]]
+    problems = [_on_one_line(f"damaged: {row['problem']}") for row in rows if row["problem"]]
     return "\n".join([*lines, *problems])
 
 
@@ -90,6 +91,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["training_timestamp"][:16].replace("T", " "),
         row["path"],
     )
+
+
+def _on_one_line(text: str) -> str:
+    """Names of strangers' directories must not break a line, nor steer a terminal."""
+    return printable(text).replace("\n", "\\n")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -176,6 +176,12 @@ class LoRALightningModule(pl.LightningModule):
                 full_precision_base=self.full_precision_base,
                 **options,
             )
+            if self._trainer is not None and self._trainer.state.fn == "fit":
+                logger.info(
+                    "Training on from the %s adapter of step %d in %s: kind, ranks and layers stay as they are, "
+                    "whatever model.adapter_type and model.lora say",
+                    metadata.adapter_type, metadata.step, self.adapter_path,
+                )  # fmt: skip
         else:
             self.model = AdapterFactory.create(self.adapter_type, self.base_model, self.lora, **options)
         self.prepare_for_training()

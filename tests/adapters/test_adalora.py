@@ -213,7 +213,9 @@ def test_an_adapter_that_was_never_trained_can_be_saved_and_started_from(make, t
     assert watch.logged[-1]["train/rank_budget"] == 4 * NUM_LAYERS
 
 
-def test_training_on_from_a_finished_adapter_keeps_its_ranks(make, tmp_path: Path) -> None:
+def test_training_on_from_a_finished_adapter_keeps_its_ranks(
+    make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = make()
     first_dir = fit(first, tmp_path / "first").adapter_dir
     assert first_dir is not None
@@ -225,6 +227,11 @@ def test_training_on_from_a_finished_adapter_keeps_its_ranks(make, tmp_path: Pat
     # Too short for a schedule: there is none to keep.
     second_dir = fit(second, tmp_path / "second", max_steps=3).adapter_dir
     assert second_dir is not None
+    with caplog.at_level("INFO", logger="snake_lora_pl"):
+        fit(make(adapter_path=str(first_dir)), tmp_path / "third", max_steps=1)
+    assert any(
+        f"Training on from the adalora adapter of step 12 in {first_dir}: kind, ranks" in m for m in caplog.messages
+    )
     after = singular_values(second.peft_model)
     assert [len(v) for v in after] == [len(v) for v in before]
     assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
@@ -240,8 +247,12 @@ def test_training_on_from_a_finished_adapter_keeps_its_ranks(make, tmp_path: Pat
             12,
             "8 steps before .* 4 after .* a run of 12.* at least 13 steps",
         ),
-        ({"initial_steps": None, "final_steps": None}, 1, "a run of 1.* at least 2 steps"),
-        ({"initial_steps": 20, "final_steps": None}, 12, "20 steps before .* 5 after .* a run of 12"),
+        ({"initial_steps": None, "final_steps": None}, 1, r"a run of 1.* at least 2 steps .*max_epochs\)\.$"),
+        (
+            {"initial_steps": 20, "final_steps": None},
+            12,
+            r"20 steps before .* 5 after .* a run of 12.*, or lower model.lora.adalora.initial_steps\.$",
+        ),
     ],
 )
 def test_a_run_too_short_for_its_phases_is_refused_and_what_fits_is_said(

@@ -85,6 +85,16 @@ def test_a_directory_above_the_adapter_is_answered_with_the_right_one(adapter_di
         AdapterFactory.load(adapter_dir.parent)
 
 
+def test_what_is_there_in_place_of_an_adapter_is_said(adapter_dir: Path, tiny_llama_dir: Path) -> None:
+    with pytest.raises(UserError, match=f"no {store.METADATA_FILE} here. It is a whole model: give it as the base"):
+        AdapterFactory.load(tiny_llama_dir)
+    (adapter_dir / store.METADATA_FILE).unlink()
+    with pytest.raises(UserError, match="that snake_lora_pl did not write, or lost that file: load it with PEFT"):
+        AdapterFactory.load(adapter_dir)
+    with pytest.raises(UserError, match="Was it written by snake_lora_pl"):
+        AdapterFactory.load(adapter_dir.parent)
+
+
 def test_a_truncated_or_changed_weights_file_is_refused(adapter_dir: Path) -> None:
     path = adapter_dir / store.WEIGHTS_FILE
     content = path.read_bytes()

@@ -170,10 +170,12 @@ def test_ctrl_c_ends_after_the_step_says_how_to_go_on_and_leaves_the_callers_han
         (None, None, {"trainer.callbacks": [object()]}, "trainer.callbacks holds an object of type list"),
         (None, None, {"trainer.fast_dev_run": True}, "trainer.fast_dev_run=True writes no adapter"),
         (None, None, {"trainer.enable_checkpointing": False}, "trainer.enable_checkpointing=False writes no adapter"),
+        (None, {"rank": 4}, {}, "a LoRAConfig or the name of a preset is needed, not {'rank': 4} of type dict"),
+        (None, None, {"config": 5}, "config names files, one or a list; it is 5 of type int"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    in_tmp: Path, bfs512_sample_path: Path, small: dict[str, Any], dataset: str | None, adapter: str | None,
+    in_tmp: Path, bfs512_sample_path: Path, small: dict[str, Any], dataset: str | None, adapter: Any,
     settings: dict[str, Any], part: str,
 ) -> None:  # fmt: skip
     with pytest.raises(UserError) as caught:
@@ -182,3 +184,22 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert "\n" not in str(caught.value)
     assert not list(in_tmp.iterdir())
     assert "SNAKE_LORA_PL_RUN_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("dataset", [None, 5, {}, [None]])
+def test_rows_that_were_not_named_are_not_generated(in_tmp: Path, small: dict[str, Any], dataset: Any) -> None:
+    with pytest.raises(UserError, match="dataset_path: a JSONL file, a glob or a list of them is needed, not "):
+        train_on_heuristic_data(dataset, None, small)
+    assert not list(in_tmp.iterdir())
+
+
+def test_settings_that_are_no_dict_are_refused(in_tmp: Path, bfs512_sample_path: Path) -> None:
+    with pytest.raises(UserError, match="training_config: a dict of fit's keys is needed, not 'balanced.yaml'"):
+        train_on_heuristic_data(bfs512_sample_path, None, "balanced.yaml")  # type: ignore[arg-type]
+
+
+def test_a_run_without_a_step_to_take_has_no_result(
+    in_tmp: Path, small: dict[str, Any], bfs512_sample_path: Path
+) -> None:
+    with pytest.raises(UserError, match="the run had no step to take, so there is no adapter. Raise trainer.max_steps"):
+        train_on_heuristic_data(bfs512_sample_path, None, {**small, "trainer.max_steps": 0})

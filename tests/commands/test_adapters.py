@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
+from tests.adapters.conftest import rewrite_metadata
 
 
 def test_the_table_has_a_line_for_each_adapter(
@@ -73,7 +75,61 @@ def test_a_damaged_adapter_is_listed_with_what_is_wrong(
 
 def test_an_empty_directory_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == f"no adapter under {tmp_path}"
+    assert capsys.readouterr().out.strip() == f"no adapter of snake_lora_pl under {tmp_path}"
+
+
+def test_an_adapter_may_be_where_one_stands(
+    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(adapter_dir)
+    assert main(["adapters"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("  .")
+    assert main(["merge", "--adapter", ".", "--out", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_the_name_of_a_directory_can_neither_break_a_line_nor_steer_the_terminal(
+    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = adapter_dir.rename(tmp_path / "first\nsecond\x1b[2J")
+    shutil.copytree(good, tmp_path / "d\x1b[2J\namaged")
+    (tmp_path / "d\x1b[2J\namaged" / store.WEIGHTS_FILE).unlink()
+    assert main(["adapters", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
+    assert any(line.endswith(r"first\nsecond\x1b[2J") for line in lines)
+    assert main(["adapters", str(tmp_path), "--json"]) == 0
+    assert {row["path"] for row in json.loads(capsys.readouterr().out)} == {
+        str(good), str(tmp_path / "d\x1b[2J\namaged"),
+    }  # fmt: skip
+
+
+def test_metadata_that_is_no_file_or_lies_where_nothing_can_be_read_stops_no_list(
+    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a" / store.METADATA_FILE).mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / store.METADATA_FILE).symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert main(["adapters", str(tmp_path), "--json"]) == 0
+    problems = {row["path"]: row["problem"] for row in json.loads(capsys.readouterr().out)}
+    assert problems.keys() == {str(tmp_path / "b"), str(adapter_dir)}
+    assert problems[str(adapter_dir)] is None
+    assert f"no {store.METADATA_FILE} here" in problems[str(tmp_path / "b")]
+
+
+def test_a_kind_that_is_not_registered_here_is_answered_with_the_program_that_does(
+    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite_metadata(adapter_dir, adapter_type="loha")
+    for arguments in (
+        ["merge", "--adapter", str(adapter_dir), "--out", str(tmp_path / "x")],
+        ["adapters", str(tmp_path)],
+    ):
+        main(arguments)
+        said = "".join(capsys.readouterr())
+        assert "'loha', which is not registered here (adalora, lora, qlora). Run the program that registers it" in said
 
 
 @pytest.mark.parametrize(
