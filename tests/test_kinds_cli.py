@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from snake_lora_pl.__main__ import main
@@ -70,6 +71,33 @@ def test_metadata_and_metrics_tell_the_kind(run: Run) -> None:
     budget = logged(run, "train/rank_budget") if run.kind == "adalora" else []
     assert budget == sorted(budget, reverse=True)
     assert (len(set(budget)) > 2) == (run.kind == "adalora")
+
+
+def test_a_run_leaves_the_metadata_and_the_card_that_strangers_look_for(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((run.paths.artifacts_dir / store.METADATA_FILE).read_text())
+    assert content.keys() >= {
+        "adapter_type", "base_model", "base_sha256", "grid_size", "training_timestamp", "peft_config", "step", "epoch",
+        "metrics", "trainable_parameters", "total_parameters", "packages", "weights_sha256",
+    }  # fmt: skip
+    assert content["grid_size"] == 10
+    data = content["data"]
+    card = ModelCard((run.paths.artifacts_dir / store.CARD_FILE).read_text(), ignore_metadata_errors=False)
+    assert card.data.tags == ["snake", run.kind]
+    said = {"data_hash": data["data_hash"], "split_hash": data["split_hash"], "prompt_format": "bfs-512"}
+    said |= {"template": "instruction", "num_rows": "354", "num_games": "4", "board": "10x10"}
+    said |= {"layers": "k_proj, o_proj, q_proj, v_proj", "alpha": "16.0", "dropout": "0.1"}
+    said |= {"val/loss": f"{content['metrics']['val/loss']:.4g}"}
+    for name, value in said.items():
+        assert f"| {name} | {value} |" in card.text
+    assert ("merge it first" in card.text) == (run.kind == "adalora")
+
+    capsys.readouterr()
+    assert main(["adapters", str(run.paths.run_dir), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["adapter_type"], row["problem"], row["step"]) == (run.kind, None, content["step"])
+    assert row["rank"] == (12 if run.kind == "adalora" else 8)
 
 
 def test_the_checkpoint_holds_the_adapter_alone(run: Run, tiny_llama_dir: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -49,9 +50,13 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
+    from snake_lora_pl.models import BaseModelSource
+
 logger = logging.getLogger(__name__)
 
 _REHEARSED_STEPS = 10_000
+# Settings of the product's scale, and what PEFT calls them.
+_SCALES = {"alpha": "lora_alpha", "use_rslora": "use_rslora", "alpha_pattern": "alpha_pattern"}
 
 
 class LoRALightningModule(pl.LightningModule):
@@ -586,9 +591,14 @@ class LoRALightningModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ checkpoints
 
+    @functools.cached_property
+    def _base_source(self) -> BaseModelSource:
+        # Once: a directory's weights are read through for their hash.
+        return resolve_base_model(self.base_model, revision=self.revision)
+
     def adapter_metadata(self) -> store.AdapterMetadata:
         """What is known here of the adapter; step, metrics and data are the caller's to add."""
-        source = resolve_base_model(self.base_model, revision=self.revision)
+        source = self._base_source
         trainable, total = self.peft_model.get_nb_trainable_parameters()
         base = self.peft_model.get_base_model()
         quantization = quantization_of(base)
@@ -611,13 +621,16 @@ class LoRALightningModule(pl.LightningModule):
         keys = self._adapter_tensors().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
         checkpoint["adapter_state"] = self._kind.state(self.peft_model)
+        if self.trainer.is_global_zero:  # which alone writes
+            checkpoint["adapter_identity"] = self._identity()
         checkpoint["step_watch"] = self.watch.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint holds exactly this adapter.
+        """Check that a checkpoint holds exactly this adapter, of this base.
 
         Raises:
-            UserError: If a key is missing, unknown or of another shape.
+            UserError: If a key is missing, unknown or of another shape, or it was trained on another base or scaled
+                otherwise.
         """
         saved = checkpoint["state_dict"]
         own = self._adapter_tensors()
@@ -627,9 +640,38 @@ class LoRALightningModule(pl.LightningModule):
                 f"The checkpoint does not hold this adapter: {len(different)} parameters differ, such as "
                 f"{different[0]}. Use the config it was trained with (config.yaml in its run directory)."
             )
+        if "adapter_identity" in checkpoint:  # not in one that was written before there was any
+            self._check_identity(checkpoint["adapter_identity"])
         self._kind_state = checkpoint.get("adapter_state")
         if "step_watch" in checkpoint:
             self.watch.load_state_dict(checkpoint["step_watch"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What the adapter's weights mean nothing without and their names and shapes do not tell."""
+        metadata = self.adapter_metadata()
+        peft_config = self.peft_model.peft_config["default"]
+        return {
+            "model.adapter_type": metadata.adapter_type,
+            "model.base_model": metadata.base_sha256 or metadata.base_revision or metadata.base_model,
+            "model.lora.quantization": metadata.quantization,
+            **{f"model.lora.{key}": getattr(peft_config, name, None) for key, name in _SCALES.items()},
+        }
+
+    def _check_identity(self, saved: dict[str, Any]) -> None:
+        own = self.trainer.strategy.broadcast(self._identity() if self.trainer.is_global_zero else {})
+        for key, value in own.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"The checkpoint was written by a run with another {key} ({_in_words(saved.get(key))}, here "
+                    f"{_in_words(value)}): what it holds would compute something else. Use the config it was trained "
+                    "with (config.yaml in its run directory)."
+                )
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+    return f"{value!s:.60}"
 
 
 def _elapsed_share(timer: Timer | None) -> float:

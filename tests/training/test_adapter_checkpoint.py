@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
@@ -149,6 +150,30 @@ def test_a_checkpoint_of_another_adapter_is_refused(make_module, tmp_path: Path)
     other_layers = make_module(lora=LoRAConfig(rank=4, dropout=0.0, target_modules=["q_proj"]))
     with pytest.raises(UserError, match="does not hold this adapter"):
         fit(other_layers, tmp_path, make_checkpoint(tmp_path / "c"), ckpt_path=last, max_epochs=2)
+
+
+def test_a_checkpoint_of_another_base_or_another_scale_is_refused(
+    make_module, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    fit(make_module(), tmp_path, make_checkpoint(tmp_path))
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "other"))
+    moved = Path(shutil.copytree(tiny_llama_dir, tmp_path / "moved"))
+    model = LlamaForCausalLM.from_pretrained(other)
+    torch.nn.init.constant_(model.model.norm.weight, 2.0)
+    model.save_pretrained(other)
+    lora: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0}
+    for settings, key in (
+        ({"base_model": str(other)}, "model.base_model"),
+        ({"adapter_type": "qlora"}, "model.adapter_type .lora, here qlora."),
+        ({"lora": LoRAConfig(**{**lora, "alpha": 7})}, "model.lora.alpha .8, here 7."),
+        ({"lora": LoRAConfig(**lora, use_rslora=True)}, "model.lora.use_rslora .False, here True."),
+        ({"lora": LoRAConfig(**lora, alpha_pattern={"q_proj": 3})}, "model.lora.alpha_pattern .none, here q_proj 3."),
+    ):
+        with pytest.raises(UserError, match=f"was written by a run with another {key}"):
+            fit(make_module(**settings), tmp_path, make_checkpoint(tmp_path / "b"), ckpt_path=last, max_epochs=2)
+    elsewhere = make_module(base_model=str(moved), lora=LoRAConfig(**{**lora, "dropout": 0.1}))
+    fit(elsewhere, tmp_path, make_checkpoint(tmp_path / "b"), ckpt_path=last, max_epochs=2)
 
 
 class Payload:

@@ -119,7 +119,9 @@ def test_it_starts_at_the_base_model_learns_and_loads_with_equal_logits(make, va
         assert torch.equal(logits(module.peft_model), base), "switched off, the adapter leaves a trace on the base"
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "pissa_niter", "olora", "qlora", "adalora", "adalora loraplus"])
+@pytest.mark.parametrize(
+    "variant", ["loraplus", "dora", "pissa_niter", "olora", "qlora", "qlora 8 bits", "adalora", "adalora loraplus"]
+)
 def test_a_checkpoint_holds_the_adapter_alone_and_a_resumed_run_ends_bit_equal(
     make, variant: str, tmp_path: Path
 ) -> None:
