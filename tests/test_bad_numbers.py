@@ -90,3 +90,33 @@ def test_the_row_is_named_by_whichever_process_met_it_or_its_step_left_out(
     assert [row["train/loss"] == "nan" for row in rows].count(True) == 1
     assert float(rows[-1]["train/skipped_steps"]) == 1
     assert rows[-1]["train/loss"] != "nan"
+
+
+def test_a_row_of_validation_is_named_or_left_out(
+    rows_path: Path,
+    broken_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = rows_path.read_text().splitlines(keepends=True)
+    (tmp_path / "good.jsonl").write_text("".join(lines[: BAD_LINE - 1]))
+    (tmp_path / "bad.jsonl").write_text("".join(lines[BAD_LINE - 3 : BAD_LINE + 1]))
+    arguments = ["fit", "--config=balanced.yaml", "--data.train_path=good.jsonl", "--data.val_path=bad.jsonl"]
+    arguments += [f"--model.base_model={broken_model_dir}", "--model.dtype=float32", "--data.batch_size=2"]
+    arguments += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--num_sample_rows=0"]
+    assert main(arguments) == 2
+    written = capfd.readouterr().err
+    assert "step 2: the loss of validation is not finite in a batch of the rows" in written
+    assert "bad.jsonl:3" in written
+    assert "Traceback" not in written
+    shutil.rmtree(tmp_path / "logs")
+
+    assert main([*arguments, "--model.on_nonfinite=skip"]) == 0
+    assert any("bad.jsonl:3; what is not finite is left out" in message for message in caplog.messages)
+    (run_dir,) = tmp_path.glob(RUN_PATTERN)
+    with open(run_dir / "metrics.csv", newline="") as file:
+        (loss,) = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert loss > 0

@@ -199,6 +199,23 @@ def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(
     assert len(losses(straight)) == 30
 
 
+def test_settings_of_the_optimiser_that_were_changed_have_their_effect(
+    fit: Fit, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--model.final_learning_rate_fraction=1", "--model.warmup_steps=0", "--data.val_fraction=0"]
+    fit("changed", *flags, "--trainer.max_steps=3", "--model.learning_rate=0.001")
+    changed = [*flags, "--trainer.max_steps=5", "--model.learning_rate=0.002", "--model.betas=[0.8, 0.9]"]
+    run_dir = fit("changed", *changed, "--ckpt_path=last")
+    with open(RunPaths(run_dir).metrics_path, newline="") as file:
+        rates = [float(row["train/learning_rate"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert rates == pytest.approx([0.001] * 3 + [0.002] * 2)
+    (group,) = torch.load(RunPaths(run_dir).last_checkpoint_path)["optimizer_states"][0]["param_groups"]
+    assert (group["lr"], group["initial_lr"], tuple(group["betas"])) == (0.002, 0.002, (0.8, 0.9))
+    said = [message for message in caplog.messages if "in the checkpoint and is" in message]
+    assert len(said) == 2
+    assert any("learning_rate was 0.001 in the checkpoint and is 0.002" in message for message in said)
+
+
 def losses(run_dir: Path) -> list[str]:
     with open(RunPaths(run_dir).metrics_path, newline="") as file:
         return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
@@ -244,6 +261,31 @@ def test_the_second_ctrl_c_is_the_systems(fit: Fit) -> None:
     fit("stopped", at=(3, interrupt), code=130)
     assert seen[0] not in (signal.SIG_DFL, signal.default_int_handler)
     assert seen[1] is signal.SIG_DFL
+
+
+def test_a_signal_in_the_check_before_training_ends_it(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = fit("stopped", "--trainer.num_sanity_val_steps=2", at=(1, lambda: signal.raise_signal(signal.SIGTERM)),
+                  code=143)  # fmt: skip
+    written = capfd.readouterr().err
+    assert "Traceback" not in written
+    assert "stopped by SIGTERM." in written
+    assert not RunPaths(run_dir).last_checkpoint_path.exists()
+
+
+def test_a_signal_after_training_leaves_out_the_games(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    on_train_end = AdapterCheckpoint.on_train_end
+
+    def end_and_stop(*arguments: Any) -> None:
+        on_train_end(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(AdapterCheckpoint, "on_train_end", end_and_stop)
+    run_dir = fit("stopped", "--trainer.max_steps=2", "--play.final_games=1", "--play.max_steps=2", code=143)
+    assert "stopped by SIGTERM after step 2. Go on with: " in capfd.readouterr().err
+    assert not RunPaths(run_dir).games.games_dir.exists()
+    assert RunPaths(run_dir).artifacts_dir.is_dir()
 
 
 def test_a_signal_before_training_leaves_nothing_behind(

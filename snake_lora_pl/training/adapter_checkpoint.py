@@ -20,7 +20,14 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import shown
 from snake_lora_pl.training.checkpoint_io import DurableCheckpointIO
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
-from snake_lora_pl.training.resumption import is_between_steps, restore_run_state, run_state, settle_counters
+from snake_lora_pl.training.resumption import (
+    explain_damage,
+    guard_restoring,
+    is_between_steps,
+    restore_run_state,
+    run_state,
+    settle_counters,
+)
 from snake_lora_pl.training.sharding import gather_trained, is_sharded
 
 if TYPE_CHECKING:
@@ -107,7 +114,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             self.adapter_dir = Path(self.dirpath).parent / "lora_adapters" / "model_artifacts"
         # Processes that a launcher started apart from each other may name another directory; the first one's counts.
         self.adapter_dir = trainer.strategy.broadcast(self.adapter_dir)
+        if stage == "fit":
+            _check_is_no_one_elses(self.adapter_dir)
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        guard_restoring(trainer)
         if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(self.adapter_dir.parent, self.adapter_dir.name)
             remove_leftovers(self.dirpath, "*.ckpt")
@@ -118,7 +128,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Go on where the checkpoint was written, if there was one."""
         super().on_train_start(trainer, pl_module)
         if self._restored is not None:
-            restore_run_state(trainer, self._restored)
+            with explain_damage(trainer.ckpt_path):
+                restore_run_state(trainer, self._restored)
             self._restored = None
         _validate_between_steps(trainer)
 
@@ -259,6 +270,23 @@ class AdapterCheckpoint(ModelCheckpoint):
             logger.info("step %d: adapter written%s", trainer.global_step, place)
             self._has_exported = True
         trainer.strategy.barrier("AdapterCheckpoint")
+
+
+def _check_is_no_one_elses(adapter_dir: Path) -> None:
+    """Refuse a directory of other files: it is replaced as a whole whenever the adapter is written.
+
+    Raises:
+        UserError: If it holds anything but an adapter.
+    """
+    if adapter_dir.is_dir():
+        is_other = any(adapter_dir.iterdir()) and not (adapter_dir / store.METADATA_FILE).exists()
+    else:
+        is_other = adapter_dir.exists()
+    if is_other:
+        raise UserError(
+            f"checkpoint.adapter_dir {adapter_dir}: holds something that is no adapter of this package, and would be "
+            "replaced. Name a directory that is empty or not there."
+        )
 
 
 def _is_rehearsal(trainer: pl.Trainer) -> bool:

@@ -16,6 +16,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.allocator import keep_freed_memory
 from snake_lora_pl.training.machine_memory import available_bytes, used_bytes
 from snake_lora_pl.training.out_of_memory import is_out_of_memory
+from snake_lora_pl.training.resumption import explain_damage
 from snake_lora_pl.training.sharding import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,9 @@ class BatchSizeFinder(Callback):
         if self.ckpt_path is None:
             return None
         checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(self.ckpt_path)
-        state = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
-        return state.get("batch_size")
+        with explain_damage(self.ckpt_path):
+            state = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
+            return state.get("batch_size")
 
     def _find(self, trainer: pl.Trainer, module: Any) -> int:
         if isinstance(trainer.strategy, FullyShardedStrategy):

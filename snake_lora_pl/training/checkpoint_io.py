@@ -88,5 +88,9 @@ def _check_parts(checkpoint: Any) -> None:
     for name, kind in _PARTS.items():
         if not isinstance(checkpoint.get(name), kind):
             raise ValueError(f"its '{name}' is {'damaged' if name in checkpoint else 'missing'}")
-    if not isinstance(checkpoint["loops"].get("fit_loop"), dict):
+    for name in ("optimizer_states", "lr_schedulers"):
+        if not checkpoint[name]:
+            raise ValueError(f"its '{name}' are empty")
+    fit_loop = checkpoint["loops"].get("fit_loop")
+    if not isinstance(fit_loop, dict) or not fit_loop.keys() >= {"epoch_progress", "epoch_loop.batch_progress"}:
         raise ValueError("its 'loops' are damaged")

@@ -77,13 +77,16 @@ class Interruption(Callback):
         self._signum = 0
         self._pid = 0
         self._can_leave_at_once = False
-        self._is_over = False
         self._requeue: tuple[int, Callable[..., Any]] | None = None
         self._trainer: pl.Trainer | None = None
 
     # Lightning installs handlers of its own at the beginning of each stage and takes back all of them at its end. Its
     # one for SIGTERM ends an epoch in the middle of an accumulated step and, among several processes, starts a
     # collective from inside the handler.
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is done yet."""
+        self._listen(trainer, can_leave_at_once=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is a step to finish."""
@@ -110,6 +113,8 @@ class Interruption(Callback):
     def _listen(self, trainer: pl.Trainer, *, can_leave_at_once: bool = False) -> None:
         self._trainer, self._pid = trainer, os.getpid()
         self._can_leave_at_once = can_leave_at_once
+        if can_leave_at_once and self._signum:  # asked in between two stages
+            raise self._interrupted(self._signum)
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's, and so are their handlers
         for signum in (*_STOP_SIGNALS, *([self._requeue[0]] if self._requeue else [])):
@@ -166,13 +171,9 @@ class Interruption(Callback):
         if trainer.state.fn == "fit":
             self._can_leave_at_once = False
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training is over before a step came to stop at."""
-        self._is_over = self._agree(trainer)
-
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All is written; leave out what would come next."""
-        if self._is_over:
+        """Training was over before a step came to stop at, and all is written; leave out what would come next."""
+        if self._agree(trainer):
             raise self._interrupted(self._signum)
 
     def _agree(self, trainer: pl.Trainer) -> bool:
@@ -186,7 +187,8 @@ class Interruption(Callback):
         assert self._trainer is not None
         checkpoint = _checkpoint_callback(self._trainer)
         path = checkpoint.last_model_path if checkpoint is not None else ""
-        step = self._trainer.global_step if self._trainer.state.fn == "fit" else None
+        is_training = self._trainer.state.fn == "fit" and not self._trainer.sanity_checking
+        step = self._trainer.global_step if is_training else None
         return Interrupted(signum, step, Path(path) if path else None)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -26,7 +26,7 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.kind import AdapterKind, adapter_tensors
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models import choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
@@ -34,6 +34,7 @@ from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.packing import pack
+from snake_lora_pl.training.resumption import explain_damage
 from snake_lora_pl.training.sharding import (
     FullyShardedStrategy,
     check_strategy,
@@ -43,7 +44,7 @@ from snake_lora_pl.training.sharding import (
     shard,
     total_norm,
 )
-from snake_lora_pl.training.step_watch import OnNonfinite, StepWatch
+from snake_lora_pl.training.step_watch import OnNonfinite, StepWatch, gather_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +91,8 @@ class LoRALightningModule(pl.LightningModule):
             a GPU. ``data.pad_to_multiple_of`` at ``data.max_length`` gives every batch one shape. Excludes fused
             layers.
         on_nonfinite: What becomes of a step whose loss or gradient is not finite: ``error`` names its rows and stops,
-            ``skip`` leaves it out and counts it in ``train/skipped_steps``; ten in a row stop the run all the same.
+            ``skip`` leaves it out and counts it in ``train/skipped_steps``; ten in a row stop the run all the same. In
+            validation ``error`` does the same, ``skip`` leaves out what is not finite and names its rows.
         text_metrics: Metrics that read text: ``update(prompts, targets, predictions)`` takes three lists of strings
             and ``compute()`` returns a dict of scalars, logged as ``val/NAME``; a NaN says that nothing could be read.
     """
@@ -153,6 +155,7 @@ class LoRALightningModule(pl.LightningModule):
         self.strict_loading = False
         self._kind_state: dict[str, Any] | None = None
         self.watch = StepWatch(on_nonfinite)
+        self._bad_val_rows: list[str] = []
 
     # ------------------------------------------------------------------ the model
 
@@ -288,6 +291,13 @@ class LoRALightningModule(pl.LightningModule):
         What is compared is the path that training takes.
         """
         model = self.peft_model
+        ordinary = [id_ for id_ in self.tokenizer.get_vocab().values() if id_ not in self.tokenizer.all_special_ids]
+        num_ids = 1 + max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, *ordinary)
+        if num_ids > (num_rows := model.get_input_embeddings().weight.shape[0]):
+            raise UserError(
+                f"model.base_model {self.base_model}: its tokenizer knows {num_ids:,} tokens, its weights have "
+                f"room for {num_rows:,}. They are not of one model: copy its files again, all of them."
+            )
         was_training = model.training
         model.eval()
         # Spread over the vocabulary: the first ids are often special tokens, on which a trained adapter's states are so
@@ -299,6 +309,12 @@ class LoRALightningModule(pl.LightningModule):
             own = self._head(self._target_states({"input_ids": ids, "labels": ids}, select_targets(ids)))
             whole = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         model.train(was_training)
+        if not whole.isfinite().all():
+            damaged = f"--adapter {self.adapter_path}" if self.adapter_path else f"model.base_model {self.base_model}"
+            raise UserError(
+                f"{damaged}: the model's logits are not finite, so its weights are damaged or overflow in "
+                f"{str(self._compute_dtype).removeprefix('torch.')}. Copy its files again, or set model.dtype=float32."
+            )
         # The two sum in another order. In 16 bits single positions may differ by their whole size, but most do not.
         tolerance = 1e-3 if own.dtype == torch.float32 else 0.1
         difference = (own - whole).float().norm(dim=-1) / whole.float().norm(dim=-1)
@@ -438,8 +454,30 @@ class LoRALightningModule(pl.LightningModule):
         """Drop what an interrupted step left behind; take up the kind's state."""
         self.watch.clear()
         if self._kind_state is not None:
-            self._kind.load_state(self.peft_model, self._kind_state)
+            with explain_damage(self.trainer.ckpt_path):
+                self._kind.load_state(self.peft_model, self._kind_state)
             self._kind_state = None
+            self._settle_optimizer()
+
+    def _settle_optimizer(self) -> None:
+        """Let settings of the optimiser that were changed for a resumed run have their effect.
+
+        A checkpoint brings those that it was written with, and the optimiser would go on with them without a word.
+        """
+        schedule: Any = self.lr_schedulers()
+        changed = {}
+        for index, fresh in enumerate(self._optimizer().param_groups):
+            group = schedule.optimizer.param_groups[index]
+            if (was := schedule.base_lrs[index]) != fresh["lr"]:
+                changed["learning_rate"] = (was, fresh["lr"])
+                group["lr"] *= fresh["lr"] / was
+                group["initial_lr"] = schedule.base_lrs[index] = fresh["lr"]
+            for name in ("betas", "weight_decay"):
+                if (was := group[name]) != fresh[name]:
+                    changed[name] = (was, fresh[name])
+                    group[name] = fresh[name]
+        for name, (was, now) in changed.items():
+            logger.warning("model.%s was %s in the checkpoint and is %s from here on.", name, was, now)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let a run that ends in the middle of an epoch end with a validation."""
@@ -452,7 +490,10 @@ class LoRALightningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on the adapter's parameters; linear warm-up, then a cosine."""
-        total_steps = self.trainer.estimated_stepping_batches
+        try:
+            total_steps = self.trainer.estimated_stepping_batches
+        except ValueError as error:  # Lightning looks at its settings of validation here
+            raise UserError(f"trainer: {one_line(error)}.") from error
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
         # A time limit beside a given number of steps is a safeguard; without one it is what ends the run.
         is_length_known = math.isfinite(total_steps) and (timer is None or self.trainer.max_steps != -1)
@@ -516,7 +557,10 @@ class LoRALightningModule(pl.LightningModule):
             losses, predicted = completion_predictions(hidden, targets.token_ids, self._head, self.loss_chunk_tokens)
         row_sizes = targets.mask.sum(dim=1).tolist()
         hits = predicted == targets.token_ids
-        self.val_loss.update(losses)
+        is_finite = losses.isfinite()
+        if not is_finite.all():
+            self._bad_val_rows += batch["sources"]
+        self.val_loss.update(losses[is_finite])
         self.val_token_accuracy.update(hits.float())
         self.val_exact_match.update(torch.stack([row.all() for row in hits.split(row_sizes)]).float())
         if self.text_metrics is not None:
@@ -536,7 +580,21 @@ class LoRALightningModule(pl.LightningModule):
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the epoch's batches add up to, weighted by token or row and over all ranks."""
+        """Log what the epoch's batches add up to, weighted by token or row and over all ranks.
+
+        Raises:
+            UserError: If a loss was not finite, unless such rows are to be left out; the message names them.
+        """
+        bad_rows, self._bad_val_rows = gather_rows(self.trainer, self._bad_val_rows), []
+        if bad_rows:
+            found = f"step {self.trainer.global_step}: the loss of validation is not finite in a batch of the rows "
+            found += ", ".join(bad_rows)
+            if self.on_nonfinite == "error":
+                raise UserError(
+                    f"{found}. If these rows are like others, training went wrong before: lower model.learning_rate "
+                    "and go on from an earlier checkpoint. Or leave such rows out with model.on_nonfinite=skip."
+                )
+            logger.warning("%s; what is not finite is left out", found)
         loss = self.val_loss.compute()
         values = {
             "val/loss": loss,
@@ -567,6 +625,13 @@ class LoRALightningModule(pl.LightningModule):
             A dict with ``prompt``, ``completion`` and ``source`` for each row.
         """
         width = max(len(ids) for ids in batch["input_ids"])
+        most = getattr(self.peft_model.get_base_model().config, "max_position_embeddings", None)
+        if most is not None and width > most:
+            longest = max(range(len(batch["input_ids"])), key=lambda row: len(batch["input_ids"][row]))
+            raise UserError(
+                f"{batch['sources'][longest]}: a prompt of {width:,} tokens, but the model reads {most:,} at most. "
+                "Shorten it, or leave it out."
+            )
         pad_id = self.tokenizer.pad_token_id
         # Left padding: generation goes on from the last position of every row.
         ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in batch["input_ids"]])
@@ -678,7 +743,7 @@ def _elapsed_share(timer: Timer | None) -> float:
     """Share of ``trainer.max_time`` that training has used up."""
     if timer is None or timer._duration is None:
         return 0.0
-    return timer.time_elapsed() / timer._duration
+    return timer.time_elapsed() / timer._duration if timer._duration > 0 else 1.0
 
 
 def _check_settings(

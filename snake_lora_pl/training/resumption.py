@@ -8,12 +8,16 @@ batch too many; ``settle_counters`` makes them say what is true between two opti
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
+from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.training.metrics_logger import MetricsCSVLogger
 from snake_lora_pl.training.random_state import random_states, restore_random_state
 
@@ -21,6 +25,52 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 logger = logging.getLogger(__name__)
+
+# What AdamW, PyTorch's and bitsandbytes', keeps of a parameter in the parameter's own shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+
+
+@contextlib.contextmanager
+def explain_damage(ckpt_path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Say in one line that a checkpoint whose file could be read holds something that cannot be gone on from.
+
+    Raises:
+        UserError: In place of whatever the values of the checkpoint made a library raise.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--ckpt_path {ckpt_path}: damaged, or written with other settings or by another version "
+            f"({one_line(error)}). Use the config.yaml of its run, or another file of the run's checkpoints directory."
+        ) from error
+
+
+def guard_restoring(trainer: pl.Trainer) -> None:
+    """Let ``explain_damage`` stand around all that Lightning restores, and look at what it does not."""
+    connector = trainer._checkpoint_connector
+
+    def guarded(restore: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            with explain_damage(args[0] if args else trainer.ckpt_path):
+                restore(*args, **kwargs)
+                _check_moments(trainer)
+
+        return run
+
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        setattr(connector, name, guarded(getattr(connector, name)))
+
+
+def _check_moments(trainer: pl.Trainer) -> None:
+    """Refuse moments of another shape than their parameter's: a fused step would read past their end."""
+    for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            for name in state.keys() & set(_MOMENTS):
+                if state[name].shape != parameter.shape:
+                    raise ValueError(f"{name} of shape {list(state[name].shape)} for one of {list(parameter.shape)}")
 
 
 def is_between_steps(trainer: pl.Trainer) -> bool:

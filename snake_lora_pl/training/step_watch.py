@@ -34,6 +34,18 @@ class _MicroBatch(NamedTuple):
     sources: list[str]  # ``path:line`` of each row
 
 
+def gather_rows(trainer: pl.Trainer, rows: list[str]) -> list[str]:
+    """The rows that each process names, one after the other; all processes must call it."""
+    if trainer.world_size == 1:
+        return rows
+    number = trainer.strategy.reduce(torch.tensor(len(rows), device=trainer.strategy.root_device), reduce_op="sum")
+    if not number:
+        return []
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, rows)
+    return [row for of_one in gathered for row in of_one]
+
+
 class StepWatch:
     """Collects the micro-batches of an optimiser step and judges the step by its loss and gradient.
 
