@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.secrets import MASK, mask_secrets, without_secrets
+from snake_lora_pl.secrets import MASK, mask_arguments, mask_secrets, without_secrets
 from snake_lora_pl.training.module import LoRALightningModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -89,9 +90,15 @@ def test_a_mistake_or_a_crash_tells_no_key(
     code, written = fit("--trainer.logger=CSVLogger", f"--trainer.logger.api_key={FLAG}")  # which takes none
     assert code == 2
     assert FLAG not in written, written
-    code, written = fit(f"--model.hub_token={FLAG}")
+    mistyped = [f"--model.hub_tokn={FLAG}", f"--trainer.logger.api_kye={FLAG}", f"--trainer.logger.pasword={FLAG}"]
+    for flag in [f"--model.hub_token={FLAG}", *mistyped]:
+        code, written = fit(flag)
+        assert code == 2
+        assert FLAG not in written, written
+    code, written = fit(f"--model.base_model=https://somebody:{FLAG}@models/snake")
     assert code == 2
-    assert FLAG not in written, written
+    assert f"https://{MASK}@models/snake" in written
+    assert FLAG not in written
 
     def fail(*_: Any) -> None:
         raise UserError(f"the service refused {os.environ['WANDB_API_KEY']}")
@@ -107,7 +114,9 @@ def test_a_mistake_or_a_crash_tells_no_key(
 def test_a_run_with_wandb_writes_and_prints_no_key(fit: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     before = dict(os.environ)
-    code, written = fit("--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.save_dir=.")
+    keyed = {"class_path": "tests.test_secrets.KeyedLogger", "init_args": {"save_dir": "service", "api_key": FLAG}}
+    ours = {"class_path": "snake_lora_pl.evaluation.wandb_logger.RunWandbLogger"}
+    code, written = fit(f"--trainer.logger={json.dumps([ours, keyed])}")  # W&B notes the command
     wandb.teardown()
     for name in os.environ.keys() - before.keys():
         os.environ.pop(name)
@@ -126,3 +135,27 @@ def test_what_names_a_secret_loses_it_and_nothing_else_does() -> None:
     assert mask_secrets("no secret12 here", ["push", "--token", "secret12"]) == f"no {MASK} here"
     assert mask_secrets("no secret12 here", ["fit", "--a.password=secret12"]) == f"no {MASK} here"
     assert mask_secrets("it is 512", ["fit", "--model.loss_chunk_tokens=512"]) == "it is 512"
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "NEPTUNE_API_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MY_PASSWD"]
+)
+def test_secrets_of_many_services_are_known_by_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "theKeyOfSomeService")
+    assert mask_secrets("refused theKeyOfSomeService", []) == f"refused {MASK}"
+    assert without_secrets({"run": "theKeyOfSomeService", name.lower(): "x"}) == {"run": MASK}
+
+
+def test_what_gives_itself_away_is_masked_wherever_it_stands() -> None:
+    token = "hf_" + "aB3" * 10
+    config = {"revision": token, "uri": ["https://me:dear@host/x", "s3://bucket/a@b", "me@host"]}
+    assert without_secrets(config) == {
+        "revision": MASK,
+        "uri": [f"https://{MASK}@host/x", "s3://bucket/a@b", "me@host"],
+    }
+    text = "Got {'api_key': 'dear-to-me', 'project': 'snake-lora'}, num_tokens: 12345678, password=dear-to-me"
+    shown = f"Got {{'api_key': '{MASK}', 'project': 'snake-lora'}}, num_tokens: 12345678, password={MASK}"
+    assert mask_secrets(text, []) == shown
+    assert mask_arguments(["fit", "--hub_tokn", "dear-to-me", "--data.max_length=512"]) == [
+        "fit", "--hub_tokn", MASK, "--data.max_length=512"
+    ]  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
+import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ from snake_lora_pl.evaluation.table import players_in, table_rows
 from snake_lora_pl.evaluation.validations import MOVES, NO_MOVE, Validation
 from snake_lora_pl.game.replay import render_gif, render_html
 from snake_lora_pl.paths import RunPaths, shown
+from snake_lora_pl.secrets import mask_arguments
 
 if TYPE_CHECKING:
     import wandb
@@ -131,8 +134,9 @@ class RunWandbLogger(WandbLogger):
         }
         self._id = self._wandb_init["id"]
         try:
-            self._wandb_init["mode"] = self._chosen_mode()
-            run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+            with _arguments_as_shown():
+                self._wandb_init["mode"] = self._chosen_mode()
+                run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
             if not (run.offline or run.disabled):
                 # Before its first table or artifact W&B checks the key once more, and raises where the server is gone
                 # by then. From here on such a table is kept on disk, and sent when the server is back.
@@ -350,3 +354,13 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     import json
 
     return json.loads(json.dumps(value, default=str))
+
+
+@contextlib.contextmanager
+def _arguments_as_shown() -> Iterator[None]:
+    """The command line without keys and tokens while W&B notes it; started processes need it whole."""
+    argv, sys.argv = sys.argv, mask_arguments(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = argv
