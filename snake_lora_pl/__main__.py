@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {printable(str(error.filename))}: too long for the name of a file", file=sys.stderr)
         return EXIT_USER_ERROR
+    except ValueError as error:
+        if str(error) != "embedded null byte":
+            raise
+        print("error: a null byte in the name of a file", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 import yaml
@@ -27,6 +27,7 @@ from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.text import Text
@@ -35,6 +36,7 @@ from snake_lora_pl import dry_run
 from snake_lora_pl.adapters import store
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+from snake_lora_pl.data.encoding import TemplateName
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.evaluation.contest import ADAPTER, Contest, Entrant, Prompting
@@ -224,6 +226,9 @@ class SnakeCLI(LightningCLI):
         with _command_line():
             super().parse_arguments(parser, args)
         verb = self.config["subcommand"]
+        seed = self.config[verb].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must lie between 0 and {2**32 - 1:,} (found: {seed})")
         try:
             # A config's null was let through, whatever the key's type.
             self._subcommand_parsers[verb].validate(self.config[verb], skip_unset=False)
@@ -262,6 +267,14 @@ class SnakeCLI(LightningCLI):
             Entrant(name, Prompting(style if style in STYLES else None, metadata.data.get("template")), adapter_dir)
             for name, style, metadata, adapter_dir in zip(names, styles, trained, adapter_dirs, strict=True)
         ]
+        for adapter_dir, metadata in zip(adapter_dirs, trained, strict=True):
+            template = metadata.data.get("template")
+            if template is not None and template not in get_args(TemplateName):
+                known = ", ".join(get_args(TemplateName))
+                raise UserError(
+                    f"{Path(adapter_dir) / store.METADATA_FILE}: damaged (data.template is '{template}', none of "
+                    f"{known}). Copy the file again, or train again."
+                )
         # validate and predict know one adapter, test's base takes after the first.
         config.data.template = trained[0].data.get("template", config.data.template)
         grid_sizes = list(dict.fromkeys(metadata.grid_size for metadata in trained if metadata.grid_size is not None))
@@ -324,10 +337,10 @@ class SnakeCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer_config = {**config.trainer, **kwargs}
         callbacks: list[Any] = []
-        # Lightning looks at it in the first step, too late for a message.
-        if trainer_config["accumulate_grad_batches"] < 1:
-            found = trainer_config["accumulate_grad_batches"]
-            raise UserError(f"trainer.accumulate_grad_batches must be at least 1 (found: {found})")
+        # Lightning looks at them in the first step, too late for a message.
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if (found := trainer_config[name]) is not None and found < 1:
+                raise UserError(f"trainer.{name} must be at least 1 (found: {found})")
         if trainer_config["enable_progress_bar"] is not False:
             callbacks.append(RunProgress())
         callbacks.append(Interruption())
@@ -356,13 +369,15 @@ class SnakeCLI(LightningCLI):
             trainer_config |= {**dry_run.TRAINER_SETTINGS, "callbacks": None}
             self.save_config_callback = None
         try:
-            return self._instantiate_trainer(trainer_config, callbacks)
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            trainer = self._instantiate_trainer(trainer_config, callbacks)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             chosen = ", ".join(f"{k}={trainer_config[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
             raise UserError(
                 f"these trainer settings do not fit this machine ({chosen}): {' '.join(str(error).split())} "
                 "--trainer.accelerator=auto --trainer.devices=auto --trainer.strategy=auto work everywhere."
             ) from error
+        _check_processes(trainer)
+        return trainer
 
     def _loggers(self, configured: Any) -> list[Any]:
         assert self.run_paths is not None
@@ -668,6 +683,11 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
             f"the processes cannot meet at {place} (MASTER_ADDR:MASTER_PORT): {one_line(error)}. Choose an address "
             "of the first machine that the others reach and a port that is free there; on one machine leave both unset."
         ) from error
+    except RuntimeError as error:
+        # Of its own kind it has nothing; a name that no metric has is found out at the first validation.
+        if not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise UserError(f"early_stopping.monitor: {' '.join(str(error).split())}") from error
     finally:
         claimed = os.environ.get(RUN_DIR_ENV)
         if inherited is None and claimed is not None:
@@ -679,6 +699,24 @@ def _is_first_process() -> bool:
     """Whether no launcher (torchrun, srun, mpirun, one command a node) says that this is another process."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def _check_processes(trainer: Trainer) -> None:
+    """Refuse processes that cannot be started, or more than a machine without GPUs could bear.
+
+    Raises:
+        UserError: If there are such.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "trainer.strategy: processes that are forked or spawned from this one are not supported. Use "
+            "--config ddp.yaml, which starts each by the same command."
+        )
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > max(16, 4 * cores):
+        raise UserError(
+            f"trainer.devices={trainer.num_devices}: this machine has {cores} cores. Start a process for each at most."
+        )
 
 
 def _record_play(adapter_dir: str, table: dict[str, Any], player: str) -> None:

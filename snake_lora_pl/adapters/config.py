@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 
+from snake_lora_pl.adapters.patterns import problem_with_pattern
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models.quantization import QuantizationConfig
 
@@ -109,8 +111,8 @@ class LoRAConfig:
         problems = []
         if not 1 <= self.rank <= _MAX_RANK:
             problems.append(f"rank must lie between 1 and {_MAX_RANK:,}, not {self.rank}")
-        if not self.alpha > 0:
-            problems.append(f"alpha must be above 0, not {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            problems.append(f"alpha must be a number above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.target_modules:
@@ -123,14 +125,12 @@ class LoRAConfig:
             problems.append("init_lora_weights=orthogonal needs even ranks")
         if not all(1 <= rank <= _MAX_RANK for rank in self.rank_pattern.values()):
             problems.append(f"rank_pattern must hold ranks between 1 and {_MAX_RANK:,}, not {self.rank_pattern}")
-        if not all(alpha > 0 for alpha in self.alpha_pattern.values()):
+        if not all(0 < alpha < math.inf for alpha in self.alpha_pattern.values()):
             problems.append(f"alpha_pattern must hold alphas above 0, not {self.alpha_pattern}")
         for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                problems.append(f"'{key}' in rank_pattern or alpha_pattern is no regular expression ({error})")
-        if not self.loraplus_lr_ratio >= 1:
+            if problem := problem_with_pattern(key):
+                problems.append(f"'{key[:60]}' in rank_pattern or alpha_pattern is {problem}")
+        if not 1 <= self.loraplus_lr_ratio < math.inf:
             problems.append(f"loraplus_lr_ratio must be at least 1, not {self.loraplus_lr_ratio}")
         if self.adalora.initial_rank is not None and self.adalora.initial_rank <= self.rank:
             problems.append(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.adapters.kinds import kind_of, registered
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
+from snake_lora_pl.adapters.patterns import problem_with_pattern
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
@@ -42,6 +43,8 @@ _CODE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so
 # Settings that make PEFT or transformers import a module whose name stands in the file.
 _CODE_SETTINGS = {CONFIG_FILE: ("auto_mapping", "megatron_config"), "tokenizer_config.json": ("auto_map",)}
 _MAX_KEYS_NAMED = 3
+# Settings that hold regular expressions for PEFT to match names with: a string, or the keys of a mapping.
+_PATTERN_SETTINGS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 # What a table of games says of where things lie on this machine, which means nothing on another.
 _PLACES = ("adapter", "directory", "base_model")
 
@@ -391,6 +394,14 @@ def _check_settings(metadata: AdapterMetadata, directory: Path) -> None:
             f"{_version('peft')} does not know{kind}. Install the PEFT that the adapter was saved with "
             f"({metadata.packages.get('peft', 'its version is not recorded')}), or copy the adapter again."
         )
+    for name in _PATTERN_SETTINGS:
+        value = settings.get(name)
+        # AdaLoRA's rank_pattern has whole names of layers for keys.
+        is_of_names = isinstance(value, dict) and settings.get("peft_type") == "ADALORA"
+        patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) and not is_of_names else []
+        for pattern in patterns:
+            if problem := problem_with_pattern(pattern):
+                raise UserError(f"{directory / CONFIG_FILE}: {name} holds {pattern[:60]!r}: {problem}.")
 
 
 def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:

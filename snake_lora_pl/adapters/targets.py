@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS
+from snake_lora_pl.adapters.patterns import problem_with_pattern
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,11 +94,9 @@ def _leaf_names(names: Iterable[str]) -> list[str]:
 
 
 def _checked_pattern(pattern: str, linear_names: list[str]) -> str:
-    try:
-        found = any(re.fullmatch(pattern, name) for name in linear_names)
-    except re.error as error:
-        raise UserError(f"model.lora.target_modules: '{pattern}' is no regular expression ({error}).") from error
-    if not found:
+    if problem := problem_with_pattern(pattern):
+        raise UserError(f"model.lora.target_modules: '{pattern[:60]}' is {problem}.")
+    if not any(re.fullmatch(pattern, name) for name in linear_names):
         raise UserError(
             f"model.lora.target_modules: the pattern '{pattern}' matches no layer. It must match a full name such as "
             f"'{linear_names[0] if linear_names else '(none)'}'; a list of last parts works too: "

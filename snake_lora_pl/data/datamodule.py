@@ -291,6 +291,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             value = getattr(self, name)
             if value != "auto" and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum} (found: {value})")
+        for name, maximum in {"seed": 2**32 - 1, "pad_to_multiple_of": max(256, self.max_length)}.items():
+            if (value := getattr(self, name)) > maximum:
+                raise UserError(f"data.{name} must be at most {maximum:,} (found: {value:,})")
         if isinstance(self._tokenizer, str):
             raise UserError("data.tokenizer takes a tokenizer from Python, no name. Set data.base_model instead.")
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.play import BATCH_SIZE
 from snake_lora_pl.game import get_seeded_teacher, get_style
+from snake_lora_pl.game.board import MAX_GRID_SIZE
 from snake_lora_pl.game.game import starvation_cap
 from snake_lora_pl.game.seeds import play_seeds
 
@@ -67,6 +68,8 @@ class PlaySettings:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 problems.append(f"play.{name} must be at least {minimum} (found: {value})")
+        if self.grid_size is not None and self.grid_size > MAX_GRID_SIZE:
+            problems.append(f"play.grid_size must be at most {MAX_GRID_SIZE} (found: {self.grid_size})")
         for name, check in (
             ("style", lambda: self.style is None or get_style(self.style)),
             ("teacher", lambda: get_seeded_teacher(self.teacher)),

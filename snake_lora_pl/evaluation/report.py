@@ -106,7 +106,8 @@ def render_report(paths: RunPaths) -> str:
         )
     try:
         data = _report_data(paths)
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    # What a damaged file of metrics, games or validations raises depends on where the damage is.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
         raise UserError(f"{shown(paths.run_dir)}: a file of the run cannot be read ({error!r}).") from error
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     values = {

@@ -153,7 +153,8 @@ def _weight_paths(directory: Path) -> list[Path]:
 def _check_has_safetensors(directory: Path) -> None:
     for index_path in directory.glob("*.safetensors.index.json"):
         _check_shards(index_path)
-    if _weight_paths(directory):
+    if paths := _weight_paths(directory):
+        _check_sizes(directory / "config.json", sum(path.stat().st_size for path in paths))
         return
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in directory.glob(pattern))
     if not others:
@@ -162,6 +163,28 @@ def _check_has_safetensors(directory: Path) -> None:
         f"{directory} has no safetensors weights, only {', '.join(others[:3])}; pickled weights can run code when they "
         "are read. Convert a model you trust: load it with transformers and call save_pretrained(NEW_DIRECTORY)."
     )
+
+
+def _check_sizes(config_path: Path, num_bytes: int) -> None:
+    """Refuse a config that describes far more than the weights beside it hold, before memory is asked for that much."""
+    config = read_json_object(config_path)
+
+    def size(*names: str) -> int:
+        return next((value for name in names if isinstance(value := config.get(name), int)), 0)
+
+    layers, width = size("num_hidden_layers", "n_layer", "num_layers"), size("hidden_size", "n_embd")
+    # Parts that every model has, at the four bits that a weight takes at least.
+    needed = {
+        f"vocab_size={size('vocab_size')} and hidden_size={width}": size("vocab_size") * width // 2,
+        f"hidden_size={width}": width * width // 2,
+        f"num_hidden_layers={layers}": layers * max(width, 16),
+    }
+    for what, least in needed.items():
+        if least > max(num_bytes, 2**20):
+            raise UserError(
+                f"{config_path}: {what} would take {least / 2**30:,.1f} GiB at least, the weights beside it are of "
+                f"{num_bytes / 2**30:,.3f} GiB. Copy the model's files again, all of them."
+            )
 
 
 def _check_shards(index_path: Path) -> None:

@@ -295,6 +295,23 @@ FLAGS = [
     _flag("--data.train_path=\udcff", "\\udcff"),
     _flag(f"--model.lora.rank={'[' * 5000}", "rank"),
     _flag("--nonsense", "nonsense"),
+    _flag("--model.lora.alpha=inf", "alpha"),
+    _flag("--model.lora.target_modules=(([a-z_.0-9])+)+!", "may take for ever"),
+    _flag("--model.lora.rank_pattern={'(a|bb)+c': 4}", "may take for ever"),
+    _flag("--data.pad_to_multiple_of=1000000000", "pad_to_multiple_of"),
+    _flag("--data.seed=99999999999999999999999", "seed"),
+    _flag("--seed_everything=-1", "seed_everything"),
+    _flag("--play.grid_size=100000", "at most 256"),
+    _flag("--trainer.val_check_interval=9999999", "val_check_interval"),
+    _flag("--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch"),
+    _flag("--trainer.devices=9999", "cores"),
+    _flag("--trainer.devices=-1", "devices=-1"),
+    _flag("--trainer.strategy=ddp_spawn", "ddp.yaml"),
+    _flag("--early_stopping.monitor=val/nothing", "early_stopping.monitor"),
+    _flag("--hub_tokn=verysecretvalue", "--hub_tokn=***"),
+    Case("flag: an adapter into a directory of other files",
+         lambda s: _fit(s, f"--checkpoint.adapter_dir={Path(s.file('mine/dear', 'x')).parent}"), "would be replaced"),
+    Case("flag: generate into a null byte", lambda s: ["generate", "--out", "a\0b", "--games", "1"], "null byte"),
     Case("flag: a root that is a file", lambda s: _fit(s, f"--root={s.file('own', '')}"), "--root"),
     Case("flag: generate no games", lambda s: ["generate", "--out", "x.jsonl", "--games", "0"], "games"),
     Case("flag: generate a huge grid", lambda s: ["generate", "--out", "x", "--grid_size", "100000"], "at most 256"),
@@ -323,6 +340,22 @@ def _adapter(name: str, damage: Callable[[Sandbox, Path], object], message: str)
 def _truncated_adapter(verb: str, sandbox: Sandbox) -> list[str]:
     adapter = sandbox.adapter()
     os.truncate(adapter / "adapter_model.safetensors", 100)
+    return [verb, *_fit(sandbox)[1:-1], f"--adapter={adapter}"]
+
+
+def _described(verb: str, changes: dict[str, object], sandbox: Sandbox) -> list[str]:
+    adapter = sandbox.adapter()
+    sandbox.edited_json(adapter / "adapter_metadata.json", **changes)
+    return [verb, *_fit(sandbox)[1:-1], f"--adapter={adapter}"]
+
+
+def _not_numbers(verb: str, sandbox: Sandbox) -> list[str]:
+    from safetensors.torch import load, save
+
+    weights = load((sandbox.good_adapter / "adapter_model.safetensors").read_bytes())
+    content = save({name: values * float("nan") for name, values in weights.items()})
+    adapter = sandbox.adapter()
+    _vouched(lambda _: content)(sandbox, adapter)
     return [verb, *_fit(sandbox)[1:-1], f"--adapter={adapter}"]
 
 
@@ -406,11 +439,22 @@ ADAPTERS = [
     _adapter("agreed rank a word", _agreed(r="many"), "peft_config.r"),
     _adapter("agreed layers of no name", _agreed(target_modules=["nonsense"]), "nonsense"),
     _adapter("agreed layers by a pattern that never ends", _agreed(target_modules="(a+)+$"), "(a+)+$"),
+    _adapter("agreed layers by nested repetitions", _agreed(target_modules="(([a-z_.0-9])+)+!"), "for ever"),
+    _adapter("agreed layers to leave out, likewise", _agreed(exclude_modules="(([a-z_.0-9])+)+!"), "for ever"),
+    _adapter("agreed ranks of such layers", _agreed(rank_pattern={"(([a-z_.0-9])+)+!": 3}), "for ever"),
+    _adapter("agreed layers by many repetitions", _agreed(target_modules=".*" * 12 + "!"), "for ever"),
+    _adapter("agreed copies of layers", _agreed(layer_replication=[[0, 10**5]]), "does not fit"),
+    _adapter("agreed code of a parallel library", _agreed(megatron_config={"x": 1}, megatron_core="os"), "megatron"),
+    _adapter("a base behind an address with a password", _metadata(base_model_name="https://me:dear@host/x"), "***@"),
     _adapter("agreed runtime settings of another kind", _agreed(peft_type="../../x"), "../../x"),
     _adapter("a pickle beside the weights", lambda s, a: (a / "adapter_model.bin").write_bytes(s.pickle_bytes()),
              "adapter_model.bin"),
     _adapter("a program beside the weights", lambda s, a: (a / "modeling.py").write_text("open('canary', 'w')"),
              "modeling.py"),
+    Case("adapter: weights not numbers, to validate", partial(_not_numbers, "validate"), "not finite"),
+    Case("adapter: a template of no name, to validate", partial(_described, "validate", {"data": {"template": "x"}}),
+         "data.template is 'x'"),
+    Case("adapter: a grid of a million a side, to test", partial(_described, "test", {"grid_size": 10**6}), "256"),
     Case("adapter: a file", lambda s: ["validate", *_fit(s)[1:-1], f"--adapter={s.rows}"], "adapter"),
     Case("adapter: weights truncated, to validate", partial(_truncated_adapter, "validate"), "safetensors"),
     Case("adapter: weights truncated, to test", partial(_truncated_adapter, "test"), "safetensors"),
@@ -423,7 +467,8 @@ ADAPTERS = [
 def _checkpoint(name: str, make: Callable[[Sandbox], bytes], message: str) -> Case:
     return Case(
         f"checkpoint: {name}",
-        lambda s: _fit(s, f"--ckpt_path={s.file('own.ckpt', make(s))}"),
+        # The good one is of step 1.
+        lambda s: _fit(s, f"--ckpt_path={s.file('own.ckpt', make(s))}", "--trainer.max_steps=2"),
         message,
     )
 
@@ -438,6 +483,11 @@ def _edited_checkpoint(sandbox: Sandbox, edit: Callable[[dict], object]) -> byte
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     return buffer.getvalue()
+
+
+def _cut_a_moment(checkpoint: dict) -> None:
+    state = checkpoint["optimizer_states"][0]["state"][0]
+    state["exp_avg"] = state["exp_avg"].flatten()[:3]
 
 
 def _unpacking(checkpoint: Path) -> bytes:
@@ -472,6 +522,52 @@ CHECKPOINTS = [
         "'optimizer_states' is missing",
     ),
     _checkpoint("no loops", lambda s: _edited_checkpoint(s, lambda c: c.pop("loops")), "'loops' is missing"),
+    _checkpoint(
+        "an optimiser of nothing",
+        lambda s: _edited_checkpoint(s, lambda c: c["optimizer_states"].clear()),
+        "'optimizer_states' are empty",
+    ),
+    _checkpoint("moments of another shape", lambda s: _edited_checkpoint(s, _cut_a_moment), "exp_avg of shape [3]"),
+    _checkpoint(
+        "an optimiser of other groups",
+        lambda s: _edited_checkpoint(s, lambda c: c["optimizer_states"][0]["param_groups"].append({})),
+        "groups",
+    ),
+    _checkpoint(
+        "a schedule that is a word", lambda s: _edited_checkpoint(s, lambda c: c.update(lr_schedulers=["x"])), "damaged"
+    ),
+    _checkpoint(
+        "weights that are numbers",
+        lambda s: _edited_checkpoint(s, lambda c: c.update(state_dict=dict.fromkeys(c["state_dict"], 3))),
+        "damaged",
+    ),
+    _checkpoint(
+        "a loop without counters",
+        lambda s: _edited_checkpoint(s, lambda c: c["loops"]["fit_loop"].clear()),
+        "'loops' are damaged",
+    ),
+    _checkpoint(
+        "counters that are words",
+        lambda s: _edited_checkpoint(
+            s, lambda c: c["loops"]["fit_loop"]["epoch_loop.batch_progress"].update(total="x")
+        ),
+        "damaged",
+    ),
+    _checkpoint(
+        "random numbers of a word",
+        lambda s: _edited_checkpoint(s, lambda c: c["snake_lora_pl.run_state"].update(random=["x"])),
+        "damaged",
+    ),
+    _checkpoint(
+        "a state of the run that is a list",
+        lambda s: _edited_checkpoint(s, lambda c: c.update({"snake_lora_pl.run_state": []})),
+        "damaged",
+    ),
+    _checkpoint(
+        "a version that is none",
+        lambda s: _edited_checkpoint(s, lambda c: c.update({"pytorch-lightning_version": "x"})),
+        "damaged",
+    ),
     Case("checkpoint: missing", lambda s: _fit(s, "--ckpt_path=none.ckpt"), "none.ckpt"),
     Case("checkpoint: a directory", lambda s: _fit(s, f"--ckpt_path={s.root}"), "ckpt_path"),
     Case("checkpoint: last of no run", lambda s: _fit(s, "--ckpt_path=last"), "last"),
@@ -507,6 +603,54 @@ def _sharded(shard: str) -> Callable[[Sandbox, Path], object]:
     return damage
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _few_tokens(sandbox: Sandbox, model: Path) -> None:
+    from safetensors.torch import load, save
+
+    weights = load((model / "model.safetensors").read_bytes())
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:100].contiguous()
+    (model / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    sandbox.edited_json(model / "config.json", vocab_size=100)
+
+
+def _damaged_weights(sandbox: Sandbox, model: Path) -> None:
+    from safetensors.torch import load, save
+
+    weights = load((model / "model.safetensors").read_bytes())
+    content = save({name: values * float("nan") for name, values in weights.items()}, metadata={"format": "pt"})
+    (model / "model.safetensors").write_bytes(content)
+
+
+def _damaged_run(damage: Callable[[Path], object], sandbox: Sandbox) -> list[str]:
+    run = sandbox.root / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    damage(run)
+    return ["report", str(run)]
+
+
+def _run(name: str, file: str, content: str | bytes, message: str = "cannot be read") -> Case:
+    def damage(run: Path) -> None:
+        (run / file).parent.mkdir(exist_ok=True)
+        (run / file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return Case(f"run: {name}", partial(_damaged_run, damage), message)
+
+
+RUNS = [
+    Case("run: nowhere", lambda s: ["report", "nowhere"], "no run lies here"),
+    _run("metrics not UTF-8", "metrics.csv", b"step\n\xff", "cannot be read"),
+    _run("metrics of words", "metrics.csv", "step,train/loss\na,b\n"),
+    _run("metrics of one endless number", "metrics.csv", "step,train/loss\n1," + "9" * 200_000),
+    _run("a table that is a list", "games/table.json", "[1]"),
+    _run("validations of nothing", "validations.jsonl", "{}\n"),
+    _run("games of nothing", "val_games.jsonl", "{}\n"),
+]
+
 MODELS = [
     _model("no config", lambda s, m: (m / "config.json").unlink(), "config.json"),
     _model("config empty", lambda s, m: (m / "config.json").write_text(""), "config.json"),
@@ -519,6 +663,13 @@ MODELS = [
     _model("layers of no size", lambda s, m: s.edited_json(m / "config.json", hidden_size=0), "model"),
     _model("layers of another size", lambda s, m: s.edited_json(m / "config.json", intermediate_size=99), "model"),
     _model("size a word", lambda s, m: s.edited_json(m / "config.json", hidden_size="big"), "model"),
+    _model("ten million layers", lambda s, m: s.edited_json(m / "config.json", num_hidden_layers=10**7), "at least"),
+    _model("a billion tokens", lambda s, m: s.edited_json(m / "config.json", vocab_size=10**9), "at least"),
+    _model("a million a layer", lambda s, m: s.edited_json(m / "config.json", hidden_size=2**20), "at least"),
+    _model("fewer tokens than its tokenizer", _few_tokens, "its tokenizer knows 384 tokens"),
+    _model("weights that are not numbers", _damaged_weights, "not finite"),
+    _model("a pipe for a tokenizer", lambda s, m: _pipe(m / "tokenizer.json"), "tokenizer"),
+    _model("a pipe for weights", lambda s, m: _pipe(m / "model.safetensors"), "model.safetensors"),
     _model("no weights", lambda s, m: (m / "model.safetensors").unlink(), "safetensors"),
     _model("weights truncated", lambda s, m: os.truncate(m / "model.safetensors", 999), "Safetensor"),
     _model("weights a pickle", lambda s, m: _no_weights_but(s, m, "pytorch_model.bin", s.torch_file()), "safetensors"),
@@ -534,4 +685,4 @@ MODELS = [
     Case("base model: an empty directory", lambda s: [*_fit(s), f"--model.base_model={s.root}"], "config.json"),
 ]  # fmt: skip
 
-CASES = [*ROWS, *FILES, *CONFIGS, *FLAGS, *ADAPTERS, *CHECKPOINTS, *MODELS]
+CASES = [*ROWS, *FILES, *CONFIGS, *FLAGS, *ADAPTERS, *CHECKPOINTS, *RUNS, *MODELS]
