@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,13 @@ def test_a_run_leaves_the_metadata_and_the_card_that_strangers_look_for(
     for name, value in said.items():
         assert f"| {name} | {value} |" in card.text
     assert ("merge it first" in card.text) == (run.kind == "adalora")
+
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/directory", str(run.paths.artifacts_dir)), names)
+    ours = AdapterFactory.load(run.paths.artifacts_dir, full_precision_base=True, dtype="float32").eval()
+    with torch.no_grad():
+        assert torch.equal(names["model"](input_ids=IDS).logits, ours(input_ids=IDS).logits)
 
     capsys.readouterr()
     assert main(["adapters", str(run.paths.run_dir), "--json"]) == 0

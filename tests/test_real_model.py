@@ -98,7 +98,9 @@ def test_llama_cpp_s_own_converter_writes_the_merged_weights(tmp_path: Path, mon
     )
     adapter_dir = store.save(model, tmp_path / "adapter", metadata)
     out = tmp_path / "out"
-    assert main(["export", "--adapter", str(adapter_dir), "--format", "gguf", "--out", str(out)]) == 0
+    assert (
+        main(["export", "--adapter", str(adapter_dir), "--format", "gguf", "--template", "raw", "--out", str(out)]) == 0
+    )
     assert {path.name for path in out.iterdir()} == {"model.gguf", "Modelfile"}
     written = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32).state_dict()
     for name, weight in model.merge_and_unload().state_dict().items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from snake_lora_pl.commands.parser import Parser, add_adapter_arguments
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import shown
@@ -24,11 +26,18 @@ def run(arguments: list[str]) -> int:
     from snake_lora_pl.adapters import store
     from snake_lora_pl.adapters.gguf import PROMPT, export_gguf, find_converter
     from snake_lora_pl.console import quiet_libraries
-    from snake_lora_pl.data.encoding import Encoder
+    from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
     from snake_lora_pl.models import load_tokenizer
 
     find_converter(options.converter)  # what is missing is said before anything is loaded
     metadata = store.verify(options.adapter)
+    template = options.template or metadata.data.get("template")
+    if template is None:
+        raise UserError(
+            f"--adapter {options.adapter}: does not say how prompt and completion became one text, which the Modelfile "
+            f"must. Name it: --template {', '.join(get_args(TemplateName))}."
+        )
+    check_choice("--template", template, TemplateName)
     quiet_libraries()
     base_model = options.base_model or metadata.base_model_name
     tokenizer = load_tokenizer(
@@ -39,7 +48,7 @@ def run(arguments: list[str]) -> int:
     exported = export_gguf(
         options.adapter,
         options.out,
-        Encoder(tokenizer, metadata.data.get("template", "instruction")).render_prompt(PROMPT),
+        Encoder(tokenizer, template).render_prompt(PROMPT),
         stop=tokenizer.eos_token,
         converter=options.converter,
         outtype=options.outtype,
@@ -66,6 +75,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--outtype", default="auto", metavar="NAME", help="type of the weights: auto, f32, f16, bf16 or q8_0"
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="how prompts became text in training: instruction, chat or raw; without it as the adapter says",
     )
     parser.add_argument(
         "--converter",

@@ -27,9 +27,10 @@ def run(arguments: list[str]) -> int:
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
     )
+    rounding = "" if merged.dtype == "float32" else ", which is rounding: --dtype float32 has none"
     print(
         f"{shown(merged.path)}: {merged.num_parameters:,} parameters in {merged.dtype}; its logits differ from the "
-        f"adapter's by at most {merged.logit_difference:.2g} of their standard deviation. "
+        f"adapter's by at most {merged.logit_difference:.2g} of their standard deviation{rounding}. "
         f"Serve it: vllm serve {shown(merged.path)}"
     )
     return 0

@@ -17,7 +17,7 @@ def test_merge_ends_with_one_line_that_says_what_was_written(
     assert main(["merge", "--adapter", str(adapter_dir), "--out", "merged", "--dtype", "bfloat16"]) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith("merged: 30,880 parameters in bfloat16; its logits differ from the adapter's by at most")
-    assert line.endswith("Serve it: vllm serve merged")
+    assert line.endswith("deviation, which is rounding: --dtype float32 has none. Serve it: vllm serve merged")
     assert AutoModelForCausalLM.from_pretrained("merged").num_parameters() == 30_880
 
 
@@ -49,3 +49,19 @@ def test_export_writes_the_prompts_of_the_training_into_the_modelfile(
     text = (out / "Modelfile").read_text()
     assert f"TEMPLATE {expected}" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_an_adapter_that_does_not_say_its_template_needs_one_named(
+    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite_metadata(adapter_dir, data={})
+    (tmp_path / "convert.py").write_text(CONVERTER)
+    arguments = ["export", "--adapter", str(adapter_dir), "--out", str(tmp_path / "out")]
+    arguments += ["--converter", str(tmp_path / "convert.py")]
+    assert main(arguments) == 2
+    assert "Name it: --template instruction, chat, raw." in capsys.readouterr().err
+    assert main([*arguments, "--template", "chatty"]) == 2
+    assert "unknown --template 'chatty'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--template", "raw"]) == 0
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text()
