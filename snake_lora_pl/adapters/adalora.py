@@ -144,6 +144,8 @@ class AdaLoRA(AdapterKind):
 
     def load_state(self, model: PeftModel, state: dict[str, Any]) -> None:
         """Go on with the schedule that the run began with, also where the resumed run is longer."""
+        if not state:  # a run with settled ranks
+            return
         allocator = model.base_model.rankallocator
         peft_config = _peft_config(model)
         for key, value in state["schedule"].items():

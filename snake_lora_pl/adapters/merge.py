@@ -90,7 +90,7 @@ def merge(
     except UserError as error:
         remedy = "" if base_model else " Say with --base_model where it lies now."
         raise UserError(f"{error}{remedy}") from error
-    store.check_base(metadata, name, adapter_dir, revision)
+    store.check_base(metadata, name, adapter_dir, revision, option="--base_model")
     chosen = stored_dtype(prepare_base_model(name, revision=revision)) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None

@@ -487,9 +487,20 @@ def trained_revision(metadata: AdapterMetadata, base_model: str) -> str | None:
 
 
 def check_base(
-    metadata: AdapterMetadata, base_model: str, adapter_dir: str | os.PathLike[str], revision: str | None = None
+    metadata: AdapterMetadata,
+    base_model: str,
+    adapter_dir: str | os.PathLike[str],
+    revision: str | None = None,
+    option: str = "--model.base_model",
 ) -> None:
     """Refuse a base model that the adapter was not trained on.
+
+    Args:
+        metadata: The adapter's.
+        base_model: The name of a base model.
+        adapter_dir: The adapter directory, for the message.
+        revision: Of a hub model.
+        option: What the user names the base by.
 
     Raises:
         UserError: If name, revision or hash differ; the message names the right one.
@@ -499,7 +510,7 @@ def check_base(
     source = resolve_base_model(base_model, revision=revision)
     if metadata.base_sha256 and source.sha256 == metadata.base_sha256:
         return  # the same weights, wherever they lie now
-    right_base = f"Set --model.base_model {metadata.base_model_name}"
+    right_base = f"Set {option} {metadata.base_model_name}"
     if source.canonical_id != metadata.base_model:
         raise UserError(
             f"--adapter {adapter_dir}: trained on {metadata.base_model}, not on {source.canonical_id}. {right_base}."

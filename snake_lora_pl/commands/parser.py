@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.verbs import LIGHT_VERBS, PROG
@@ -56,10 +56,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}. See {self.prog} --help.")
 
 
+class _Once(argparse.Action):
+    """Takes a value, and not another in its place: who names two means both."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"takes one {option_string}")
+        setattr(namespace, self.dest, values)
+
+
 def add_adapter_argument(parser: Parser) -> None:
     """The option that names an adapter."""
     parser.add_argument(
-        "--adapter", required=True, metavar="DIR", help="adapter directory: the model_artifacts of a run"
+        "--adapter", required=True, action=_Once, metavar="DIR", help="adapter directory: the model_artifacts of a run"
     )
 
 

@@ -239,6 +239,20 @@ def test_training_on_from_a_finished_adapter_keeps_its_ranks(
     assert torch.equal(logits(loaded), logits(second.peft_model))
 
 
+def test_a_run_with_settled_ranks_goes_on_bit_equal(make, tmp_path: Path) -> None:
+    first_dir = fit(make(), tmp_path / "first").adapter_dir
+    straight = make(adapter_path=str(first_dir))
+    fit(straight, tmp_path / "straight", max_steps=6)
+    fit(make(adapter_path=str(first_dir)), tmp_path / "stopped", Watch(3), max_steps=6)
+    last = tmp_path / "stopped" / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    resumed = make(adapter_path=str(first_dir))
+    fit(resumed, tmp_path / "stopped", ckpt_path=last, max_steps=6)
+    ours, theirs = straight._adapter_tensors(), resumed._adapter_tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize(
     ("adalora", "steps", "message"),
     [
