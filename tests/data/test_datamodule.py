@@ -503,9 +503,9 @@ def test_two_ranks_see_the_rows_that_one_sees_in_the_same_number_of_steps(make, 
 
 def test_opening_a_prepared_data_set_is_fast(make, bfs512_sample_path):
     make(bfs512_sample_path).prepare_data()
-    start = time.monotonic()
+    start = time.process_time()
     make(bfs512_sample_path).setup("fit")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 # Fit to the machine, and fast

@@ -231,7 +231,7 @@ def test_the_game_imports_no_torch():
 
 @pytest.mark.slow
 def test_one_core_plays_100_000_random_moves_a_second():
-    num_moves, seed, start = 0, 0, time.perf_counter()
+    num_moves, seed, start = 0, 0, time.process_time()
     while num_moves < 200_000:
         game = Game(10, seed)
         seed += 1
@@ -239,7 +239,7 @@ def test_one_core_plays_100_000_random_moves_a_second():
             moves = game.board.legal_moves()
             game.play(moves[int(game.rng.random() * len(moves))] if moves else None)
             num_moves += 1
-    assert num_moves / (time.perf_counter() - start) > 100_000
+    assert num_moves / (time.process_time() - start) > 100_000
 
 
 @given(boards())

@@ -132,9 +132,9 @@ def test_a_body_that_can_lie_in_two_ways_is_told_by_the_row_before_alone():
 def test_a_tangle_is_refused_in_time():
     corridors = [(x, y) for y in range(13) for x in (range(13) if y % 2 == 0 else range(12, -1, -1))]
     tangle = Board(14, tuple(corridors[84:] + corridors[:0]), (13, 13))
-    start = time.perf_counter()
+    start = time.process_time()
     assert read_board(get_style("bfs-1024").write_prompt(tangle)) in (tangle, None)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("name", DRAWN_STYLES)
