@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.adapters import kinds, store
 from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.targets import check_carries_none
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,12 +44,14 @@ class AdapterFactory:
             The PEFT model; its trainable parameters are the adapter's.
 
         Raises:
-            UserError: If the kind is unknown (the message lists the known ones) or the config does not fit the model.
+            UserError: If the kind is unknown (the message lists the known ones), the config does not fit the model, or
+                the model carries an adapter already.
         """
         kind = cls.kind(adapter_type)
         kind.check(adapter_type, config)
         if isinstance(base_model, str):
             base_model = kind.load_base(base_model, config, **load_options)
+        check_carries_none(base_model)
         model = kind.build(base_model, config)
         trainable, total = model.get_nb_trainable_parameters()
         logger.info("%s adapter: %s of %s parameters trained (%.2f%%)", adapter_type, f"{trainable:,}", f"{total:,}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from snake_lora_pl.adapters.config import LoRAConfig
@@ -34,7 +35,9 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
         alpha_pattern=dict(config.alpha_pattern),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base_model, peft_config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*_pattern keys did not match.*")  # below it is an error
+        model = get_peft_model(base_model, peft_config)
     check_layer_patterns(model, "rank_pattern", config.rank_pattern)
     check_layer_patterns(model, "alpha_pattern", config.alpha_pattern)
     if config.starts_from_base:

@@ -159,6 +159,8 @@ class SharedBase:
         if not any(self._is_on(other) for other in others):
             self._put_on(others[0])
         if self._is_on(adapter):
+            # PEFT would choose another one itself, and warn of it.
+            self._model.set_adapter(next(other.peft_name for other in others if self._is_on(other)))
             self._model.delete_adapter(adapter.peft_name)
         del self._adapters[name]
         self.use(active)

@@ -21,6 +21,7 @@ from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.adapters.kinds import kind_of, registered
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
 from snake_lora_pl.adapters.patterns import problem_with_pattern
+from snake_lora_pl.adapters.targets import check_carries_none
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
@@ -297,7 +298,7 @@ def load(
         load_options: Passed to ``load_base_model`` where the base is loaded here.
 
     Raises:
-        UserError: If the adapter is damaged or belongs to another base.
+        UserError: If the adapter is damaged or belongs to another base, or the base carries one already.
     """
     from peft import PeftModel
 
@@ -315,9 +316,19 @@ def load(
         if metadata.quantization and not full_precision_base:
             load_options["quantization"] = QuantizationConfig(**metadata.quantization)
         base_model = load_base_model(base_model, **load_options)
-    elif base_model.name_or_path not in ("", metadata.base_model):
-        check_base(metadata, base_model.name_or_path, directory)
-    if quantization_of(base_model) is not None:
+    else:
+        check_carries_none(base_model)
+        if base_model.name_or_path not in ("", metadata.base_model):
+            check_base(metadata, base_model.name_or_path, directory)
+    quantization = quantization_of(base_model)
+    if quantization is not None:
+        if not metadata.quantization or QuantizationConfig(**metadata.quantization) != quantization:
+            logger.warning(
+                "Adapter %s was trained on a base that is stored otherwise than the one given, which is in %d bits: "
+                "its answers differ.",
+                directory,
+                quantization.bits,
+            )
         prepare_quantized_base(base_model)
     _check_settings(metadata, directory)
     with _fitting(metadata, directory):

@@ -57,6 +57,22 @@ def resolve_target_modules(base_model: PreTrainedModel, target_modules: list[str
     )
 
 
+def check_carries_none(base_model: PreTrainedModel) -> None:
+    """Refuse a base model that carries an adapter: PEFT would put the next one on it, or in its place.
+
+    Raises:
+        UserError: If it does.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(base_model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise UserError(
+            "the base model carries an adapter already. Take it off with PeftModel.unload(), or load several on one "
+            "base with snake_lora_pl.adapters.several.SharedBase."
+        )
+
+
 def check_layer_patterns(model: PeftModel, setting: str, pattern: Mapping[str, object]) -> None:
     """Check that each key of a per-layer setting is about a layer that carries the adapter; PEFT ignores others.
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from snake_lora_pl.adapters.config import LoRAConfig
@@ -111,8 +113,19 @@ def test_a_pattern_without_a_match_is_an_error(llama: LlamaForCausalLM, pattern:
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_of_single_layers_that_matches_none_is_an_error(llama: LlamaForCausalLM, setting: str) -> None:
-    with pytest.raises(UserError, match=f"model.lora.{setting}: 'gate_proj' matches no layer that carries.*q_proj"):
-        AdapterFactory.create("lora", llama, LoRAConfig(**{setting: {"gate_proj": 2}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # PEFT's, which says the same
+        with pytest.raises(UserError, match=f"model.lora.{setting}: 'gate_proj' matches no layer that carries.*q_proj"):
+            AdapterFactory.create("lora", llama, LoRAConfig(**{setting: {"gate_proj": 2}}))
+
+
+def test_a_base_that_carries_an_adapter_is_refused(llama: LlamaForCausalLM) -> None:
+    model = AdapterFactory.create("lora", llama, LoRAConfig(rank=2))
+    for base in (model, model.get_base_model()):
+        with pytest.raises(UserError, match="the base model carries an adapter already"):
+            AdapterFactory.create("lora", base, LoRAConfig())
+    assert {layer.r["default"] for layer in model.modules() if isinstance(layer, LoraLayer)} == {2}
+    AdapterFactory.create("lora", model.unload(), LoRAConfig())
 
 
 def test_qlora_on_a_loaded_base_wants_a_quantised_one(llama: LlamaForCausalLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ def test_what_is_unloaded_is_gone_and_the_others_stay(
     assert sum(p.numel() for p in shared.model.parameters()) > num_before
     shared.load("adalora", dirs["adalora"])
     shared.use("large")
-    shared.unload("large")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        shared.unload("large")
     assert shared.active is None
     assert torch.equal(logits_of(shared.model), alone[None])
     with pytest.raises(UserError, match="no adapter named 'large' is loaded. Loaded: small, adalora"):

@@ -16,7 +16,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import load_base_model, load_tokenizer
+from snake_lora_pl.models import QuantizationConfig, load_base_model, load_tokenizer
 from tests.adapters.conftest import rewrite_metadata
 
 IDS = torch.tensor([[5, 9, 30, 7]])
@@ -316,6 +316,22 @@ def test_changed_weights_under_the_same_name_are_refused(adapter_dir: Path, othe
 def test_a_loaded_base_that_is_another_is_refused(adapter_dir: Path, other_base: Path) -> None:
     with pytest.raises(UserError, match="trained on .*, not on"):
         AdapterFactory.load(adapter_dir, load_base_model(str(other_base)))
+
+
+def test_a_loaded_base_that_carries_an_adapter_is_refused(adapter_dir: Path, model: PeftModel) -> None:
+    before = model(IDS).logits
+    for base in (model, model.get_base_model()):
+        with pytest.raises(UserError, match="the base model carries an adapter already"):
+            AdapterFactory.load(adapter_dir, base)
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_loaded_base_in_other_bits_is_warned_of(
+    adapter_dir: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_base_model(str(tiny_llama_dir), dtype="float32", quantization=QuantizationConfig())
+    AdapterFactory.load(adapter_dir, base)
+    assert any("stored otherwise than the one given, which is in 4 bits" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
