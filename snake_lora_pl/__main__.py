@@ -20,7 +20,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.secrets import mask_secrets
 from snake_lora_pl.training.allocator import restart_joining_small_blocks
 from snake_lora_pl.untrusted import printable
-from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG, help_path
+from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 
 EXIT_USER_ERROR = 2
 # As shells have it: 128 and the number of the signal.
@@ -74,6 +74,7 @@ def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
     if verb == "--version":
         print(metadata.version("snake_lora_pl"))
         return 0
+    _check_surroundings()
     if verb in LIGHT_VERBS:
         command = importlib.import_module(f"snake_lora_pl.commands.{verb}")
         return command.run(arguments[1:])
@@ -90,6 +91,21 @@ def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
     from snake_lora_pl.cli import run
 
     return run(arguments)
+
+
+def _check_surroundings() -> None:
+    """Look at what libraries take for granted while they are imported, and would say nothing clear of.
+
+    Raises:
+        UserError: If the working directory is gone, or what a launcher tells of this process's place is no number.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory has been removed. Change into one that exists.") from error
+    for name in RANK_VARIABLES:
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name}={os.environ[name]} in the environment is no number. Without a launcher, unset it.")
 
 
 def _overview() -> str:

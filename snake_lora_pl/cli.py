@@ -51,7 +51,7 @@ from snake_lora_pl.evaluation.run_record import RunRecord
 from snake_lora_pl.evaluation.sample_rows import SampleRows
 from snake_lora_pl.evaluation.table import differences_in_words, render_table, table_json
 from snake_lora_pl.game import STYLES
-from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, shipped_configs, shown
+from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, lock_beside, shipped_configs, shown
 from snake_lora_pl.training import out_of_memory
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.adapter_norms import AdapterNorms
@@ -63,7 +63,7 @@ from snake_lora_pl.training.progress import RunProgress
 from snake_lora_pl.training.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.throughput import ThroughputMonitor
 from snake_lora_pl.untrusted import load_yaml, read_text
-from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, help_path
+from snake_lora_pl.verbs import LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +254,9 @@ class SnakeCLI(LightningCLI):
             if _is_first_process() and not config.dry_run:
                 self._resources.enter_context(sole_use(self.run_paths.lock_path))
                 remove_leftovers(self.run_paths.run_dir, "*")
+                for elsewhere in (config.checkpoint.dirpath, config.checkpoint.adapter_dir):
+                    if elsewhere is not None:
+                        self._resources.enter_context(_sole_use_of(elsewhere))
         elif config.adapter is not None:
             self._prompt_as_trained(config)
 
@@ -581,6 +584,18 @@ class SnakeCLI(LightningCLI):
         return [shipped.get(path.resolve(), str(path)) for path in given]
 
 
+@contextlib.contextmanager
+def _sole_use_of(directory: str) -> Iterator[None]:
+    """Keep other runs out of a directory that was named for checkpoints or the adapter, outside of the run's own."""
+    lock_path = lock_beside(directory)
+    try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be created ({error.strerror}). Choose a writable directory.") from error
+    with sole_use(lock_path, directory, instead="name another one"):
+        yield
+
+
 def _adapter_dirs(config: Namespace) -> list[str]:
     given = config.adapter
     return [] if given is None else [given] if isinstance(given, str) else list(dict.fromkeys(given))
@@ -684,10 +699,16 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
             "of the first machine that the others reach and a port that is free there; on one machine leave both unset."
         ) from error
     except RuntimeError as error:
-        # Of its own kind it has nothing; a name that no metric has is found out at the first validation.
-        if not str(error).startswith("Early stopping conditioned on metric"):
-            raise
-        raise UserError(f"early_stopping.monitor: {' '.join(str(error).split())}") from error
+        # What has no type of its own: a name that no metric has, found out at the first validation, ...
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"early_stopping.monitor: {' '.join(str(error).split())}") from error
+        # ... and a process that finds another one gone.
+        if re.search(r"Connection (closed|reset) by peer|remote process exited", str(error)):
+            raise UserError(
+                "another process of this run has died; what it said stands above, if anything (where memory runs out "
+                "the system kills without a word). Go on with --ckpt_path last."
+            ) from error
+        raise
     finally:
         claimed = os.environ.get(RUN_DIR_ENV)
         if inherited is None and claimed is not None:
@@ -697,8 +718,7 @@ def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) ->
 
 def _is_first_process() -> bool:
     """Whether no launcher (torchrun, srun, mpirun, one command a node) says that this is another process."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
+    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
 
 
 def _check_processes(trainer: Trainer) -> None:

@@ -125,20 +125,28 @@ def exclusive(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sole_use(lock_path: str | os.PathLike[str], timeout_s: float = 10.0) -> Iterator[None]:
+def sole_use(
+    lock_path: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    timeout_s: float = 10.0,
+    instead: str = "leave out --ckpt_path for a directory of its own",
+) -> Iterator[None]:
     """Keep every other process that asks for the same directory out of it; the system frees the lock of one that dies.
 
     Args:
-        lock_path: The lock file, in the directory.
+        lock_path: The lock file.
+        directory: What is used; None for the directory that the lock file lies in.
         timeout_s: How long to wait for another process. One that was killed holds its lock until the workers it left
             behind notice, which takes some seconds.
+        instead: What to do but wait, in words.
 
     Raises:
         UserError: If another process uses the directory, or no lock can be written in it.
     """
     from filelock import FileLock, Timeout
 
-    directory = Path(lock_path).parent
+    directory = Path(lock_path).parent if directory is None else directory
     lock = FileLock(lock_path)
     try:
         try:
@@ -147,10 +155,7 @@ def sole_use(lock_path: str | os.PathLike[str], timeout_s: float = 10.0) -> Iter
             logger.info("Another process uses %s: waiting %g s for it to end.", directory, timeout_s)
             lock.acquire(timeout=timeout_s)
     except Timeout as error:
-        raise UserError(
-            f"{directory}: another run is writing there. Wait for it to end, or leave out --ckpt_path for a directory "
-            "of its own."
-        ) from error
+        raise UserError(f"{directory}: another run is writing there. Wait for it to end, or {instead}.") from error
     except OSError as error:
         raise UserError(f"{directory} cannot be written to ({error.strerror}). Make it writable.") from error
     try:

@@ -232,6 +232,12 @@ class GamesPaths:
         return GamesPaths(self.games_dir / _FILE_UNSAFE.sub("_", player))
 
 
+def lock_beside(directory: str | os.PathLike[str]) -> Path:
+    """Held by the process that writes a directory which is no run's, such as one that is replaced as a whole."""
+    directory = Path(os.path.realpath(directory))
+    return directory.with_name(f".{directory.name}.lock")
+
+
 def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Short names that tell directories apart: those parts of their paths in which they differ.
 

@@ -8,6 +8,9 @@ PROG = "python -m snake_lora_pl"
 # The same program by the name that an installation puts on the path.
 SCRIPT = "snake-lora"
 
+# By which launchers (torchrun, srun, mpirun, one command a node) tell a process which of several it is.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
 LIGHTNING_VERBS = {
     "fit": "train an adapter; the run's directory holds the adapter, metrics and checkpoints",
     "validate": "teacher-forced metrics of an adapter on held-out rows",

@@ -447,3 +447,23 @@ def test_help_and_version_answer(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_nothing_of_a_run_stays_in_the_environment(finished_run: tuple[Path, str]) -> None:
     assert "SNAKE_LORA_PL_RUN_DIR" not in os.environ
+
+
+def test_a_working_directory_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "gone"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    directory.rmdir()
+    for verb in ("adapters", "fit"):
+        assert main([verb, "."]) == 2
+        assert capfd.readouterr().err == "error: the working directory has been removed. Change into one that exists.\n"
+
+
+def test_a_rank_that_is_no_number_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    assert main(["fit"]) == 2
+    assert "error: LOCAL_RANK=first in the environment is no number" in capfd.readouterr().err

@@ -25,7 +25,8 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.durable import sole_use
-from snake_lora_pl.paths import RunPaths
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.paths import RunPaths, lock_beside
 from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
 
@@ -380,7 +381,40 @@ def test_two_processes_stop_after_the_same_step_and_go_on(
     assert differences(straight, stopped) == []
 
 
+@pytest.mark.slow
+def test_a_process_whose_fellow_was_killed_says_so_and_ends(run_of_two: tuple[list[str], Path], tmp_path: Path) -> None:
+    process = start(tmp_path, *run_of_two[0], "--trainer.max_epochs=100")
+    while not any(tmp_path.glob(f"{RUN_PATTERN}/checkpoints/last.ckpt")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    (child,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout.split()
+    os.kill(int(child), signal.SIGKILL)
+    _, written = process.communicate(timeout=200)
+    # Lightning, which watches the child, may be the faster one, and kills without a word.
+    assert process.returncode in (2, -signal.SIGKILL, -signal.SIGTERM, 143), written
+    assert "Traceback" not in written
+    assert process.returncode != 2 or "another process of this run has died" in written
+
+
 # ---------------------------------------------------------------------- one run, one directory
+
+
+@pytest.mark.parametrize("option", ["dirpath", "adapter_dir"])
+def test_two_runs_never_write_into_one_directory_that_both_name(
+    fit: Fit, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(snake_lora_pl.cli, "sole_use", functools.partial(sole_use, timeout_s=0.1))
+    shared = tmp_path / "shared" / "named"
+    flags = [f"--checkpoint.{option}={shared}", "--trainer.max_steps=2", "--data.val_fraction=0"]
+
+    def try_to_write_there() -> None:
+        with pytest.raises(UserError, match="another run is writing there"), sole_use(lock_beside(shared), timeout_s=0):
+            pass
+
+    fit("run", *flags, at=(2, try_to_write_there))
+    with sole_use(lock_beside(shared)), pytest.raises(ValueError, match="not enough values to unpack"):
+        fit("another", *flags, code=2)
+    assert "named: another run is writing there. Wait for it to end, or name another one." in capfd.readouterr().err
 
 
 def test_two_runs_never_write_into_one_directory(
