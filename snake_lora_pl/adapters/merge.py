@@ -144,7 +144,7 @@ def _merge(model: PeftModel) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message=".*no longer tied.*")
         try:
             return model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # PEFT's, by the kind of adapter that it cannot merge
             raise UserError(f"the adapter cannot be merged: {one_line(error)}.") from error
 
 

@@ -70,8 +70,9 @@ def base_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         {"target_modules": [*ATTENTION, "lm_head"]},
         {"target_modules": [*ATTENTION, "embed_tokens"]},
         {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
+        {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]},
     ],
-    ids=["attention", "all-linear", "dora", "rslora", "head", "embedding", "saved head"],
+    ids=["attention", "all-linear", "dora", "rslora", "head", "embedding", "saved head", "saved embedding"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_merged_model_has_the_adapters_logits(
@@ -83,6 +84,14 @@ def test_the_merged_model_has_the_adapters_logits(
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(base_dirs[embeddings]), expected, atol=0.1)
     assert merged.logit_difference < 1e-3
+
+
+def test_what_peft_cannot_merge_is_one_line_and_leaves_nothing(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_bias=True, task_type="CAUSAL_LM", target_modules=ATTENTION)
+    adapter_dir, _ = make_adapter(config, tiny_llama_dir, tmp_path / "adapter")
+    with pytest.raises(UserError, match="the adapter cannot be merged: .*lora_bias"):
+        merge(adapter_dir, tmp_path / "out" / "merged")
+    assert not (tmp_path / "out").exists()
 
 
 def test_adalora_merges(tiny_llama_dir: Path, tmp_path: Path) -> None:
