@@ -169,6 +169,24 @@ def test_a_resumed_run_ends_bit_equal_whatever_phase_it_was_stopped_in(make, tmp
     assert patterns[0] == patterns[1]
 
 
+def test_a_resumed_run_goes_on_with_the_scores_that_it_had(make, tmp_path: Path) -> None:
+    """In so small a model ranks may agree though the scores that they are given by do not."""
+    schedule = {"initial_steps": 4, "final_steps": 4}
+    straight = make(**schedule)
+    fit(straight, tmp_path / "straight", Watch(7))
+    fit(make(**schedule), tmp_path / "stopped", Watch(6))
+    resumed = make(**schedule)
+    last = tmp_path / "stopped" / "run" / "checkpoints" / "last.ckpt"
+    fit(resumed, tmp_path / "stopped", Watch(7), ckpt_path=last)
+    ours, theirs = (module._kind.state(module.peft_model) for module in (straight, resumed))
+    assert ours["schedule"] == theirs["schedule"]
+    assert ours["rank_pattern"] == theirs["rank_pattern"]
+    assert ours["scores"].keys() == {"ipt", "exp_avg_ipt", "exp_avg_unc"}
+    for key, scores in ours["scores"].items():
+        assert len(scores) == 3 * NUM_LAYERS
+        assert all(torch.equal(theirs["scores"][key][name], score) for name, score in scores.items())
+
+
 def test_a_longer_resumed_run_keeps_the_schedule_that_it_began_with(make, tmp_path: Path) -> None:
     fit(make(), tmp_path, Watch(6))
     watch = Watch()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,62 @@ def test_a_layer_that_does_not_exist_is_an_error_that_names_those_that_do(
 def test_a_pattern_without_a_match_is_an_error(llama: LlamaForCausalLM, pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         AdapterFactory.create("lora", llama, LoRAConfig(target_modules=pattern))
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    return {
+        name.split("layers.")[1].replace("self_attn.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "scalings"),
+    [
+        ({}, {}, {}),
+        ({"use_rslora": True}, {}, dict.fromkeys(["0.q_proj", "0.v_proj", "1.q_proj", "1.v_proj"], 4.0)),
+        (
+            {"rank_pattern": {"q_proj": 2, r"layers\.1\..*v_proj": 6}},
+            {"0.q_proj": 2, "1.q_proj": 2, "1.v_proj": 6},
+            {"0.q_proj": 4.0, "1.q_proj": 4.0, "1.v_proj": 8 / 6},
+        ),
+        ({"alpha_pattern": {"0.self_attn.q_proj": 16.0}}, {}, {"0.q_proj": 4.0}),
+    ],
+    ids=["plain", "rslora", "rank pattern", "alpha pattern"],
+)
+def test_ranks_and_scales_are_those_that_were_asked_for(
+    llama: LlamaForCausalLM, options: dict[str, Any], ranks: dict[str, int], scalings: dict[str, float]
+) -> None:
+    config = LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"], **options)
+    layers = lora_layers(AdapterFactory.create("lora", llama, config))
+    assert layers.keys() == {"0.q_proj", "0.v_proj", "1.q_proj", "1.v_proj"}
+    for name, layer in layers.items():
+        assert layer.r["default"] == len(layer.lora_A["default"].weight) == ranks.get(name, 4)
+        assert layer.scaling["default"] == pytest.approx(scalings.get(name, 2.0))
+
+
+def test_the_factors_start_as_was_asked_for(llama: LlamaForCausalLM) -> None:
+    factors = {}
+    for init in (True, "gaussian", "orthogonal"):
+        config = LoRAConfig(rank=4, target_modules=["q_proj"], init_lora_weights=init)
+        model = AdapterFactory.create("lora", llama, config)
+        layer = lora_layers(model)["0.q_proj"]
+        factors[init] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        llama = model.unload()
+    uniform, gaussian, orthogonal = factors.values()
+    bound = uniform[0].shape[1] ** -0.5
+    assert uniform[0].abs().max() <= bound < gaussian[0].abs().max()
+    assert not uniform[1].any()
+    assert not gaussian[1].any()
+    assert orthogonal[1].any()
+    torch.testing.assert_close(orthogonal[1] @ orthogonal[0], torch.zeros(32, 32))
+
+
+def test_dora_trains_a_magnitude_beside_the_factors(llama: LlamaForCausalLM) -> None:
+    model = AdapterFactory.create("lora", llama, LoRAConfig(target_modules=["q_proj"], use_dora=True))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("lora_magnitude_vector" in name for name in trained) == 2
 
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
