@@ -182,6 +182,16 @@ def test_a_run_that_had_ended_early_does_not_train_on(
     assert differences(straight, killed) == []
 
 
+@pytest.mark.parametrize("length", ["--trainer.max_steps=3", "--trainer.max_time={'seconds': 0}"])
+def test_a_run_of_which_nothing_is_left_says_so(fit: Fit, length: str, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = fit("run", "--trainer.max_steps=3")
+    assert not any("Nothing was left" in message for message in caplog.messages)
+    before = RunPaths(run_dir).metrics_path.read_text()
+    fit("run", length, "--ckpt_path=last")
+    assert any("Nothing was left to train: the checkpoint, of step 3" in message for message in caplog.messages)
+    assert RunPaths(run_dir).metrics_path.read_text() == before
+
+
 @pytest.mark.parametrize("validates", [True, False])
 def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(
     fit: Fit, fit_straight: Fit, validates: bool

@@ -199,6 +199,16 @@ class AdapterCheckpoint(ModelCheckpoint):
         if not trainer.strategy.broadcast((self.adapter_dir / store.METADATA_FILE).is_file()):
             self._export(trainer, pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so where the checkpoint was of a run's end."""
+        if self._restored is not None:  # training, which takes it up, never began
+            self._restored = None
+            logger.info(
+                "Nothing was left to train: the checkpoint, of step %d, is at or beyond the end of this run. To train "
+                "on, raise trainer.max_steps, trainer.max_epochs or trainer.max_time, whichever ended it.",
+                trainer.global_step,
+            )
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save nothing: in the middle of a step the state is of two steps; the last whole one is on disk."""
 

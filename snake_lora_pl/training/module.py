@@ -594,7 +594,8 @@ class LoRALightningModule(pl.LightningModule):
                     f"{found}. If these rows are like others, training went wrong before: lower model.learning_rate "
                     "and go on from an earlier checkpoint. Or leave such rows out with model.on_nonfinite=skip."
                 )
-            logger.warning("%s; what is not finite is left out", found)
+            if self.trainer.is_global_zero:
+                logger.warning("%s; what is not finite is left out", found)
         loss = self.val_loss.compute()
         values = {
             "val/loss": loss,

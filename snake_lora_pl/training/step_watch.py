@@ -121,7 +121,7 @@ class StepWatch:
             )
         self.num_skipped += 1
         self.num_skipped_in_a_row += 1
-        if not is_overflow:
+        if not is_overflow and trainer.is_global_zero:
             logger.warning("step %d: skipped, the %s is not finite; rows %s", trainer.global_step, what, rows)
         if self.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise UserError(
