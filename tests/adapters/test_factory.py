@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from bitsandbytes.optim import PagedAdamW32bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -15,6 +18,9 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.lora import build_lora
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import QuantizationConfig
+from snake_lora_pl.models.quantization import compute_dtype
+from tests.adapters.conftest import rewrite_metadata, save_adapter
 from tests.registry import restored_registry
 
 
@@ -188,3 +194,34 @@ def test_a_base_that_carries_an_adapter_is_refused(llama: LlamaForCausalLM) -> N
 def test_qlora_on_a_loaded_base_wants_a_quantised_one(llama: LlamaForCausalLM) -> None:
     with pytest.raises(UserError, match="needs a quantised base"):
         AdapterFactory.create("qlora", llama, LoRAConfig())
+
+
+def test_what_qlora_does_not_quantise_is_in_float32_when_it_is_made_and_when_it_is_loaded(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    made = AdapterFactory.create("qlora", str(tiny_llama_dir), LoRAConfig(rank=2), dtype="bfloat16")
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    directory = save_adapter(made, tmp_path / "adapter", tiny_llama_dir, "qlora")
+    rewrite_metadata(directory, quantization=dataclasses.asdict(QuantizationConfig()))
+    loaded = AdapterFactory.load(directory, dtype="bfloat16")
+    for model in (made, loaded):
+        base = model.get_base_model()
+        assert compute_dtype(base) == torch.bfloat16
+        full = {name: p.dtype for name, p in base.named_parameters() if "embed" in name or "norm" in name}
+        assert len(full) == 6
+        assert set(full.values()) == {torch.float32}
+    assert {"lora_" in name for name, parameter in made.named_parameters() if parameter.requires_grad} == {True}
+    ids = torch.tensor([[5, 9, 30, 7]])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, made.eval()(input_ids=ids).logits)
+
+
+def test_qlora_pages_its_optimizer_where_all_is_on_a_gpu() -> None:
+    kind = AdapterFactory.kind("qlora")
+    on_gpu, on_cpu = (Mock(spec=torch.nn.Parameter, is_cuda=is_cuda) for is_cuda in (True, False))
+    assert kind.optimizer_class([on_gpu, on_gpu]) == (PagedAdamW32bit, {})
+    for parameters in ([on_cpu], [on_gpu, on_cpu]):
+        assert kind.optimizer_class(parameters)[0] is torch.optim.AdamW
+    assert AdapterFactory.kind("lora").optimizer_class([on_gpu])[0] is torch.optim.AdamW
