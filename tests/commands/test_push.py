@@ -37,7 +37,7 @@ def push(adapter_dir: Path, endpoint: str, home: Path, *arguments: str, token: s
     }
     command = [sys.executable, "-m", "snake_lora_pl", "push", "--adapter", str(adapter_dir), "--repo", "me/snake"]
     result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert token not in result.stdout + result.stderr
+    assert not token or token not in result.stdout + result.stderr
     return result.returncode, result.stdout, result.stderr
 
 
@@ -61,6 +61,14 @@ def test_a_refused_token_is_not_printed(adapter_dir: Path, hub: FakeHub, tmp_pat
     assert "Log in with `hf auth login`, or set HF_TOKEN" in err
     assert "Traceback" not in err
     assert hub.files == {}
+
+
+def test_a_refused_token_of_the_login_is_not_printed(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text("hf_OfTheLogin")  # as `hf auth login` keeps it
+    code, _, err = push(adapter_dir, hub.url, tmp_path / "home", token="")
+    assert code == 2
+    assert "bad token Bearer ***" in err
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(adapter_dir: Path, tmp_path: Path) -> None:
