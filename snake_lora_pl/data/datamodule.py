@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -291,7 +292,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             value = getattr(self, name)
             if value != "auto" and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum} (found: {value})")
-        for name, maximum in {"seed": 2**32 - 1, "pad_to_multiple_of": max(256, self.max_length)}.items():
+        most = {"seed": 2**32 - 1, "pad_to_multiple_of": max(256, self.max_length)}
+        most["num_workers"] = max(16, 4 * (os.cpu_count() or 1))  # far more would bring the machine down
+        for name, maximum in most.items():
             if (value := getattr(self, name)) > maximum:
                 raise UserError(f"data.{name} must be at most {maximum:,} (found: {value:,})")
         if isinstance(self._tokenizer, str):

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REHEARSED_STEPS = 10_000
+_MOST_TOKENS = 2**20  # to write in one go, or to hold logits of
 # Settings of the product's scale, and what PEFT calls them.
 _SCALES = {"alpha": "lora_alpha", "use_rslora": "use_rslora", "alpha_pattern": "alpha_pattern"}
 
@@ -771,5 +772,6 @@ def _check_settings(
     if not all(0 <= beta < 1 for beta in betas):
         problems.append(f"model.betas must be at least 0 and below 1, not {list(betas)}")
     problems += [f"model.{name} must be at least 1, not {size}" for name, size in sizes.items() if size < 1]
+    problems += [f"model.{n} must be at most {_MOST_TOKENS:,}, not {s}" for n, s in sizes.items() if s > _MOST_TOKENS]
     if problems:
         raise UserError("; ".join(problems) + ".")
