@@ -93,7 +93,7 @@ def _at_the_workplace(workplace: Path, _isolated_cache: None, monkeypatch: pytes
 
 @pytest.fixture(scope="module")
 def adapter_dir(workplace: Path) -> Path:
-    """What the documentation calls DIR: the adapter of a finished run, which is the one that others look for in logs."""
+    """What the documentation calls DIR: the adapter of a finished run, which others find in logs."""
     command = ["fit", "--config", "balanced.yaml"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(documented.shortened(["python", "-m", "snake_lora_pl", *command])[3:]) == 0
