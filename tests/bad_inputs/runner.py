@@ -89,6 +89,7 @@ def environment(directory: Path) -> Mapping[str, str]:
         "SNAKE_LORA_PL_CACHE": str(directory / "cache"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",  # what a first import leaves is not the command's doing
     }
 
 
