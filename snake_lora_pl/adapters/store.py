@@ -416,7 +416,7 @@ def _check_settings(metadata: AdapterMetadata, directory: Path) -> None:
 
 
 def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Compare the keys and shapes of a weights file with those of the adapter that a model carries.
+    """Compare the keys and shapes of a weights file with those of the adapter that a model carries, and see its values.
 
     Args:
         model: A PEFT model.
@@ -424,12 +424,15 @@ def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter
         adapter_name: Which of the model's adapters the file is for.
 
     Raises:
-        UserError: If a key is missing, unknown or of another shape; the message names keys and says why.
+        UserError: If a key is missing, unknown or of another shape, or what it holds is no finite floating-point
+            numbers; the message names keys and says why.
     """
     from peft import get_peft_model_state_dict
 
     path = Path(adapter_dir) / WEIGHTS_FILE
     saved = _saved_shapes(path)
+    if damaged := list(_damaged_values(path)):
+        raise UserError(f"{path}: damaged ({_first_few(damaged)}). Copy it again, or train again.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it makes of the file is said below
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -443,12 +446,29 @@ def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter
     problems += [f"{key} is unknown" for key in sorted(saved.keys() - wanted.keys())]
     if not problems:
         return
-    named = "; ".join(problems[:_MAX_KEYS_NAMED])
-    more = f"; and {len(problems) - _MAX_KEYS_NAMED} more" if len(problems) > _MAX_KEYS_NAMED else ""
+    base = model.get_base_model().name_or_path
     raise UserError(
-        f"{path}: does not fit {CONFIG_FILE} and the base model {model.get_base_model().name_or_path}: {named}{more}. "
+        f"{path}: does not fit {CONFIG_FILE} and the base model {base}: {_first_few(problems)}. "
         "Use the base and the settings that it was trained with."
     )
+
+
+def _first_few(problems: list[str]) -> str:
+    more = [f"and {len(problems) - _MAX_KEYS_NAMED} more"] if len(problems) > _MAX_KEYS_NAMED else []
+    return "; ".join([*problems[:_MAX_KEYS_NAMED], *more])
+
+
+def _damaged_values(path: Path) -> Iterator[str]:
+    """What is wrong with each tensor that PEFT would cast and compute with whatever it holds."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            tensor = file.get_tensor(key)
+            if not tensor.is_floating_point():
+                yield f"{key} is of {str(tensor.dtype).removeprefix('torch.')}, no type of a weight"
+            elif not tensor.float().isfinite().all():
+                yield f"{key} holds numbers that are not finite"
 
 
 def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +291,26 @@ def test_weights_of_another_rank_are_refused_by_a_model_that_carries_an_adapter(
     other = AdapterFactory.create("lora", str(tiny_llama_dir), LoRAConfig(rank=2), dtype="float32")
     with pytest.raises(UserError, match="rank 4 instead of 2"):
         store.check_weights(other, adapter_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "is of int8, no type of a weight"),
+        (lambda tensor: tensor.to(torch.complex64), "is of complex64, no type of a weight"),
+        (lambda tensor: tensor * math.nan, "holds numbers that are not finite"),
+        (lambda tensor: tensor + math.inf, "holds numbers that are not finite"),
+    ],
+    ids=["int8", "complex", "NaN", "infinite"],
+)
+def test_values_that_are_no_weights_are_refused(
+    adapter_dir: Path, tiny_llama_dir: Path, change: Callable[[torch.Tensor], torch.Tensor], why: str
+) -> None:
+    tensors = load_file(adapter_dir / store.WEIGHTS_FILE)
+    name = sorted(tensors)[0]
+    rewrite_weights(adapter_dir, {**tensors, name: change(tensors[name])})
+    with pytest.raises(UserError, match=rf"damaged \({re.escape(name)} {why}\)"):
+        AdapterFactory.load(adapter_dir, str(tiny_llama_dir))
 
 
 @pytest.fixture
