@@ -35,7 +35,7 @@ from rich.text import Text
 from snake_lora_pl import dry_run
 from snake_lora_pl.adapters import store
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
-from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+from snake_lora_pl.data.datamodule import SnakeJSONLDataModule, max_processes
 from snake_lora_pl.data.encoding import TemplateName
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError, one_line
@@ -732,10 +732,10 @@ def _check_processes(trainer: Trainer) -> None:
             "trainer.strategy: processes that are forked or spawned from this one are not supported. Use "
             "--config ddp.yaml, which starts each by the same command."
         )
-    cores = os.cpu_count() or 1
-    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > max(16, 4 * cores):
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > max_processes():
         raise UserError(
-            f"trainer.devices={trainer.num_devices}: this machine has {cores} cores. Start a process for each at most."
+            f"trainer.devices={trainer.num_devices}: this machine has {os.cpu_count() or 1} cores. Start a process for "
+            "each at most."
         )
 
 

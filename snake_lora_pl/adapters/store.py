@@ -407,9 +407,13 @@ def _check_settings(metadata: AdapterMetadata, directory: Path) -> None:
         )
     for name in _PATTERN_SETTINGS:
         value = settings.get(name)
+        if isinstance(value, str):
+            patterns = [value]
         # AdaLoRA's rank_pattern has whole names of layers for keys.
-        is_of_names = isinstance(value, dict) and settings.get("peft_type") == "ADALORA"
-        patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) and not is_of_names else []
+        elif isinstance(value, dict) and settings.get("peft_type") != "ADALORA":
+            patterns = list(value)
+        else:
+            patterns = []
         for pattern in patterns:
             if problem := problem_with_pattern(pattern):
                 raise UserError(f"{directory / CONFIG_FILE}: {name} holds {pattern[:60]!r}: {problem}.")

@@ -39,6 +39,11 @@ DEFAULT_BATCH_SIZE = 8
 _GAMES_TO_LOOK_AT = 50
 
 
+def max_processes() -> int:
+    """How many processes may be asked for on this machine; far more would bring it down."""
+    return max(16, 4 * (os.cpu_count() or 1))
+
+
 class PromptBatch(TypedDict):
     """Prompts to complete, in file order and not padded: on which side to pad is for the generating code to say.
 
@@ -292,8 +297,11 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             value = getattr(self, name)
             if value != "auto" and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum} (found: {value})")
-        most = {"seed": 2**32 - 1, "pad_to_multiple_of": max(256, self.max_length)}
-        most["num_workers"] = max(16, 4 * (os.cpu_count() or 1))  # far more would bring the machine down
+        most = {
+            "seed": 2**32 - 1,
+            "pad_to_multiple_of": max(256, self.max_length),
+            "num_workers": max_processes(),
+        }
         for name, maximum in most.items():
             if (value := getattr(self, name)) > maximum:
                 raise UserError(f"data.{name} must be at most {maximum:,} (found: {value:,})")

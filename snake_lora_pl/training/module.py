@@ -34,6 +34,7 @@ from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.packing import pack
+from snake_lora_pl.training.processes import gather_objects
 from snake_lora_pl.training.resumption import explain_damage
 from snake_lora_pl.training.sharding import (
     FullyShardedStrategy,
@@ -44,7 +45,7 @@ from snake_lora_pl.training.sharding import (
     shard,
     total_norm,
 )
-from snake_lora_pl.training.step_watch import OnNonfinite, StepWatch, gather_rows
+from snake_lora_pl.training.step_watch import OnNonfinite, StepWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -292,7 +293,7 @@ class LoRALightningModule(pl.LightningModule):
         What is compared is the path that training takes.
         """
         model = self.peft_model
-        ordinary = [id_ for id_ in self.tokenizer.get_vocab().values() if id_ not in self.tokenizer.all_special_ids]
+        ordinary = {*self.tokenizer.get_vocab().values()} - {*self.tokenizer.all_special_ids}
         num_ids = 1 + max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, *ordinary)
         if num_ids > (num_rows := model.get_input_embeddings().weight.shape[0]):
             raise UserError(
@@ -586,7 +587,8 @@ class LoRALightningModule(pl.LightningModule):
         Raises:
             UserError: If a loss was not finite, unless such rows are to be left out; the message names them.
         """
-        bad_rows, self._bad_val_rows = gather_rows(self.trainer, self._bad_val_rows), []
+        bad_rows = [row for rows in gather_objects(self.trainer, self._bad_val_rows) for row in rows]
+        self._bad_val_rows = []
         if bad_rows:
             found = f"step {self.trainer.global_step}: the loss of validation is not finite in a batch of the rows "
             found += ", ".join(bad_rows)

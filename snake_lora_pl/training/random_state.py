@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from snake_lora_pl.training.processes import gather_objects
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
 def random_states(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """The state of each process, in the order of their ranks; every process has to ask."""
-    own = _collect(trainer.strategy.root_device)
-    if trainer.world_size == 1:
-        return [own]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, own)
-    return states
+    return gather_objects(trainer, _collect(trainer.strategy.root_device))
 
 
 def restore_random_state(trainer: pl.Trainer, states: list[dict[str, Any]]) -> bool:

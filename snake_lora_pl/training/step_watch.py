@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.training.processes import gather_objects
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -32,18 +33,6 @@ class _MicroBatch(NamedTuple):
     loss: Tensor  # sum over its targets
     num_targets: Tensor
     sources: list[str]  # ``path:line`` of each row
-
-
-def gather_rows(trainer: pl.Trainer, rows: list[str]) -> list[str]:
-    """The rows that each process names, one after the other; all processes must call it."""
-    if trainer.world_size == 1:
-        return rows
-    number = trainer.strategy.reduce(torch.tensor(len(rows), device=trainer.strategy.root_device), reduce_op="sum")
-    if not number:
-        return []
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, rows)
-    return [row for of_one in gathered for row in of_one]
 
 
 class StepWatch:
@@ -139,11 +128,7 @@ class StepWatch:
 
     def _gather(self, trainer: pl.Trainer) -> list[tuple[float, int, list[str]]]:
         own = [(float(batch.loss), int(batch.num_targets), batch.sources) for batch in self.micro_batches]
-        if trainer.world_size == 1:
-            return own
-        gathered: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(gathered, own)
-        return [batch for batches in gathered for batch in batches]
+        return [batch for batches in gather_objects(trainer, own) for batch in batches]
 
     def _look_for_spike(self, trainer: pl.Trainer, loss: float) -> None:
         """Say so where the loss leaps, and take it into the averages, no further than where a leap begins."""
