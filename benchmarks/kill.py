@@ -106,7 +106,7 @@ def fit(arguments: Sequence[str], output_path: Path, environment: dict[str, str]
 
 def warm_up() -> None:
     """Start the process that all others are forked from; it imports what every run does."""
-    PROCESSES.set_forkserver_preload(["snake_lora_pl.cli", "transformers.models.llama.modeling_llama"])
+    PROCESSES.set_forkserver_preload(["snake_lora_pl.cli.app", "transformers.models.llama.modeling_llama"])
     process = PROCESSES.Process(target=os.getpid)
     process.start()
     process.join()

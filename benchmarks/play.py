@@ -133,7 +133,7 @@ def run_generate(
     import torch
 
     from snake_lora_pl.game import read_move
-    from snake_lora_pl.training.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
     plain, slots = Plain(adapter, dtype), Slots(num_slots, longest)
     for _ in range(rounds):
@@ -150,7 +150,7 @@ def run_lockstep(
 ) -> None:
     import torch
 
-    from snake_lora_pl.training.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
     slots = Slots(num_slots, longest)
     with open_policy(adapter, dtype) as policy:

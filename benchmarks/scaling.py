@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.models import repeated_layers
 from snake_lora_pl.models.quantization import QuantizationConfig
-from snake_lora_pl.training.memory import MemoryEstimate, blank_batch, estimate_memory
+from snake_lora_pl.training.memory.estimate import MemoryEstimate, blank_batch, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
 
 PAGE_PATH = Path(__file__).parent.parent / "docs" / "scaling.md"

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS
+from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS
 
 PROGRAM = [sys.executable, "-m", "snake_lora_pl"]
 RUNS = {

@@ -46,7 +46,7 @@ def run_ours(
     from snake_lora_pl.data.encoding import Encoder
     from snake_lora_pl.data.jsonl import Row
     from snake_lora_pl.models import load_tokenizer
-    from snake_lora_pl.training.throughput import count_tokens, peak_memory_gib
+    from snake_lora_pl.training.callbacks.throughput import count_tokens, peak_memory_gib
 
     tokenizer = load_tokenizer(base_model)
     encoder = Encoder(tokenizer, template="instruction", max_length=512, on_overflow="error")
@@ -217,7 +217,7 @@ def _take_turns(referee: Referee, trainer: Any, steps: int) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from snake_lora_pl.training.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
     tokens, losses = 0, []
     own_step = trainer.training_step
@@ -258,7 +258,7 @@ def run_litgpt(
     from litgpt.utils import chunked_cross_entropy
 
     from snake_lora_pl.models import load_tokenizer, prepare_base_model
-    from snake_lora_pl.training.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
     source = prepare_base_model(base_model)
     name = source.canonical_id.rpartition("/")[2]
@@ -384,7 +384,7 @@ def print_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
         size = middle | change
         if size["rank"] not in steps:
             steps = {size["rank"]: make_step(options.base_model, size["rank"], options.dtype)}
-        from snake_lora_pl.training.memory import blank_batch
+        from snake_lora_pl.training.memory.estimate import blank_batch
 
         batch = blank_batch(size["batch_size"], size["length"], size["length"] // 3)
         seconds = seconds_of(steps[size["rank"]], batch, repeats=2)

@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.paths import shipped_configs
-from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG
+from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

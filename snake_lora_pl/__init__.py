@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from snake_lora_pl.api.player import Player, load_player
     from snake_lora_pl.api.training import TrainingResult, train_on_heuristic_data
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
-    from snake_lora_pl.evaluation.play_callback import PlayEvaluation
+    from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
     from snake_lora_pl.evaluation.play_settings import PlaySettings
-    from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+    from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
 # Name -> module. Imported when asked for: the package itself must not import torch.
 _EXPORTS = {
-    "AdapterCheckpoint": "snake_lora_pl.training.adapter_checkpoint",
+    "AdapterCheckpoint": "snake_lora_pl.training.callbacks.adapter_checkpoint",
     "AdapterFactory": "snake_lora_pl.adapters.factory",
     "LoRAConfig": "snake_lora_pl.adapters.config",
     "LoRALightningModule": "snake_lora_pl.training.module",
-    "PlayEvaluation": "snake_lora_pl.evaluation.play_callback",
+    "PlayEvaluation": "snake_lora_pl.evaluation.callbacks.play_evaluation",
     "PlaySettings": "snake_lora_pl.evaluation.play_settings",
     "Player": "snake_lora_pl.api.player",
     "SnakeJSONLDataModule": "snake_lora_pl.data.datamodule",

@@ -17,10 +17,10 @@ from importlib import metadata
 
 from snake_lora_pl.console import fitted
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 from snake_lora_pl.secrets import mask_secrets
 from snake_lora_pl.training.allocator import restart_joining_small_blocks
 from snake_lora_pl.untrusted import printable
-from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 
 EXIT_USER_ERROR = 2
 # As shells have it: 128 and the number of the signal.
@@ -76,7 +76,7 @@ def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
         return 0
     _check_surroundings()
     if verb in LIGHT_VERBS:
-        command = importlib.import_module(f"snake_lora_pl.commands.{verb}")
+        command = importlib.import_module(f"snake_lora_pl.cli.commands.{verb}")
         return command.run(arguments[1:])
     if verb not in LIGHTNING_VERBS:
         verbs = [*LIGHTNING_VERBS, *LIGHT_VERBS]
@@ -88,7 +88,7 @@ def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
         return 0
     if verb == "fit" and owns_process:
         restart_joining_small_blocks(arguments)
-    from snake_lora_pl.cli import run
+    from snake_lora_pl.cli.app import run
 
     return run(arguments)
 

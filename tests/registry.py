@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from snake_lora_pl.adapters import kinds
+from snake_lora_pl.adapters import registry as kinds
 
 
 @contextlib.contextmanager

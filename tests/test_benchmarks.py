@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.train_step import make_step, seconds_of
-from snake_lora_pl.training.memory import blank_batch
+from snake_lora_pl.training.memory.estimate import blank_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

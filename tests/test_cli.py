@@ -16,7 +16,7 @@ import yaml
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.paths import RunPaths, shipped_configs
-from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS
+from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS
 from tests.conftest import SAMPLE_DIR
 from tests.small_run import small_run
 
@@ -212,14 +212,14 @@ def test_auto_becomes_the_number_that_fits_and_stays_that_number(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # The flags make a run of tests small; this one says how much memory there is instead.
-    monkeypatch.setattr("snake_lora_pl.training.batch_size.available_bytes", lambda device: 2**30)
+    monkeypatch.setattr("snake_lora_pl.training.callbacks.auto_batch_size.available_bytes", lambda device: 2**30)
     command = ["fit", "--config=balanced.yaml", "--config=quickstart.yaml", *flags, "--data.batch_size=auto"]
     assert main([*command, "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]) == 0
     (config_path,) = tmp_path.glob(f"{RUN_PATTERN}/config.yaml")
     found = yaml.safe_load(config_path.read_text())["data"]["batch_size"]
     assert 8 < found < 300
 
-    monkeypatch.setattr("snake_lora_pl.training.batch_size.available_bytes", lambda device: 2**34)
+    monkeypatch.setattr("snake_lora_pl.training.callbacks.auto_batch_size.available_bytes", lambda device: 2**34)
     assert main([*command, "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--ckpt_path=last"]) == 0
     assert yaml.safe_load(config_path.read_text())["data"]["batch_size"] == found
 
@@ -232,7 +232,7 @@ def test_too_little_memory_is_one_line_with_settings_that_fit(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr("snake_lora_pl.training.module.LoRALightningModule.on_train_batch_start", refuse)
-    monkeypatch.setattr("snake_lora_pl.training.out_of_memory.available_bytes", lambda device: 2**30)
+    monkeypatch.setattr("snake_lora_pl.training.memory.out_of_memory.available_bytes", lambda device: 2**30)
     line = complain("fit", "--config=balanced.yaml", *flags, "--data.batch_size=128", "--trainer.max_steps=1")
     assert re.search(r"out of memory: a step on 128 rows of \d+ tokens asks for about [\d.]+ GiB", line)
     assert "--data.batch_size=" in line

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snake_lora_pl import dry_run
 from snake_lora_pl.__main__ import main
+from snake_lora_pl.cli.app import dry_run
 from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,8 +15,8 @@ import pytest
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
-from snake_lora_pl.evaluation.games_writer import read_games
 from snake_lora_pl.paths import GamesPaths, RunPaths
+from snake_lora_pl.reporting.games_file import read_games
 from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -61,7 +61,7 @@ sys.exit(main())
 CRASHING = """
 import os, signal, sys
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.training.throughput import ThroughputMonitor
+from snake_lora_pl.training.callbacks.throughput import ThroughputMonitor
 
 hook = ThroughputMonitor.on_train_batch_end
 def crash(self, trainer, *args):

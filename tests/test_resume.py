@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-import snake_lora_pl.cli
+import snake_lora_pl.cli.app
 from benchmarks.same_run import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
@@ -27,7 +27,7 @@ from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.durable import sole_use
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths, lock_beside
-from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -413,7 +413,7 @@ def test_a_process_whose_fellow_was_killed_says_so_and_ends(run_of_two: tuple[li
 def test_two_runs_never_write_into_one_directory_that_both_name(
     fit: Fit, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(snake_lora_pl.cli, "sole_use", functools.partial(sole_use, timeout_s=0.1))
+    monkeypatch.setattr(snake_lora_pl.cli.app, "sole_use", functools.partial(sole_use, timeout_s=0.1))
     shared = tmp_path / "shared" / "named"
     flags = [f"--checkpoint.{option}={shared}", "--trainer.max_steps=2", "--data.val_fraction=0"]
 
@@ -430,7 +430,7 @@ def test_two_runs_never_write_into_one_directory_that_both_name(
 def test_two_runs_never_write_into_one_directory(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(snake_lora_pl.cli, "sole_use", functools.partial(sole_use, timeout_s=0.1))
+    monkeypatch.setattr(snake_lora_pl.cli.app, "sole_use", functools.partial(sole_use, timeout_s=0.1))
     run_dir = fit("run", "--trainer.max_steps=3")
 
     def written() -> dict[Path, int]:

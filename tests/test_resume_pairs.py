@@ -28,7 +28,7 @@ def be_one_of_two(
 ) -> None:
     """A process as a launcher starts it; it kills itself at a batch of training, and leaves what its adapter became."""
     from snake_lora_pl.__main__ import main
-    from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+    from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
     launched = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

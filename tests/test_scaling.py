@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks.scaling import CONFIGS, PAGE_PATH, TABLES, sizes_of, step_of
-from snake_lora_pl.training.memory import MemoryEstimate
+from snake_lora_pl.training.memory.estimate import MemoryEstimate
 
 WORKED_OUT_AGAIN = ["135M", "7B"]
 

@@ -115,7 +115,7 @@ def test_a_run_with_wandb_writes_and_prints_no_key(fit: Callable[..., tuple[int,
     wandb = pytest.importorskip("wandb")
     before = dict(os.environ)
     keyed = {"class_path": "tests.test_secrets.KeyedLogger", "init_args": {"save_dir": "service", "api_key": FLAG}}
-    ours = {"class_path": "snake_lora_pl.evaluation.wandb_logger.RunWandbLogger"}
+    ours = {"class_path": "snake_lora_pl.reporting.wandb.RunWandbLogger"}
     code, written = fit(f"--trainer.logger={json.dumps([ours, keyed])}")  # W&B notes the command
     wandb.teardown()
     for name in os.environ.keys() - before.keys():

@@ -9,7 +9,7 @@ import lightning
 import pytest
 from packaging.version import Version
 
-from snake_lora_pl.verbs import LIGHT_VERBS, LIGHTNING_VERBS, help_path
+from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, help_path
 
 HEAVY = {"torch", "lightning", "transformers", "peft"}
 
@@ -63,7 +63,7 @@ def test_exports_are_there_when_asked_for() -> None:
 @pytest.mark.parametrize("verb", LIGHTNING_VERBS)
 def test_the_help_made_ahead_is_what_the_parser_prints(verb: str) -> None:
     # In a process of its own: the help lists every subclass that is loaded, those of other tests too.
-    script = f"from snake_lora_pl.cli import help_text; print(help_text({verb!r}), end='')"
+    script = f"from snake_lora_pl.cli.app import help_text; print(help_text({verb!r}), end='')"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    remake = "python -c 'from snake_lora_pl.cli import write_help; write_help()'"
+    remake = "python -c 'from snake_lora_pl.cli.app import write_help; write_help()'"
     assert help_path(verb).read_text() == printed, f"outdated; run {remake}"

@@ -13,8 +13,8 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from snake_lora_pl.adapters.adapter_type import AdapterKind
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.kind import AdapterKind
 from snake_lora_pl.adapters.targets import resolve_target_modules
 from snake_lora_pl.errors import UserError
 

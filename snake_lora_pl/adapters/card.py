@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number
-from snake_lora_pl.adapters.serving import vllm_command, vllm_obstacles
+from snake_lora_pl.adapters.vllm import vllm_command, vllm_obstacles
 
 _SETTINGS = {
     "r": "rank",

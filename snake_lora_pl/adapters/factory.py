@@ -6,7 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.adapters import kinds, store
+from snake_lora_pl.adapters import registry as kinds
+from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.targets import check_carries_none
 

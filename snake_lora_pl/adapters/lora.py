@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+from snake_lora_pl.adapters.adapter_type import AdapterKind
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.initialisation import start_from_base
-from snake_lora_pl.adapters.kind import AdapterKind
+from snake_lora_pl.adapters.initialization import start_from_base
 from snake_lora_pl.adapters.targets import check_layer_patterns, resolve_target_modules
 
 if TYPE_CHECKING:

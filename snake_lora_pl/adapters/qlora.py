@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from snake_lora_pl.adapters.adapter_type import AdapterKind
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.kind import AdapterKind
 from snake_lora_pl.adapters.lora import build_lora
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models.quantization import compute_dtype, full_weight_bytes, quantization_of, weight_bytes

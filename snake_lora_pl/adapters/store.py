@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snake_lora_pl.adapters.card import model_card
-from snake_lora_pl.adapters.kinds import kind_of, registered
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
 from snake_lora_pl.adapters.patterns import problem_with_pattern
+from snake_lora_pl.adapters.registry import kind_of, registered
 from snake_lora_pl.adapters.targets import check_carries_none
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line

@@ -69,7 +69,7 @@ def check_carries_none(base_model: PreTrainedModel) -> None:
     if isinstance(base_model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
         raise UserError(
             "the base model carries an adapter already. Take it off with PeftModel.unload(), or load several on one "
-            "base with snake_lora_pl.adapters.several.SharedBase."
+            "base with snake_lora_pl.adapters.shared_base.SharedBase."
         )
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.cli import SnakeCLI, build_and_run
+from snake_lora_pl.cli.app import SnakeCLI, build_and_run
 from snake_lora_pl.console import libraries_quiet
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
-from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
-from snake_lora_pl.training.interruption import Interrupted
+from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.callbacks.interruption import Interrupted
 
 DEFAULT_CONFIG = "balanced.yaml"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import lightning.pytorch as pl
 
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.ranks import PlayerResult
+from snake_lora_pl.evaluation.distributed import PlayerResult
 from snake_lora_pl.evaluation.validations import Validation
 from snake_lora_pl.paths import RunPaths
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from snake_lora_pl.adapters.temporary_merge import temporarily_merged
+from snake_lora_pl.decoding.drafter import Drafter
+from snake_lora_pl.decoding.lockstep_decoder import LockstepDecoder, Written, common_length
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.drafter import Drafter
-from snake_lora_pl.evaluation.lockstep_decoder import LockstepDecoder, Written, common_length
 from snake_lora_pl.evaluation.policy import Answer
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text import Style, read_move

@@ -23,9 +23,10 @@ from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 
 from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.adapter_type import AdapterKind, adapter_tensors
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
-from snake_lora_pl.adapters.kind import AdapterKind, adapter_tensors
+from snake_lora_pl.collectives import gather_objects
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models import choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
@@ -34,8 +35,7 @@ from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.packing import pack
-from snake_lora_pl.training.processes import gather_objects
-from snake_lora_pl.training.resumption import explain_damage
+from snake_lora_pl.training.resume.checkpoint_state import explain_damage
 from snake_lora_pl.training.sharding import (
     FullyShardedStrategy,
     check_strategy,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from snake_lora_pl.collectives import gather_objects
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.training.processes import gather_objects
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -14,7 +14,7 @@ from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import AdaLoRAConfig, LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.training.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
 from tests.training.conftest import collate, make_loader, make_rows, make_trainer
 

@@ -105,8 +105,8 @@ def _serve() -> None:
 def import_everything() -> None:
     """Import what the commands import when they need it."""
     for name in (
-        "snake_lora_pl.cli", "snake_lora_pl.commands.adapters", "snake_lora_pl.commands.audit",
-        "snake_lora_pl.commands.generate", "snake_lora_pl.commands.merge",
+        "snake_lora_pl.cli.app", "snake_lora_pl.cli.commands.adapters", "snake_lora_pl.cli.commands.audit",
+        "snake_lora_pl.cli.commands.generate", "snake_lora_pl.cli.commands.merge",
         "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto", "peft", "gguf", "safetensors.torch",
     ):  # fmt: skip

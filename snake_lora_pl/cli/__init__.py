@@ -1,0 +1,1 @@
+"""Command line: LightningCLI for the training commands, one module per light command."""

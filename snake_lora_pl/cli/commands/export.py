@@ -1,0 +1,89 @@
+"""``export``: an adapter and its base as a GGUF file, for llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from snake_lora_pl.cli.commands.parser import Parser, add_adapter_arguments
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.paths import shown
+
+FORMATS = ("gguf",)
+
+
+def run(arguments: list[str]) -> int:
+    """Export an adapter.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: If llama.cpp's converter is missing or fails, or the adapter or its base cannot be loaded.
+    """
+    options = build_parser().parse(arguments)
+    if options.format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{options.format}'.")
+    from snake_lora_pl.adapters import store
+    from snake_lora_pl.adapters.gguf import PROMPT, export_gguf, find_converter
+    from snake_lora_pl.console import quiet_libraries
+    from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
+    from snake_lora_pl.models import load_tokenizer
+
+    find_converter(options.converter)  # what is missing is said before anything is loaded
+    metadata = store.verify(options.adapter)
+    template = options.template or metadata.data.get("template")
+    if template is None:
+        raise UserError(
+            f"--adapter {options.adapter}: does not say how prompt and completion became one text, which the Modelfile "
+            f"must. Name it: --template {', '.join(get_args(TemplateName))}."
+        )
+    check_choice("--template", template, TemplateName)
+    quiet_libraries()
+    base_model = options.base_model or metadata.base_model_name
+    tokenizer = load_tokenizer(
+        base_model,
+        revision=store.trained_revision(metadata, base_model),
+        trust_remote_code=options.trust_remote_code,
+    )
+    exported = export_gguf(
+        options.adapter,
+        options.out,
+        Encoder(tokenizer, template).render_prompt(PROMPT),
+        stop=tokenizer.eos_token,
+        converter=options.converter,
+        outtype=options.outtype,
+        base_model=options.base_model,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(
+        f"{shown(exported.path)}: {exported.num_tensors} tensors, {exported.num_bytes / 1e6:,.1f} MB. "
+        f"Next: ollama create snake -f {shown(exported.modelfile_path)} && ollama run snake"
+    )
+    return 0
+
+
+def build_parser() -> Parser:
+    """The arguments of this verb."""
+    parser = Parser("export")
+    add_adapter_arguments(parser)
+    parser.add_argument("--format", default="gguf", metavar="NAME", help="gguf")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="a file that ends in .gguf, or a directory that gets model.gguf; the Modelfile lies beside it",
+    )
+    parser.add_argument(
+        "--outtype", default="auto", metavar="NAME", help="type of the weights: auto, f32, f16, bf16 or q8_0"
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="how prompts became text in training: instruction, chat or raw; without it as the adapter says",
+    )
+    parser.add_argument(
+        "--converter",
+        metavar="PATH",
+        help="llama.cpp's convert_hf_to_gguf.py, or a checkout of llama.cpp; without it one that is installed",
+    )
+    return parser

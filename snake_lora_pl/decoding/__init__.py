@@ -1,0 +1,1 @@
+"""Greedy decoding of many sequences in lockstep. Knows nothing of Snake."""

@@ -1,0 +1,1 @@
+"""Lightning callbacks that evaluate a model during training and prediction."""

@@ -1,0 +1,1 @@
+"""Reports of a run: HTML report, W&B, TensorBoard, tables and game files."""

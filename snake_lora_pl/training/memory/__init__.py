@@ -1,0 +1,1 @@
+"""Memory of a training step: estimate, available memory, out-of-memory errors."""

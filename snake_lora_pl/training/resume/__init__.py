@@ -1,0 +1,1 @@
+"""Exact resume: checkpoint I/O and the state that Lightning does not keep."""

@@ -1,0 +1,269 @@
+"""Several adapters on one base in memory: each computes as it does alone, and the base stays what it is."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.shared_base import SharedBase
+from snake_lora_pl.durable import file_sha256
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models import QuantizationConfig, load_base_model, resolve_base_model
+from snake_lora_pl.training.module import LoRALightningModule
+
+IDS = torch.tensor([[5, 9, 30, 7, 41]])
+
+CONFIGS: dict[str, Any] = {
+    "small": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+    "large": LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj"]),
+    "dora": LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"], use_dora=True),
+    "adalora": AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=6, target_r=3, total_step=100, target_modules=["q_proj", "v_proj"]
+    ),
+    "adalora2": AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=100, target_modules=["up_proj"]),
+}
+
+
+def save_adapter(directory: Path, base_dir: Path, config: Any) -> Path:
+    """An adapter that does something."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_base_model(str(base_dir), dtype="float32"), copy.deepcopy(config))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    source = resolve_base_model(str(base_dir))
+    trainable, total = model.get_nb_trainable_parameters()
+    metadata = store.AdapterMetadata(
+        config.peft_type.value.lower(),
+        source.canonical_id,
+        str(base_dir),
+        source.revision,
+        source.sha256,
+        trainable,
+        total,
+    )
+    return store.save(model, directory, metadata)
+
+
+@pytest.fixture(scope="module")
+def dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: save_adapter(root / name, tiny_llama_dir, config) for name, config in CONFIGS.items()}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.clone()
+
+
+@pytest.fixture(scope="module")
+def alone(dirs: dict[str, Path], tiny_llama_dir: Path) -> dict[str | None, torch.Tensor]:
+    """Logits of each adapter on a base of its own, and of the base without any."""
+    logits: dict[str | None, torch.Tensor] = {
+        name: logits_of(store.load(path, dtype="float32")) for name, path in dirs.items()
+    }
+    logits[None] = logits_of(load_base_model(str(tiny_llama_dir), dtype="float32"))
+    flat = [tensor.flatten() for tensor in logits.values()]
+    assert all((a - b).abs().max() > 0.1 for i, a in enumerate(flat) for b in flat[:i])
+    return logits
+
+
+def base_weights(shared: SharedBase) -> dict[str, torch.Tensor]:
+    named = shared.model.named_parameters()
+    return {
+        name.split("model.", 1)[1].replace(".base_layer", ""): p
+        for name, p in named
+        if "lora_" not in name and "ranknum" not in name
+    }
+
+
+@pytest.fixture
+def shared(dirs: dict[str, Path]) -> SharedBase:
+    return SharedBase.open("small", dirs["small"], dtype="float32")
+
+
+def test_each_computes_as_it_does_alone_however_they_are_switched(
+    shared: SharedBase, dirs: dict[str, Path], alone: dict[str | None, torch.Tensor]
+) -> None:
+    before = {name: (p.data_ptr(), p.clone()) for name, p in base_weights(shared).items()}
+    for name in ("large", "adalora", "dora", "adalora2"):
+        shared.load(name, dirs[name])
+        assert shared.active == "small"
+        assert torch.equal(logits_of(shared.model), alone["small"])
+    order = ["large", "adalora", "adalora2", None, "dora", "adalora", "small", None, "large", None, "adalora2"]
+    for name in order:
+        assert torch.equal(logits_of(shared.use(name)), alone[name]), name
+        assert shared.active == name
+    with shared.model.disable_adapter():
+        assert torch.equal(logits_of(shared.model), alone[None])
+    assert shared.names == ["small", "large", "adalora", "dora", "adalora2"]
+    after = base_weights(shared)
+    assert before.keys() == after.keys()
+    for name, (pointer, weights) in before.items():
+        assert after[name].data_ptr() == pointer, "the base was copied"
+        assert torch.equal(after[name], weights), "the base was changed"
+
+
+def test_what_is_unloaded_is_gone_and_the_others_stay(
+    shared: SharedBase, dirs: dict[str, Path], alone: dict[str | None, torch.Tensor]
+) -> None:
+    num_before = sum(p.numel() for p in shared.model.parameters())
+    shared.load("large", dirs["large"])
+    assert sum(p.numel() for p in shared.model.parameters()) > num_before
+    shared.load("adalora", dirs["adalora"])
+    shared.use("large")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        shared.unload("large")
+    assert shared.active is None
+    assert torch.equal(logits_of(shared.model), alone[None])
+    with pytest.raises(UserError, match="no adapter named 'large' is loaded. Loaded: small, adalora"):
+        shared.use("large")
+    assert torch.equal(logits_of(shared.use("small")), alone["small"])
+    assert sum(p.numel() for p in shared.model.parameters()) == num_before
+    shared.unload("small")
+    assert torch.equal(logits_of(shared.model), alone[None])
+    assert torch.equal(logits_of(shared.use("adalora")), alone["adalora"])
+    with pytest.raises(UserError, match="only adapter on this base"):
+        shared.unload("adalora")
+    shared.load("small", dirs["small"])
+    assert torch.equal(logits_of(shared.model), alone["adalora"])
+    shared.unload("adalora")
+    assert torch.equal(logits_of(shared.use("small")), alone["small"])
+
+
+def test_a_name_is_given_once(shared: SharedBase, dirs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="'small' is loaded already"):
+        shared.load("small", dirs["large"])
+
+
+def test_an_adapter_of_another_base_is_refused(
+    shared: SharedBase, tiny_llama_dir: Path, tmp_path: Path, alone: dict[str | None, torch.Tensor]
+) -> None:
+    other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: w * 2 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    stranger = save_adapter(tmp_path / "stranger", other, CONFIGS["large"])
+    with pytest.raises(UserError) as caught:
+        shared.load("stranger", stranger)
+    message = str(caught.value)
+    assert f"--adapter {stranger}: trained on {other} (" in message
+    assert f"but the base in memory is {tiny_llama_dir} (" in message
+    assert "\n" not in message
+    assert shared.names == ["small"]
+    assert torch.equal(logits_of(shared.model), alone["small"])
+
+
+def test_a_moved_copy_of_the_same_base_is_the_same_base(
+    shared: SharedBase, tiny_llama_dir: Path, tmp_path: Path, alone: dict[str | None, torch.Tensor]
+) -> None:
+    moved = Path(shutil.copytree(tiny_llama_dir, tmp_path / "moved"))
+    shared.load("large", save_adapter(tmp_path / "large", moved, CONFIGS["large"]))
+    assert torch.equal(logits_of(shared.use("large")), alone["large"])
+
+
+@pytest.mark.parametrize("kind", ["large", "adalora"])
+def test_a_failed_load_changes_nothing(
+    kind: str, shared: SharedBase, dirs: dict[str, Path], tmp_path: Path, alone: dict[str | None, torch.Tensor]
+) -> None:
+    broken = Path(shutil.copytree(dirs[kind], tmp_path / "broken"))
+    weights = load_file(broken / store.WEIGHTS_FILE)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, broken / store.WEIGHTS_FILE)
+    with pytest.raises(UserError, match="truncated or changed"):
+        shared.load("broken", broken)
+    text = (broken / store.METADATA_FILE).read_text()
+    old, new = file_sha256(dirs[kind] / store.WEIGHTS_FILE), file_sha256(broken / store.WEIGHTS_FILE)
+    (broken / store.METADATA_FILE).write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="is missing"):
+        shared.load("broken", broken)
+    assert shared.names == ["small"]
+    assert torch.equal(logits_of(shared.model), alone["small"])
+    shared.load(kind, dirs[kind])
+    assert torch.equal(logits_of(shared.use(kind)), alone[kind])
+    assert torch.equal(logits_of(shared.use("small")), alone["small"])
+
+
+def test_an_adapter_that_was_replaced_on_disk_is_not_taken_for_the_one_that_was_loaded(
+    shared: SharedBase, dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(dirs["large"], tmp_path / "mine"))
+    shared.load("mine", mine)
+    shared.load("adalora", dirs["adalora"])  # takes the layers of the others off and puts back those in use
+    shutil.rmtree(mine)
+    shutil.copytree(dirs["dora"], mine)
+    with pytest.raises(UserError, match="was replaced by another since it was loaded"):
+        shared.use("mine")
+    assert shared.active == "small"
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters of a base in 4 bits and in 8."""
+    dirs = {}
+    for name, bits, rank in (("four", 4, 2), ("four too", 4, 4), ("eight", 8, 2)):
+        module = LoRALightningModule(
+            str(tiny_llama_dir),
+            adapter_type="qlora",
+            lora=LoRAConfig(rank=rank, quantization=QuantizationConfig(bits=bits)),
+            dtype="float32",
+        )
+        module.configure_model()
+        for parameter_name, parameter in module.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter)
+        directory = tmp_path_factory.mktemp("quantised") / name
+        dirs[name] = store.save(module.peft_model, directory, module.adapter_metadata())
+    return dirs
+
+
+def test_adapters_share_a_quantised_base(quantised: dict[str, Path]) -> None:
+    alone = {name: logits_of(store.load(quantised[name], dtype="float32")) for name in ("four", "four too")}
+    shared = SharedBase.open("four", quantised["four"], dtype="float32")
+    shared.load("four too", quantised["four too"])
+    for name in ("four too", "four", "four too"):
+        assert torch.equal(logits_of(shared.use(name)), alone[name])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "part"),
+    [
+        ("small", "four", " in 4 bits, but the base in memory is unquantised"),
+        ("four", "small", " unquantised, but the base in memory is in 4 bits"),
+        ("four", "eight", " in 8 bits, but the base in memory is in 4 bits"),
+    ],
+)
+def test_adapters_of_differently_stored_bases_are_refused(
+    first: str, second: str, part: str, dirs: dict[str, Path], quantised: dict[str, Path]
+) -> None:
+    every = {**dirs, **quantised}
+    shared = SharedBase.open(first, every[first], dtype="float32")
+    with pytest.raises(UserError) as caught:
+        shared.load(second, every[second])
+    assert part in str(caught.value)
+    assert str(caught.value).endswith(
+        "cannot share it. Give one of them at a time, or set model.full_precision_base=true."
+    )
+    assert shared.names == [first]
+
+
+def test_unquantised_is_a_base_for_all_where_that_is_asked_for(
+    dirs: dict[str, Path], quantised: dict[str, Path], alone: dict[str | None, torch.Tensor]
+) -> None:
+    options: dict[str, Any] = {"full_precision_base": True, "dtype": "float32"}
+    wanted = logits_of(store.load(quantised["four"], **options))
+    shared = SharedBase.open("eight", quantised["eight"], **options)
+    shared.load("four", quantised["four"])
+    shared.load("small", dirs["small"])
+    assert torch.equal(logits_of(shared.use("four")), wanted)
+    assert torch.equal(logits_of(shared.use("small")), alone["small"])

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+
+from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.evaluation.policy import Policy, TeacherPolicy
+from snake_lora_pl.evaluation.statistics import (
+    ROW_WIDTH,
+    GameSummary,
+    bootstrap_interval,
+    figures,
+    paired_difference,
+    wilson_interval,
+)
+from snake_lora_pl.game import Board, Move, get_style
+from snake_lora_pl.game.seeds import play_seeds
+from tests.evaluation.scripted import ScriptedPolicy, like_bfs, nonsense
+
+SEEDS = play_seeds(20)
+
+
+def summaries(policy: Policy, **settings) -> list[GameSummary]:
+    return [GameSummary.of(game) for game in play_games(policy, SEEDS, **{"grid_size": 6, **settings})]
+
+
+def untimed(games: list[GameSummary]) -> dict[str, float]:
+    return {name: value for name, value in figures(games).items() if name != "moves_per_second"}
+
+
+def test_a_teacher_agrees_with_itself_and_dies_by_no_move_of_its_own() -> None:
+    games = summaries(TeacherPolicy("bfs"))
+    values = figures(games)
+    assert values["apples_mean"] == pytest.approx(statistics.fmean(game.num_apples for game in games))
+    assert values["steps_mean"] == pytest.approx(statistics.fmean(game.num_steps for game in games))
+    assert values["teacher_agreement"] == values["optimal_agreement"] == 1
+    assert values["fatal_move_rate"] == values["unparseable_rate"] == 0
+    assert values["trapped_rate"] == 1
+    assert values["fill_mean"] == pytest.approx((values["apples_mean"] + 1) / 36)
+    assert values["apples_p5"] <= values["apples_median"] <= values["apples_p95"]
+    assert values["moves_per_second"] > 0
+
+
+def test_nonsense_scores_nothing() -> None:
+    values = untimed(summaries(ScriptedPolicy(nonsense)))
+    assert values["unparseable_rate"] == values["fatal_move_rate"] == 1
+    assert values["apples_mean"] == values["apples_low"] == values["apples_high"] == values["steps_mean"] == 0
+    assert values["teacher_agreement"] == values["optimal_agreement"] == values["win_rate"] == 0
+    assert values["ends/NO_VALID_ANSWER"] == len(SEEDS)
+    assert "path_gap" not in values
+
+
+def test_two_runs_give_equal_figures() -> None:
+    first, second = (untimed(summaries(TeacherPolicy("random_legal"))) for _ in range(2))
+    assert first == second
+
+
+def test_a_player_that_always_wins_is_said_to() -> None:
+    values = figures(summaries(TeacherPolicy("hamiltonian")))
+    assert values["win_rate"] == values["fill_mean"] == values["win_high"] == 1
+    assert values["win_low"] == pytest.approx(0.8389, abs=1e-4)
+    assert values["ends/WIN"] == len(SEEDS)
+    assert values["path_gap"] > 1  # the cycle passes by
+
+
+def test_detours_are_the_steps_beyond_the_shortest_path() -> None:
+    # A snake of one has nothing in its way: round a square, then straight to the first apple.
+    turns = iter([Move.UP, Move.RIGHT, Move.DOWN, Move.LEFT])
+
+    def detour(board: Board) -> str:
+        return next(turns, Move[like_bfs(board)]).name
+
+    seed = next(seed for seed in SEEDS if play_games(TeacherPolicy("bfs"), [seed], max_steps=9)[0].num_apples == 1)
+    board = play_games(TeacherPolicy("bfs"), [seed])[0].recording.frames[0].board
+    assert board.apple not in [(5, 6), (6, 6), (6, 5)]
+    (game,) = play_games(ScriptedPolicy(detour), [seed], max_steps=13)
+    summary = GameSummary.of(game)
+    assert (summary.num_direct_apples, summary.path_gap) == (1, 4)
+    assert figures([summary])["path_gap"] == 4
+
+
+def test_claims_are_a_rate_for_each_field() -> None:
+    style = get_style("bfs-512")
+
+    def half_true(board: Board) -> str:
+        words = style.write_completion(board, Move[like_bfs(board)])
+        return words.replace("- Manhattan distance to apple: ", "- Manhattan distance to apple: 1")
+
+    values = figures(summaries(ScriptedPolicy(half_true), max_steps=4))
+    assert values["claims/manhattan_distance"] == 0
+    assert values["claims/head"] == values["claims/valid_moves"] == values["claims/conclusion"] == 1
+    assert "claims/path_length" not in values
+
+
+def test_a_summary_is_as_many_whole_numbers_whatever_the_game() -> None:
+    for game in summaries(TeacherPolicy("bfs")) + summaries(ScriptedPolicy(nonsense)):
+        row = game.to_row()
+        assert len(row) == ROW_WIDTH
+        assert all(type(number) is int for number in row)
+        assert GameSummary.from_row(row) == game
+
+
+def test_wilson_intervals_are_the_published_ones() -> None:
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+    for successes, trials, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(20, 20) == pytest.approx((1 - 0.1611, 1), abs=5e-5)
+    with pytest.raises(ValueError, match="3 of 2 is no share"):
+        wilson_interval(3, 2)
+
+
+def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
+    values = np.random.default_rng(1).normal(20, 5, 400)
+    low, high = bootstrap_interval(values)
+    error = values.std() / 20
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.05)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval([7.0]) == (7, 7)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_interval([])
+
+
+def test_players_are_compared_game_by_game() -> None:
+    better, worse = summaries(TeacherPolicy("bfs")), summaries(TeacherPolicy("random_legal"))
+    difference = paired_difference(better, worse)
+    assert difference.mean == pytest.approx(figures(better)["apples_mean"] - figures(worse)["apples_mean"])
+    assert 0 < difference.low < difference.mean < difference.high
+    assert paired_difference(better, better) == (0, 0, 0)
+    with pytest.raises(ValueError, match="same seeds"):
+        paired_difference(better, worse[1:])
+
+
+def test_without_a_game_there_are_no_figures() -> None:
+    with pytest.raises(ValueError, match="no games"):
+        figures([])
