@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base_model", default="smollm2-135m")
     parser.add_argument("--rows", default=ROWS, help="JSONL file")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each kind")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each kind")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--val_batches", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -64,8 +64,8 @@ class Kill:
     Attributes:
         moment: What the process was to be killed at, one of ``MOMENTS``.
         half_written: Names of the files and directories that it was writing.
-        steps_done: Optimiser steps that the run had done, as ``metrics.csv`` tells.
-        steps_saved: Optimiser steps that ``last.ckpt`` holds.
+        steps_done: Optimizer steps that the run had done, as ``metrics.csv`` tells.
+        steps_saved: Optimizer steps that ``last.ckpt`` holds.
         complaints: What was lost or corrupt.
     """
 
@@ -145,7 +145,7 @@ class Victim:
         return process
 
     def num_steps(self) -> int:
-        """Optimiser steps that are logged."""
+        """Optimizer steps that are logged."""
         if self.run is None or not self.run.metrics_path.is_file():
             return 0
         with open(self.run.metrics_path, newline="") as file:

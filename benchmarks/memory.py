@@ -60,7 +60,7 @@ def measured_bytes(options: list[str], steps: int, directory: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=3, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()

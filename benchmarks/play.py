@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.play", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--adapter", default=None, help="model_artifacts directory; without it one is trained")
     parser.add_argument("--style", default="bfs-512", help="style of the adapter that is trained (default: bfs-512)")
-    parser.add_argument("--train_steps", type=int, default=40, help="optimiser steps of that training (default: 40)")
+    parser.add_argument("--train_steps", type=int, default=40, help="optimizer steps of that training (default: 40)")
     parser.add_argument(
         "--games", type=int, nargs="+", default=[1, 16, 64], help="games in lockstep (default: 1 16 64)"
     )

@@ -154,7 +154,7 @@ class Step:
         return sliced + gathered + self.outside_bytes + self.memory.activations + self.memory.process + self.memory.heap
 
     def bytes_sent_whole(self, num_processes: int) -> float:
-        """What a process sends in an optimiser step under DDP: a ring all-reduce of the adapter's gradients."""
+        """What a process sends in an optimizer step under DDP: a ring all-reduce of the adapter's gradients."""
         return 2 * (num_processes - 1) / num_processes * self.memory.gradients
 
     def bytes_sent_in_slices(self, num_processes: int) -> float:
@@ -269,7 +269,7 @@ def work_table(names: list[str]) -> str:
             ]
         )
     header = ["model", "base", "adapter", "base: FLOPs a token", "a parameter of its layers", "with checkpointing"]
-    header += ["adapter: FLOPs a token", "optimiser: FLOPs a token", "activations a token, fused", "own layers"]
+    header += ["adapter: FLOPs a token", "optimizer: FLOPs a token", "activations a token, fused", "own layers"]
     return table([*header, "checkpointing"], rows)
 
 

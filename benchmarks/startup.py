@@ -1,6 +1,6 @@
 """How long a command takes to answer: ``python -m benchmarks.startup``.
 
-Every verb's ``--help``, and ``fit`` from the command to the end of its first optimiser step, with everything cached
+Every verb's ``--help``, and ``fit`` from the command to the end of its first optimizer step, with everything cached
 that an earlier run leaves: base model, rows and encoded rows. The commands take turns, and a first round that warms up
 is not counted. Other work on the machine counts: the times are of the clock, not of the processor.
 """
@@ -50,7 +50,7 @@ class Clock(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The first optimiser step is over; more are not taken."""
+        """The first optimizer step is over; more are not taken."""
         self._times["ends"] = time.time()
         self.path.write_text(json.dumps(self._times), encoding="utf-8")
 
@@ -63,7 +63,7 @@ def time_help(arguments: list[str]) -> dict[str, float]:
 
 
 def time_first_step(arguments: list[str]) -> dict[str, float]:
-    """Seconds until the first optimiser step of a ``fit`` is over, and how long that step alone took."""
+    """Seconds until the first optimizer step of a ``fit`` is over, and how long that step alone took."""
     with tempfile.TemporaryDirectory() as directory:
         times_path = Path(directory) / "times.json"
         command = [*PROGRAM, "fit", *arguments, f"--root={directory}", "--trainer.max_steps=1"]

@@ -330,7 +330,7 @@ def installed_contenders(names: list[str]) -> dict[str, Any]:
 
 
 def make_step(base_model: str, rank: int, dtype: str) -> Callable[[dict[str, Any]], None]:
-    """One optimisation step of ours without a trainer around it, as a function of a batch."""
+    """One optimization step of ours without a trainer around it, as a function of a batch."""
     import torch
 
     from snake_lora_pl import LoRAConfig, LoRALightningModule
@@ -453,7 +453,7 @@ def main() -> None:
         "--rows", default="tests/data/heuristics_v0.04/grid-size-10/bfs-512/BFS-512_dataset.jsonl", help="JSONL file"
     )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps a turn")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps a turn")
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each contender")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--against", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))

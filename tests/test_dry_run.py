@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.cli.app import dry_run
+from snake_lora_pl.cli import dry_run
 from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

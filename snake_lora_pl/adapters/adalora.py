@@ -162,7 +162,7 @@ class AdaLoRA(AdapterKind):
         is_resized = any(len(values) != config.init_r for values in singular_values.values())
         if is_resized or not any(values.any() for values in singular_values.values()):
             return config, weights
-        # Not the allocator's own pattern: between two allocations the optimiser moves what it had set to zero.
+        # Not the allocator's own pattern: between two allocations the optimizer moves what it had set to zero.
         config = copy.deepcopy(config)
         config.rank_pattern = {
             name.removeprefix("base_model.model."): (values != 0).flatten().tolist()

@@ -71,18 +71,18 @@ class AdapterKind:
         Args:
             model: The PEFT model, fresh or loaded to train on.
             config: The settings.
-            total_steps: Optimiser steps of the run, or None where only the clock will end it.
+            total_steps: Optimizer steps of the run, or None where only the clock will end it.
 
         Raises:
             UserError: If the run is of a length that the kind cannot work with.
         """
 
     def regularizer(self, model: PeftModel) -> Tensor | None:
-        """A term to minimise beside the mean loss of each optimiser step, as a scalar with a graph; None for none."""
+        """A term to minimize beside the mean loss of each optimizer step, as a scalar with a graph; None for none."""
         return None
 
     def after_step(self, model: PeftModel, step: int) -> dict[str, float]:
-        """Work that follows an optimiser step, while its gradients are still there.
+        """Work that follows an optimizer step, while its gradients are still there.
 
         Args:
             model: The PEFT model.

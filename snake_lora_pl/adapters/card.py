@@ -38,7 +38,7 @@ def model_card(metadata: AdapterMetadata) -> str:
         *_head(metadata, library="peft", relation="adapter"),
         f"# A {metadata.adapter_type} adapter that plays Snake",
         "",
-        f"Trained on {_base_link(metadata)} for {metadata.step:,} optimiser steps with snake_lora_pl "
+        f"Trained on {_base_link(metadata)} for {metadata.step:,} optimizer steps with snake_lora_pl "
         f"{metadata.packages.get('snake_lora_pl', '')}. {_base_copy(metadata)}",
         "",
         "## Load",

@@ -29,9 +29,9 @@ class AdaLoRAConfig:
     Args:
         initial_rank: Rank that every layer starts with; ``model.lora.rank`` is the average that is left at the end.
             1.5 times that if None.
-        initial_steps: Optimiser steps before the first rank is dropped; a tenth of the run if None.
-        final_steps: Optimiser steps at the end, with the ranks settled; half of the run if None.
-        allocate_every_n_steps: Optimiser steps between two allocations.
+        initial_steps: Optimizer steps before the first rank is dropped; a tenth of the run if None.
+        final_steps: Optimizer steps at the end, with the ranks settled; half of the run if None.
+        allocate_every_n_steps: Optimizer steps between two allocations.
         beta1: Decay rate of the running importance, between 0 and 1.
         beta2: Decay rate of its running uncertainty, between 0 and 1.
         orthogonal_weight: Weight of the term that keeps the factors orthogonal, beside a mean loss per token.

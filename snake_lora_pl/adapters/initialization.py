@@ -30,7 +30,7 @@ def start_from_base(model: PeftModel, method: str) -> None:
     Args:
         model: A PEFT model with a LoRA adapter that has not been trained.
         method: ``pissa`` (the largest singular values, https://arxiv.org/abs/2404.02948), ``pissa_niter_N`` (the same,
-            by a randomised decomposition with N iterations: faster) or ``olora`` (the first columns of a QR
+            by a randomized decomposition with N iterations: faster) or ``olora`` (the first columns of a QR
             decomposition, https://arxiv.org/abs/2406.01775).
 
     Raises:

@@ -28,7 +28,7 @@ class AdapterMetadata:
         total_parameters: Number of parameters of base and adapter.
         training_timestamp: When the adapter was written, UTC, ISO 8601.
         grid_size: Cells along one side of the board in the data, or None.
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         epoch: Epoch the adapter was written in, from 0.
         metrics: Last logged value of each metric.
         data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...

@@ -34,7 +34,7 @@ class TrainingResult:
         config_path: The resolved config, which ``fit --config`` runs again.
         metrics_path: Every logged metric, a row a step.
         games_dir: Games played at the end; None where ``play.final_games`` is 0 or no games could be played.
-        num_steps: Optimiser steps of the run.
+        num_steps: Optimizer steps of the run.
         adapter_step: Those that the adapter in ``adapter_dir`` has behind it.
         metrics: Metrics of that adapter, ``val/loss`` among them.
         play: Figures of each player of the games at the end, as in ``games/table.json``; empty without games.

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.text import Text
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.cli.app import dry_run
+from snake_lora_pl.cli import dry_run
 from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule, max_processes
 from snake_lora_pl.data.encoding import TemplateName
@@ -60,7 +60,7 @@ from snake_lora_pl.training.callbacks.interruption import Interrupted, Interrupt
 from snake_lora_pl.training.callbacks.progress_bar import RunProgress
 from snake_lora_pl.training.callbacks.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.callbacks.throughput import ThroughputMonitor
-from snake_lora_pl.training.memory.estimate import out_of_memory
+from snake_lora_pl.training.memory import out_of_memory
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
 from snake_lora_pl.untrusted import load_yaml, read_text

@@ -69,7 +69,7 @@ def rehearse(
         module: What would be trained.
         data: What it would be trained on.
         paths: Where the run would lie.
-        accumulate_grad_batches: Micro-batches in an optimiser step of the run.
+        accumulate_grad_batches: Micro-batches in an optimizer step of the run.
 
     Raises:
         UserError: For whatever would end the run before its first step is over.

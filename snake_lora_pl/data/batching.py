@@ -14,10 +14,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DistributedSampler
 
+from snake_lora_pl.constants import IGNORE_INDEX
 from snake_lora_pl.data.encoding import Example
-
-# The label that cross-entropy ignores, in PyTorch and in transformers.
-IGNORED_LABEL = -100
 
 # Rows of like length are looked for among this many global batches: enough that hardly any padding is left, and few
 # enough that the order stays random over the data set.
@@ -33,7 +31,7 @@ class Batch(TypedDict):
     Attributes:
         input_ids: int64 of shape (batch, longest).
         labels: int64 of the same shape and not shifted: each position holds its own token where that is to be learned,
-            ``IGNORED_LABEL`` on the prompt and on padding.
+            ``IGNORE_INDEX`` on the prompt and on padding.
         sources: ``path:line`` of each row.
     """
 
@@ -56,7 +54,7 @@ def collate(examples: Sequence[Example], pad_id: int, pad_to_multiple_of: int = 
     longest = max((len(example.input_ids) for example in examples), default=1)
     shape = (max(len(examples), 1), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
     input_ids = np.full(shape, pad_id, np.int64)
-    labels = np.full(shape, IGNORED_LABEL, np.int64)
+    labels = np.full(shape, IGNORE_INDEX, np.int64)
     for i, (ids, num_prompt, _) in enumerate(examples):
         input_ids[i, : len(ids)] = ids
         labels[i, num_prompt : len(ids)] = ids[num_prompt:]

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
+from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.data.batching import Batch, InOrderSampler, LengthGroupedSampler, collate
 from snake_lora_pl.data.encoded_rows import EncodedRows, open_encoded_rows, report_cache_errors
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
@@ -94,7 +95,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        base_model: str = "smollm2-135m",
+        base_model: str = DEFAULT_BASE_MODEL,
         train_path: str | list[str] | None = None,
         val_path: str | list[str] | None = None,
         predict_path: str | list[str] | None = None,

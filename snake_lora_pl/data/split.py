@@ -1,6 +1,6 @@
 """Which rows train and which validate: whole games apart, and no prompt on both sides.
 
-Neighbouring positions of one game are near copies of each other, so a split by row would measure memory.
+Neighboring positions of one game are near copies of each other, so a split by row would measure memory.
 """
 
 from __future__ import annotations

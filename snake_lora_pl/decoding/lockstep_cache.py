@@ -128,6 +128,6 @@ class _LockstepLayer(DynamicLayer):
 
 
 def _zeros(cache: LockstepCache, like: Tensor) -> Tensor:
-    # Not uninitialised: a place that no token was written to has weight 0 in attention, and 0 times NaN is NaN.
+    # Not uninitialized: a place that no token was written to has weight 0 in attention, and 0 times NaN is NaN.
     num_rows, capacity = cache.shape
     return like.new_zeros(num_rows, like.shape[1], capacity, like.shape[3])

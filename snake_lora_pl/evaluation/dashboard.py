@@ -48,7 +48,7 @@ class Dashboard(Protocol):
 
         Args:
             result: The model's games.
-            step: Optimiser steps done when they were played.
+            step: Optimizer steps done when they were played.
             is_final: Whether these are the games that the run ends with, by the adapter that was kept.
         """
 

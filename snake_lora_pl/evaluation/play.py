@@ -23,7 +23,7 @@ DEATHS = (End.WALL, End.SELF, End.NO_VALID_ANSWER)
 BATCH_SIZE = 64
 
 
-class Judgement(NamedTuple):
+class Judgment(NamedTuple):
     """What is to be said of one move.
 
     Attributes:
@@ -48,13 +48,13 @@ class PlayedGame:
     Attributes:
         seed: The game's seed: the same moves make the same game of it.
         recording: Every position, move and word, and the end.
-        judgements: One for each move asked for, the last one included.
+        judgments: One for each move asked for, the last one included.
         answer_seconds: This game's share of the time that the policy took to answer.
     """
 
     seed: int
     recording: Recording
-    judgements: tuple[Judgement, ...]
+    judgments: tuple[Judgment, ...]
     answer_seconds: float
 
     @property
@@ -177,7 +177,7 @@ def _play_round(policy: Policy, games: Sequence[_RunningGame]) -> None:
         game.play(answer, seconds)
 
 
-def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterator[Judgement]:
+def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterator[Judgment]:
     """What is to be said of each move of a game, in turn.
 
     Args:
@@ -190,7 +190,7 @@ def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterat
         ended_in_death = recording.is_death and index == len(frames) - 1
         (answer,) = judge.answer([board], [seed])
         assert answer.move is not None
-        yield Judgement(
+        yield Judgment(
             is_fatal=ended_in_death and bool(board.legal_moves()),
             is_unparseable=move is None,
             teacher_move=answer.move,

@@ -38,7 +38,7 @@ class GameSummary(NamedTuple):
         num_apples: Apples eaten.
         num_steps: Steps survived.
         num_moves: Moves asked for; one more than the steps where the last one was deadly.
-        num_fatal: See ``Judgement.is_fatal``; at most one.
+        num_fatal: See ``Judgment.is_fatal``; at most one.
         num_trapped: 1 where the game ended in death with no legal move left.
         num_unparseable: Moves that could not be read.
         num_as_teacher: Moves that the teacher makes too.
@@ -72,9 +72,9 @@ class GameSummary(NamedTuple):
     @classmethod
     def of(cls, game: PlayedGame) -> GameSummary:
         """Count what happened in a game."""
-        judged = list(zip(game.moves, game.judgements, strict=True))
-        claims = [judgement.claims for judgement in game.judgements]
-        num_fatal = sum(judgement.is_fatal for judgement in game.judgements)
+        judged = list(zip(game.moves, game.judgments, strict=True))
+        claims = [judgment.claims for judgment in game.judgments]
+        num_fatal = sum(judgment.is_fatal for judgment in game.judgments)
         num_direct_apples, path_gap = _path_gap(game.recording)
         return cls(
             seed=game.seed,
@@ -85,10 +85,10 @@ class GameSummary(NamedTuple):
             num_moves=len(judged),
             num_fatal=num_fatal,
             num_trapped=int(game.recording.is_death) - num_fatal,
-            num_unparseable=sum(judgement.is_unparseable for judgement in game.judgements),
-            num_as_teacher=sum(move is judgement.teacher_move for move, judgement in judged),
-            num_with_path=sum(bool(judgement.optimal_moves) for judgement in game.judgements),
-            num_optimal=sum(move in judgement.optimal_moves for move, judgement in judged),
+            num_unparseable=sum(judgment.is_unparseable for judgment in game.judgments),
+            num_as_teacher=sum(move is judgment.teacher_move for move, judgment in judged),
+            num_with_path=sum(bool(judgment.optimal_moves) for judgment in game.judgments),
+            num_optimal=sum(move in judgment.optimal_moves for move, judgment in judged),
             num_direct_apples=num_direct_apples,
             path_gap=path_gap,
             answer_us=round(game.answer_seconds * 1e6),

@@ -58,7 +58,7 @@ class Validation(NamedTuple):
     """What one validation has to show.
 
     Attributes:
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         epoch: The epoch, from 0.
         rows: The sample rows: the same ones at each validation of a run.
         decisions: Over all validation rows, how often each move of the teacher (``MOVES``) met each of the model

@@ -89,7 +89,7 @@ def flood(start: Cells, free: Cells, size: int) -> Cells:
 
 
 def waves_to_head(board: Board) -> list[Cells]:
-    """Waves from the apple until one touches a neighbour of the head; the whole body, tail included, is wall.
+    """Waves from the apple until one touches a neighbor of the head; the whole body, tail included, is wall.
 
     Returns:
         As many waves as a shortest path has steps. Empty where there is no apple or no path.

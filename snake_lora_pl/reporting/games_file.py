@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.evaluation.distributed import PlayerResult
-from snake_lora_pl.evaluation.play import Judgement, PlayedGame, decisions
+from snake_lora_pl.evaluation.play import Judgment, PlayedGame, decisions
 from snake_lora_pl.game import Board, End, Move
 from snake_lora_pl.game.replay import Frame, Recording, render_gif, render_html
 from snake_lora_pl.paths import GamesPaths
@@ -48,18 +48,18 @@ def write_games(path: str | os.PathLike[str], results: Sequence[PlayerResult]) -
 def _frames(game: PlayedGame) -> Iterator[dict[str, Any]]:
     for index, frame in enumerate(game.recording.frames):
         position = {"head": frame.board.head, "trail": frame.board.trail, "apple": frame.board.apple}
-        was_asked = index < len(game.judgements)
-        yield position | _judged(frame, game.judgements[index]) if was_asked else position
+        was_asked = index < len(game.judgments)
+        yield position | _judged(frame, game.judgments[index]) if was_asked else position
 
 
-def _judged(frame: Frame, judgement: Judgement) -> dict[str, Any]:
+def _judged(frame: Frame, judgment: Judgment) -> dict[str, Any]:
     return {
         "move": None if frame.move is None else frame.move.name,
         "words": frame.words,
-        "teacher": judgement.teacher_move.name,
-        "optimal": [move.name for move in judgement.optimal_moves],
-        "fatal": judgement.is_fatal,
-        "claims": judgement.claims,
+        "teacher": judgment.teacher_move.name,
+        "optimal": [move.name for move in judgment.optimal_moves],
+        "fatal": judgment.is_fatal,
+        "claims": judgment.claims,
     }
 
 

@@ -164,7 +164,7 @@ def _facts(config: Mapping[str, Any], metadata: Mapping[str, Any], series: Mappi
     lora, data = metadata.get("peft_config", {}), metadata.get("data", {})
     steps = max((points[-1][0] for points in series.values() if points), default=None)
     facts = {
-        "optimiser steps": _number(steps),
+        "optimizer steps": _number(steps),
         "kept adapter of step": _number(metadata.get("step")),
         "rank": _number(lora.get("r")),
         "trained parameters": _number(metadata.get("trainable_parameters")),
@@ -222,7 +222,7 @@ def _number(value: Any) -> str | None:
 
 
 def _read_series(path: Path) -> dict[str, list[list[float]]]:
-    """Each metric's values over the optimiser steps done, which ``metrics.csv`` counts from 0."""
+    """Each metric's values over the optimizer steps done, which ``metrics.csv`` counts from 0."""
     series: dict[str, list[list[float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -257,7 +257,7 @@ def _charts(series: Mapping[str, list[list[float]]]) -> Iterator[dict[str, Any]]
 
 
 def _thinned(points: Sequence[Sequence[float]]) -> list[list[float]]:
-    """At most ``_MAX_POINTS`` points: means over neighbours where there are more."""
+    """At most ``_MAX_POINTS`` points: means over neighbors where there are more."""
     size = -(-len(points) // _MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [[group[-1][0], float(f"{sum(value for _, value in group) / len(group):.6g}")] for group in groups]

@@ -329,9 +329,9 @@ def _said(value: bool | None) -> str:
 def _decisions(games: Sequence[PlayedGame]) -> list[list[int]]:
     counts = [[0] * (len(MOVES) + 1) for _ in MOVES]
     for game in games:
-        for move, judgement in zip(game.moves, game.judgements, strict=True):
+        for move, judgment in zip(game.moves, game.judgments, strict=True):
             said = len(MOVES) if move is None else MOVES.index(move.name)
-            counts[MOVES.index(judgement.teacher_move.name)][said] += 1
+            counts[MOVES.index(judgment.teacher_move.name)][said] += 1
     return counts
 
 

@@ -1,1 +1,1 @@
-"""One optimisation step of an adapter, and its callbacks. Knows nothing of Snake and reads no rows."""
+"""One optimization step of an adapter, and its callbacks. Knows nothing of Snake and reads no rows."""

@@ -48,7 +48,7 @@ def give_back_freed_memory() -> bool:
 
 
 def restart_joining_small_blocks(arguments: Sequence[str]) -> None:
-    """Begin the process anew, where it runs on glibc, with small freed blocks joined to their neighbours too.
+    """Begin the process anew, where it runs on glibc, with small freed blocks joined to their neighbors too.
 
     glibc cuts small pieces off as it aligns a tensor, and keeps them for its next small blocks instead. They lie
     between tensors, and part the holes that these leave: a step of the fused layers took a tenth more memory for it,

@@ -36,9 +36,9 @@ class ScaledFloat16(MixedPrecision):
         super().__init__("16-mixed", device_type, scaler)
 
     def connect(self, model: Any, optimizers: list[Any], lr_schedulers: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-        """Have gradients unscaled before anything looks at them, also those of a fused optimiser.
+        """Have gradients unscaled before anything looks at them, also those of a fused optimizer.
 
-        Such an optimiser can unscale for itself while it steps, and Lightning leaves it to it: too late for a norm and
+        Such an optimizer can unscale for itself while it steps, and Lightning leaves it to it: too late for a norm and
         for clipping, which Lightning therefore refuses.
         """
         for optimizer in optimizers:

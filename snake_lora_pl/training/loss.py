@@ -3,7 +3,7 @@
 A causal model spends a large share of its memory on logits: tokens x vocabulary, in float32. Prompt and padding carry
 no loss, so their logits are never computed; the others are computed in chunks of which only one is alive.
 
-The loss is a *sum* over target tokens. What it is divided by, the number of targets in the whole optimiser step, is
+The loss is a *sum* over target tokens. What it is divided by, the number of targets in the whole optimizer step, is
 known only when the step's last micro-batch has been seen; ``LoRALightningModule`` divides the gradients then. A mean of
 per-batch means would weigh rows by the company they keep (https://github.com/huggingface/trl/issues/2604).
 """
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from snake_lora_pl.constants import IGNORE_INDEX
 
-IGNORE_INDEX = -100
+logger = logging.getLogger(__name__)
 
 
 # Rows of logits whose float32 copy stays in a CPU's cache from one pass over it to the next.

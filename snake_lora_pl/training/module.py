@@ -1,4 +1,4 @@
-"""LoRALightningModule: one optimisation step of an adapter on a frozen causal language model.
+"""LoRALightningModule: one optimization step of an adapter on a frozen causal language model.
 
 It knows nothing of Snake: what reads moves reaches it as ``text_metrics``. It never reads a file of rows.
 """
@@ -27,6 +27,7 @@ from snake_lora_pl.adapters.adapter_type import AdapterKind, adapter_tensors
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.collectives import gather_objects
+from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models import choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
@@ -72,7 +73,7 @@ class LoRALightningModule(pl.LightningModule):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay of AdamW on the adapter's parameters.
         betas: Decay rates of AdamW's two moments.
-        warmup_steps: Optimiser steps over which the learning rate rises linearly; at most a tenth of the run is used.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly; at most a tenth of the run is used.
         final_learning_rate_fraction: Share of the peak that the cosine ends on. It runs over the steps of the run, or
             over ``trainer.max_time`` where that ends first.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.5 times slower.
@@ -101,7 +102,7 @@ class LoRALightningModule(pl.LightningModule):
 
     def __init__(
         self,
-        base_model: str = "smollm2-135m",
+        base_model: str = DEFAULT_BASE_MODEL,
         adapter_type: str = "lora",
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - jsonargparse reads the default; it is copied below
         learning_rate: float = 2e-4,
@@ -289,7 +290,7 @@ class LoRALightningModule(pl.LightningModule):
     def _check_head(self) -> None:
         """Refuse a model whose logits are not its output head applied to its last hidden state.
 
-        A few architectures scale or cap their logits on the way; training past that would optimise another function.
+        A few architectures scale or cap their logits on the way; training past that would optimize another function.
         What is compared is the path that training takes.
         """
         model = self.peft_model
@@ -400,7 +401,7 @@ class LoRALightningModule(pl.LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn summed gradients into the mean over every target token of this optimiser step, on all ranks.
+        """Turn summed gradients into the mean over every target token of this optimizer step, on all ranks.
 
         Runs before gradient clipping, on gradients that are no longer scaled. Lightning has divided by the number of
         accumulated batches and the strategy by the number of ranks; both are taken back.
@@ -462,9 +463,9 @@ class LoRALightningModule(pl.LightningModule):
             self._settle_optimizer()
 
     def _settle_optimizer(self) -> None:
-        """Let settings of the optimiser that were changed for a resumed run have their effect.
+        """Let settings of the optimizer that were changed for a resumed run have their effect.
 
-        A checkpoint brings those that it was written with, and the optimiser would go on with them without a word.
+        A checkpoint brings those that it was written with, and the optimizer would go on with them without a word.
         """
         schedule: Any = self.lr_schedulers()
         changed = {}
@@ -531,7 +532,7 @@ class LoRALightningModule(pl.LightningModule):
         )
 
     def _learning_rate_factor(self, step: int, total_steps: float, elapsed_share: float) -> float:
-        """Share of the peak learning rate at an optimiser step.
+        """Share of the peak learning rate at an optimizer step.
 
         Args:
             step: Steps done.

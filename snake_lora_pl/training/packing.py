@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snake_lora_pl.training.loss import IGNORE_INDEX
+from snake_lora_pl.constants import IGNORE_INDEX
 
 
 class PackedBatch(NamedTuple):
@@ -75,15 +75,15 @@ def pack(input_ids: Tensor, labels: Tensor, *, share_head: bool = True) -> Packe
     Returns:
         The packed batch, or None where no position carries a label.
     """
-    labelled = labels != IGNORE_INDEX
-    labelled[:, 0] = False  # nothing stands before the first token to predict it from
-    used = labelled.any(dim=1)
+    labeled = labels != IGNORE_INDEX
+    labeled[:, 0] = False  # nothing stands before the first token to predict it from
+    used = labeled.any(dim=1)
     if not used.any():
         return None
-    input_ids, labels, labelled = input_ids[used], labels[used], labelled[used]
+    input_ids, labels, labeled = input_ids[used], labels[used], labeled[used]
     batch, width = input_ids.shape
     # The last label predicts nothing further, so its own token need not be read.
-    lengths = width - 1 - labelled.flip(1).int().argmax(dim=1)
+    lengths = width - 1 - labeled.flip(1).int().argmax(dim=1)
     longest, shortest = int(lengths.max()), int(lengths.min())
     head = 0
     if share_head and batch > 1:
@@ -101,7 +101,7 @@ def pack(input_ids: Tensor, labels: Tensor, *, share_head: bool = True) -> Packe
     rest_packed = torch.zeros(batch, rest_width, dtype=torch.int64, device=device)
     rest_packed[filled] = torch.arange(head, head + num_rest, device=device)
     packed = torch.cat([torch.arange(head, device=device).expand(batch, -1), rest_packed], dim=1)
-    predicted = labelled[:, 1 : longest + 1]
+    predicted = labeled[:, 1 : longest + 1]
     none = torch.empty(0, dtype=torch.int64, device=device)
     even = num_rest == batch * rest_width
     return PackedBatch(

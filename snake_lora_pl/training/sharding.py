@@ -108,7 +108,7 @@ def _cut_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def _cut_state_like(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """What an optimiser keeps of a parameter, the tensors of its shape cut as it is."""
+    """What an optimizer keeps of a parameter, the tensors of its shape cut as it is."""
     return {
         name: _cut_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for name, value in state.items()

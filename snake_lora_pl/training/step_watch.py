@@ -1,4 +1,4 @@
-"""What one optimiser step has seen, and what to do where its numbers go wrong."""
+"""What one optimizer step has seen, and what to do where its numbers go wrong."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _MicroBatch(NamedTuple):
 
 
 class StepWatch:
-    """Collects the micro-batches of an optimiser step and judges the step by its loss and gradient.
+    """Collects the micro-batches of an optimizer step and judges the step by its loss and gradient.
 
     All processes judge alike, since they judge by what is reduced over all of them; where something is wrong they
     exchange the rows they hold, so that the first can name them.

@@ -39,7 +39,7 @@ def make(tiny_llama_dir: Path):
 
 
 class Watch(pl.Callback):
-    """Keeps what each optimiser step logged, and what the model looked like after it."""
+    """Keeps what each optimizer step logged, and what the model looked like after it."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.logged: list[dict[str, float]] = []

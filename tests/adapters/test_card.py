@@ -47,7 +47,7 @@ def test_the_card_says_what_was_trained_on_what_with_which_result(adapter_dir: P
     assert card.data.library_name == "peft"
     metadata = store.read_metadata(adapter_dir)
     for part in (
-        "12 optimiser steps",
+        "12 optimizer steps",
         "| rank | 4 |",
         "| alpha | 32 |",
         "| board | 10x10 |",

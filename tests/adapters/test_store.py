@@ -126,7 +126,7 @@ def test_damaged_metadata_is_refused(adapter_dir: Path, content: str) -> None:
         ({"base_model": "x\x1b[31m"}, r"base_model is .x.u001b"),
         ({"weights_sha256": 3}, "weights_sha256 is 3"),
         ({"quantization": {"bits": "4"}}, "bits must be 4 or 8, not '4'"),
-        ({"quantization": {"colour": 1}}, "quantization: .*colour"),
+        ({"quantization": {"color": 1}}, "quantization: .*color"),
         ({"data": {"template": 7}}, "data.template is 7"),
         ({"data": {"prompt_format": ["compact"]}}, "data.prompt_format is "),
         ({"play": {"players": 3}}, "play.player is null"),

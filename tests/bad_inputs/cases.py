@@ -520,19 +520,19 @@ CHECKPOINTS = [
     ),
     _checkpoint("other weights", lambda s: _edited_checkpoint(s, lambda c: c["state_dict"].popitem()), "checkpoint"),
     _checkpoint(
-        "no optimiser",
+        "no optimizer",
         lambda s: _edited_checkpoint(s, lambda c: c.pop("optimizer_states")),
         "'optimizer_states' is missing",
     ),
     _checkpoint("no loops", lambda s: _edited_checkpoint(s, lambda c: c.pop("loops")), "'loops' is missing"),
     _checkpoint(
-        "an optimiser of nothing",
+        "an optimizer of nothing",
         lambda s: _edited_checkpoint(s, lambda c: c["optimizer_states"].clear()),
         "'optimizer_states' are empty",
     ),
     _checkpoint("moments of another shape", lambda s: _edited_checkpoint(s, _cut_a_moment), "exp_avg of shape [3]"),
     _checkpoint(
-        "an optimiser of other groups",
+        "an optimizer of other groups",
         lambda s: _edited_checkpoint(s, lambda c: c["optimizer_states"][0]["param_groups"].append({})),
         "groups",
     ),

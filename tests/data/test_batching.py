@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from snake_lora_pl.data.batching import IGNORED_LABEL, InOrderSampler, LengthGroupedSampler, collate
+from snake_lora_pl.constants import IGNORE_INDEX
+from snake_lora_pl.data.batching import InOrderSampler, LengthGroupedSampler, collate
 from snake_lora_pl.data.encoding import Example
 
 EOS = 2
@@ -32,9 +33,9 @@ def test_labels_are_the_completion_and_its_eos_and_nothing_else(examples, multip
         num_tokens = len(one.input_ids)
         assert ids[:num_tokens].tolist() == one.input_ids
         assert ids[num_tokens:].eq(EOS).all()
-        assert labels[: one.num_prompt].eq(IGNORED_LABEL).all()
+        assert labels[: one.num_prompt].eq(IGNORE_INDEX).all()
         assert labels[one.num_prompt : num_tokens].tolist() == one.input_ids[one.num_prompt :]
-        assert labels[num_tokens:].eq(IGNORED_LABEL).all()
+        assert labels[num_tokens:].eq(IGNORE_INDEX).all()
         assert labels[num_tokens - 1] == EOS
 
 
@@ -56,7 +57,7 @@ def test_a_batch_is_int64_and_knows_where_its_rows_stand():
 def test_no_examples_make_a_blank_batch_with_nothing_to_learn():
     batch = collate([], EOS)
     assert batch["input_ids"].tolist() == [[EOS]]
-    assert batch["labels"].tolist() == [[IGNORED_LABEL]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX]]
     assert batch["sources"] == []
 
 

@@ -31,14 +31,14 @@ def test_a_teacher_as_policy_plays_exactly_as_it_does_in_a_plain_loop(name: str)
         assert (game.seed, game.end, game.num_apples) == (seed, plain.end, plain.num_apples)
         assert game.num_steps == plain.num_steps
         assert game.recording.frames[-1].board == plain.board
-        assert all(move is judgement.teacher_move for move, judgement in zip(game.moves, game.judgements, strict=True))
+        assert all(move is judgment.teacher_move for move, judgment in zip(game.moves, game.judgments, strict=True))
 
 
 def test_nonsense_ends_every_game_at_once_without_a_valid_answer() -> None:
     for game in play_games(ScriptedPolicy(nonsense), SEEDS):
         assert (game.end, game.num_steps, game.moves) == (End.NO_VALID_ANSWER, 0, [None])
-        assert game.judgements[0].is_unparseable
-        assert game.judgements[0].is_fatal
+        assert game.judgments[0].is_unparseable
+        assert game.judgments[0].is_fatal
         assert game.recording.frames[0].words == "42"
 
 
@@ -58,7 +58,7 @@ def test_a_narrower_batch_plays_the_same_games(batch_size: int) -> None:
     many = play_games(ScriptedPolicy(like_bfs), SEEDS, grid_size=6)
     assert max(policy.batch_sizes) == batch_size
     assert [game.recording for game in few] == [game.recording for game in many]
-    assert [game.judgements for game in few] == [game.judgements for game in many]
+    assert [game.judgments for game in few] == [game.judgments for game in many]
 
 
 def test_a_recording_shows_the_same_game_when_its_moves_are_played_again() -> None:
@@ -78,10 +78,10 @@ def test_fatal_is_a_death_that_a_legal_move_would_have_averted() -> None:
 
     for game in play_games(ScriptedPolicy(up), SEEDS):
         assert game.end is End.WALL
-        assert [judgement.is_fatal for judgement in game.judgements] == [False] * game.num_steps + [True]
+        assert [judgment.is_fatal for judgment in game.judgments] == [False] * game.num_steps + [True]
     trapped = [game for game in play_games(TeacherPolicy("bfs"), SEEDS) if game.end in (End.WALL, End.SELF)]
     assert trapped
-    assert not any(judgement.is_fatal for game in trapped for judgement in game.judgements)
+    assert not any(judgment.is_fatal for game in trapped for judgment in game.judgments)
 
 
 def test_reversing_is_an_answer_that_can_be_read_and_kills() -> None:
@@ -94,8 +94,8 @@ def test_reversing_is_an_answer_that_can_be_read_and_kills() -> None:
 
     for game in play_games(ScriptedPolicy(back), SEEDS):
         assert (game.end, game.num_apples) == (End.NO_VALID_ANSWER, 1)
-        assert game.judgements[-1].is_fatal
-        assert not game.judgements[-1].is_unparseable
+        assert game.judgments[-1].is_fatal
+        assert not game.judgments[-1].is_unparseable
 
 
 def test_a_player_that_circles_starves_at_the_cap_and_one_that_lasts_ends_at_max_steps() -> None:
@@ -110,7 +110,7 @@ def test_a_player_that_circles_starves_at_the_cap_and_one_that_lasts_ends_at_max
     (starved,) = play_games(ScriptedPolicy(circle), seeds[:1], max_steps_without_apple=9)
     assert (starved.end, starved.num_steps) == (End.STARVED, 9)
     (cut,) = play_games(ScriptedPolicy(circle), seeds[:1], max_steps=7)
-    assert (cut.end, cut.num_steps, len(cut.judgements)) == (End.MAX_STEPS, 7, 7)
+    assert (cut.end, cut.num_steps, len(cut.judgments)) == (End.MAX_STEPS, 7, 7)
 
 
 def test_words_are_checked_for_their_claims() -> None:
@@ -124,9 +124,9 @@ def test_words_are_checked_for_their_claims() -> None:
         return Move[like_bfs(board)]
 
     (game,) = play_games(ScriptedPolicy(off_by_one), SEEDS[:1], max_steps=3)
-    for judgement in game.judgements:
-        assert judgement.claims["manhattan_distance"]
-        assert not judgement.claims["head"]
+    for judgment in game.judgments:
+        assert judgment.claims["manhattan_distance"]
+        assert not judgment.claims["head"]
 
 
 def test_progress_counts_the_games_that_are_over() -> None:

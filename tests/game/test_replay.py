@@ -150,8 +150,8 @@ def test_the_gif_shows_every_position_and_rests_on_the_last():
     assert reds == list(range(len(frames)))
 
 
-def has_colour(frame: Image.Image, colour: tuple[int, int, int]) -> bool:
-    return colour in {found for _, found in frame.getcolors(maxcolors=10_000)}
+def has_colour(frame: Image.Image, color: tuple[int, int, int]) -> bool:
+    return color in {found for _, found in frame.getcolors(maxcolors=10_000)}
 
 
 def test_the_gif_shows_head_and_apple_where_they_are():

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snake_lora_pl.training.loss import IGNORE_INDEX, select_targets
+from snake_lora_pl.constants import IGNORE_INDEX
+from snake_lora_pl.training.loss import select_targets
 from snake_lora_pl.training.packing import pack
 
 PAD = 0
@@ -20,9 +21,9 @@ def batch_of(rows: list[list[tuple[int, bool]]]) -> tuple[torch.Tensor, torch.Te
     input_ids = torch.full((len(rows), width), PAD)
     labels = torch.full((len(rows), width), IGNORE_INDEX)
     for i, row in enumerate(rows):
-        for j, (token, labelled) in enumerate(row):
+        for j, (token, labeled) in enumerate(row):
             input_ids[i, j] = token
-            if labelled:
+            if labeled:
                 labels[i, j] = token
     return input_ids, labels
 

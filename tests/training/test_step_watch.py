@@ -39,7 +39,7 @@ def spoil(module: Any, steps: set[int], value: float = math.nan) -> None:
 
 
 class Record(pl.Callback):
-    """What each step left: adapter and optimiser."""
+    """What each step left: adapter and optimizer."""
 
     def __init__(self) -> None:
         self.states: list[str] = []

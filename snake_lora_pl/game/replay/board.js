@@ -1,4 +1,4 @@
-// Draws a position of a recorded game on a canvas. Stands in every page that shows games; colours are the page's custom
+// Draws a position of a recorded game on a canvas. Stands in every page that shows games; colors are the page's custom
 // properties: --tile-a, --tile-b, --snake, --snake-tail, --head, --apple, --leaf, --dead, --arrow and --eye, as #rrggbb.
 const STEPS = {U: [0, 1], R: [1, 0], D: [0, -1], L: [-1, 0]};
 const DEATHS = ["WALL", "SELF", "NO_VALID_ANSWER"];
@@ -20,24 +20,24 @@ function drawBoard(canvas, game, index) {
   canvas.width = canvas.height = Math.round(side * scale);
   pen.setTransform(scale, 0, 0, scale, 0, 0);
   const styles = getComputedStyle(canvas);
-  const colour = (name) => styles.getPropertyValue(name).trim();
+  const color = (name) => styles.getPropertyValue(name).trim();
   const cell = side / game.size;
   const middle = ([x, y]) => [(x + 0.5) * cell, (game.size - y - 0.5) * cell];
   const isDead = index === game.frames.length - 1 && DEATHS.includes(game.end);
 
   for (let x = 0; x < game.size; x++) {
     for (let y = 0; y < game.size; y++) {
-      pen.fillStyle = colour((x + y) % 2 ? "--tile-a" : "--tile-b");
+      pen.fillStyle = color((x + y) % 2 ? "--tile-a" : "--tile-b");
       pen.fillRect(x * cell, (game.size - 1 - y) * cell, cell + 0.5, cell + 0.5);
     }
   }
   if (frame.apple) {
     const [x, y] = middle(frame.apple);
-    pen.fillStyle = colour("--apple");
+    pen.fillStyle = color("--apple");
     pen.beginPath();
     pen.arc(x, y + cell * 0.04, cell * 0.31, 0, 2 * Math.PI);
     pen.fill();
-    pen.fillStyle = colour("--leaf");
+    pen.fillStyle = color("--leaf");
     pen.beginPath();
     pen.ellipse(x + cell * 0.1, y - cell * 0.32, cell * 0.13, cell * 0.06, -0.6, 0, 2 * Math.PI);
     pen.fill();
@@ -48,7 +48,7 @@ function drawBoard(canvas, game, index) {
   for (let i = body.length - 1; i > 0; i--) {
     // Thinner and paler towards the tail, so that it is seen where the body leads.
     const share = i / Math.max(body.length - 1, 1);
-    pen.strokeStyle = isDead ? colour("--dead") : mix(colour("--snake"), colour("--snake-tail"), share);
+    pen.strokeStyle = isDead ? color("--dead") : mix(color("--snake"), color("--snake-tail"), share);
     pen.lineWidth = cell * (0.74 - 0.24 * share);
     pen.beginPath();
     pen.moveTo(...body[i]);
@@ -56,12 +56,12 @@ function drawBoard(canvas, game, index) {
     pen.stroke();
   }
   const [headX, headY] = body[0];
-  pen.fillStyle = isDead ? colour("--dead") : colour("--head");
+  pen.fillStyle = isDead ? color("--dead") : color("--head");
   pen.beginPath();
   pen.arc(headX, headY, cell * 0.41, 0, 2 * Math.PI);
   pen.fill();
   const [dx, dy] = frame.move ? STEPS[frame.move[0]] : [0, 1];
-  pen.fillStyle = colour("--eye");
+  pen.fillStyle = color("--eye");
   for (const turn of [-1, 1]) {
     pen.beginPath();
     pen.arc(headX + cell * (0.15 * dx + 0.17 * turn * dy), headY - cell * (0.15 * dy - 0.17 * turn * dx), cell * 0.075, 0, 2 * Math.PI);
@@ -69,7 +69,7 @@ function drawBoard(canvas, game, index) {
   }
   if (frame.move) {
     const tipX = headX + dx * cell * 0.78, tipY = headY - dy * cell * 0.78;
-    pen.fillStyle = colour("--arrow");
+    pen.fillStyle = color("--arrow");
     pen.beginPath();
     pen.moveTo(tipX, tipY);
     pen.lineTo(tipX - cell * (0.24 * dx + 0.15 * dy), tipY + cell * (0.24 * dy - 0.15 * dx));

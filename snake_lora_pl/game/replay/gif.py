@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-# Colours by their place in the palette.
+# Colors by their place in the palette.
 _GROUND, _TILE, _BODY, _HEAD, _APPLE, _INK, _DEAD = range(7)
 _PALETTE = [(17, 24, 39), (24, 33, 50), (34, 160, 93), (74, 222, 128), (248, 83, 83), (226, 232, 240), (148, 163, 184)]
 
@@ -62,9 +62,9 @@ def _draw(recording: Recording, index: int, cell_px: int) -> Image:
     side = board.size * cell_px
     caption_px = max(16, cell_px)
     image = Image.new("P", (side, side + caption_px), _GROUND)
-    image.putpalette([value for colour in _PALETTE for value in colour])
+    image.putpalette([value for color in _PALETTE for value in color])
     draw = ImageDraw.Draw(image)
-    # Of text smoothed at its edges nothing is left in a palette of seven colours.
+    # Of text smoothed at its edges nothing is left in a palette of seven colors.
     draw.fontmode = "1"
     for x in range(board.size):
         for y in range(board.size):

@@ -15,7 +15,7 @@ from snake_lora_pl.game.teachers.safe_greedy import safe_greedy
 class Cycle(NamedTuple):
     """A closed walk over a grid.
 
-    A grid of odd size has no cycle through all of its cells, for neighbours alternate in colour like a chessboard's.
+    A grid of odd size has no cycle through all of its cells, for neighbors alternate in color like a chessboard's.
     There the corner (0, 0) and the cell (1, 1) share a place: both lie between the same two cells of the walk, and each
     lap goes through the one or the other.
 

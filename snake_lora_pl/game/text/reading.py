@@ -75,7 +75,7 @@ def starts_new_game(previous: PromptState | None, move: Move | None, state: Prom
 
     Args:
         previous: The position of the row before, None for the first row.
-        move: The move of the row before. Where it could not be read, None: then any neighbouring cell will do.
+        move: The move of the row before. Where it could not be read, None: then any neighboring cell will do.
         state: The position of this row.
     """
     if previous is None or state.grid_size != previous.grid_size or state.length < previous.length:

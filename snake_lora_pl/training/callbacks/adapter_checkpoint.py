@@ -44,8 +44,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     """Writes the best adapter to ``adapter_dir`` and resumable state, without base weights, to ``dirpath``.
 
     The bookkeeping of best-k and last is Lightning's; this class decides when, and writes the adapter directory.
-    ``last.ckpt`` is written every ``save_every_n_steps`` optimiser steps, before and after each validation, the best-k
-    after each validation. All are whole or absent, also after a kill, and are written between two optimiser steps, so
+    ``last.ckpt`` is written every ``save_every_n_steps`` optimizer steps, before and after each validation, the best-k
+    after each validation. All are whole or absent, also after a kill, and are written between two optimizer steps, so
     that a run that goes on from any of them is the run that was never stopped: the same batches, random numbers,
     weights and metrics.
 
@@ -58,7 +58,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         monitor: Metric that decides which adapter is best; None keeps the newest.
         mode: ``min`` or ``max``: which way the metric is better.
         save_top_k: How many of the best checkpoints to keep.
-        save_every_n_steps: Optimiser steps between two writings of ``last.ckpt``; 0 writes it at validation only.
+        save_every_n_steps: Optimizer steps between two writings of ``last.ckpt``; 0 writes it at validation only.
 
     Raises:
         UserError: If ``monitor`` is not among the metrics that a validation logged.
@@ -136,7 +136,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write ``last.ckpt`` every ``save_every_n_steps`` optimiser steps.
+        """Write ``last.ckpt`` every ``save_every_n_steps`` optimizer steps.
 
         This is the one hook at which nothing of the step before is left to do: it is logged and validated. The batch
         that is at hand comes again when the run goes on.
@@ -223,7 +223,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Say of checkpoints that are written in this context that they are written between two optimiser steps."""
+        """Say of checkpoints that are written in this context that they are written between two optimizer steps."""
         before, self._is_between_steps = self._is_between_steps, True
         try:
             yield
@@ -259,7 +259,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
     def write_last(self, trainer: pl.Trainer) -> None:
-        """Write ``last.ckpt`` now; all processes must call it, between two optimiser steps."""
+        """Write ``last.ckpt`` now; all processes must call it, between two optimizer steps."""
         if not _is_rehearsal(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -308,7 +308,7 @@ def _validates_by_clock(trainer: pl.Trainer) -> bool:
 
 
 def _validate_between_steps(trainer: pl.Trainer) -> None:
-    """Put a validation off to the end of the optimiser step that it would fall into: half a step cannot be saved.
+    """Put a validation off to the end of the optimizer step that it would fall into: half a step cannot be saved.
 
     Raises:
         UserError: If validations come by the clock or across epochs, and steps end at batches that cannot be foreseen.
@@ -320,7 +320,7 @@ def _validate_between_steps(trainer: pl.Trainer) -> None:
     across_epochs = trainer.check_val_every_n_epoch is None and num_batches % accumulate != 0
     if across_epochs or _validates_by_clock(trainer):
         raise UserError(
-            f"with trainer.accumulate_grad_batches={accumulate} these settings validate in the middle of an optimiser "
+            f"with trainer.accumulate_grad_batches={accumulate} these settings validate in the middle of an optimizer "
             "step. Set trainer.check_val_every_n_epoch=1, and trainer.val_check_interval to a share of an epoch or a "
             "number of batches."
         )

@@ -21,7 +21,7 @@ _OTHERS = "outside_layers"
 class AdapterNorms(Callback):
     """Logs ``adapter/weight_norm/GROUP`` and ``adapter/update_norm/GROUP``, Euclidean norms over all trained weights.
 
-    The layers make up to four groups of neighbours, such as ``layers_00-07``. The update is what one optimiser step
+    The layers make up to four groups of neighbors, such as ``layers_00-07``. The update is what one optimizer step
     changed, clipping, moments and learning rate included; a group that stands still while others move is seen at once.
 
     Args:
@@ -66,7 +66,7 @@ class AdapterNorms(Callback):
 
 
 def group_by_layers(weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Weights in up to four groups of neighbouring layers.
+    """Weights in up to four groups of neighboring layers.
 
     Args:
         weights: By their names, of which the first number between dots is that of the layer.

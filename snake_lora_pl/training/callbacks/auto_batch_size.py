@@ -61,7 +61,7 @@ class BatchSizeFinder(Callback):
         data.batch_size = self._find(trainer, pl_module) if resumed is None else resumed
         accumulated = trainer.accumulate_grad_batches
         logger.info(
-            "data.batch_size=auto: %d rows%s; an optimiser step takes %d (times %d accumulated, times %d processes)",
+            "data.batch_size=auto: %d rows%s; an optimizer step takes %d (times %d accumulated, times %d processes)",
             data.batch_size,
             " as in the run that goes on" if resumed is not None else "",
             data.batch_size * accumulated * trainer.world_size,

@@ -35,7 +35,7 @@ class Interrupted(BaseException):
 
     Args:
         signum: The signal.
-        step: Optimiser steps done, or None outside of training.
+        step: Optimizer steps done, or None outside of training.
         checkpoint_path: Where the run goes on from, or None where nothing was saved.
     """
 

@@ -24,7 +24,7 @@ from rich.text import Text
 _NAME_WIDTH, _GAP = 5, 2  # of "train", and columns to the bar
 # Free columns at the end of a bar: the terminal writes ^C there, which would else begin a line that nobody removes.
 _MARGIN = 4
-# Seen on white as on black, where rich's own colours are not.
+# Seen on white as on black, where rich's own colors are not.
 _DONE, _TO_DO = "green", "grey50"
 
 

@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from snake_lora_pl.constants import IGNORE_INDEX
+
 _WINDOW_STEPS = 20
 
 
@@ -27,7 +29,7 @@ class ThroughputMonitor(Callback):
     """Logs how fast training goes, what memory it took and whether it waited for data.
 
     ``perf/tokens_per_second`` and ``perf/target_tokens_per_second`` are of all processes together, over the last 20
-    optimiser steps; padding counts for nothing. ``perf/peak_memory_gib`` is the device's peak of allocated tensors on a
+    optimizer steps; padding counts for nothing. ``perf/peak_memory_gib`` is the device's peak of allocated tensors on a
     GPU, else the process's peak resident set. ``perf/data_wait_share`` is the share of the same steps' time that this
     process waited for its next batch; it is there where the loader counts its ``wait_seconds``.
     """
@@ -54,7 +56,7 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Count a micro-batch; log at the end of an optimiser step."""
+        """Count a micro-batch; log at the end of an optimizer step."""
         now = time.perf_counter()
         self._seconds += now - self._clock
         self._clock = now
@@ -93,7 +95,7 @@ def count_tokens(labels: Tensor) -> tuple[int, int]:
     Returns:
         Number of tokens without padding, and of tokens that carry loss.
     """
-    is_target = labels != -100
+    is_target = labels != IGNORE_INDEX
     ends = torch.arange(1, labels.shape[1] + 1, device=labels.device) * is_target
     return int(ends.amax(dim=1).sum()), int(is_target.sum())
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.constants import IGNORE_INDEX
 from snake_lora_pl.models import choose_dtype
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def blank_batch(batch_size: int, length: int, num_targets: int) -> dict[str, Any
     """
     input_ids = torch.zeros((batch_size, length), dtype=torch.int64)
     input_ids[1:, 0] = 1  # a beginning that all rows share may be computed once
-    labels = torch.full_like(input_ids, -100)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, length - num_targets :] = 0
     return {"input_ids": input_ids, "labels": labels, "sources": [""] * batch_size}
 
@@ -262,7 +263,7 @@ class _Shapes(TorchDispatchMode):
 
 
 class _Heap:
-    """glibc's heap as ``allocator.keep_freed_memory`` sets it: best fit, neighbours joined, never given back.
+    """glibc's heap as ``allocator.keep_freed_memory`` sets it: best fit, neighbors joined, never given back.
 
     What a step holds is more than its tensors: holes between those that are alive, into which no later one fits.
 

@@ -1,9 +1,9 @@
 """What Lightning leaves out of a checkpoint, so that a run that goes on is the run that was never stopped.
 
-Lightning keeps weights, optimiser, schedule and counters. Missing are the random numbers, how much of ``metrics.csv``
+Lightning keeps weights, optimizer, schedule and counters. Missing are the random numbers, how much of ``metrics.csv``
 was written, the metrics that later decisions look at, and that early stopping had ended the run. Its counters are
 those of the hook that a checkpoint is written in, and from some hooks a resumed run skips a validation or trains a
-batch too many; ``settle_counters`` makes them say what is true between two optimiser steps.
+batch too many; ``settle_counters`` makes them say what is true between two optimizer steps.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _check_moments(trainer: pl.Trainer) -> None:
 
 
 def is_between_steps(trainer: pl.Trainer) -> bool:
-    """Whether no micro-batch of an unfinished optimiser step has been seen."""
+    """Whether no micro-batch of an unfinished optimizer step has been seen."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     return progress.completed % trainer.accumulate_grad_batches == 0 or (
         progress.completed == trainer.num_training_batches
@@ -111,7 +111,7 @@ def restore_run_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
 
 
 def settle_counters(fit_loop: dict[str, Any], num_batches: float, *, validation_is_due: bool) -> None:
-    """Make the counters in a checkpoint say what is true between two optimiser steps, whatever hook it is written in.
+    """Make the counters in a checkpoint say what is true between two optimizer steps, whatever hook it is written in.
 
     Args:
         fit_loop: Lightning's ``checkpoint["loops"]["fit_loop"]``; changed in place.

@@ -73,7 +73,7 @@ def test_the_largest_batch_that_leaves_a_tenth_free_is_taken(make_module, tmp_pa
     trainer = fit(make_module, tmp_path, data, accumulate_grad_batches=2)
     assert data.batch_size == (4000 * 0.9 - 1000) // 100
     assert trainer.num_training_batches == 2
-    assert "data.batch_size=auto: 26 rows; an optimiser step takes 52 (times 2 accumulated" in caplog.text
+    assert "data.batch_size=auto: 26 rows; an optimizer step takes 52 (times 2 accumulated" in caplog.text
 
 
 def test_there_are_no_more_rows_in_a_batch_than_in_all(make_module, tmp_path: Path, machine) -> None:

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from snake_lora_pl.constants import IGNORE_INDEX
 from snake_lora_pl.training.fused import attention
 from snake_lora_pl.training.fused.attention import BlockAttention, Heads, fused_kernel_attention
-from snake_lora_pl.training.loss import IGNORE_INDEX
 from snake_lora_pl.training.packing import PackedBatch, pack
 
 HEADS = Heads(queries=6, keys=2, size=8, scale=8**-0.5)

@@ -18,8 +18,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from snake_lora_pl.constants import IGNORE_INDEX
 from snake_lora_pl.training.fused import FusedDecoder, projection, why_not_fused
-from snake_lora_pl.training.loss import IGNORE_INDEX, completion_loss
+from snake_lora_pl.training.loss import completion_loss
 from snake_lora_pl.training.packing import pack
 
 SIZES: dict[str, Any] = {

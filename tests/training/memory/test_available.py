@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
+from snake_lora_pl.training.memory import available as machine_memory
 from snake_lora_pl.training.memory.available import available_bytes, used_bytes
-from snake_lora_pl.training.memory.estimate import available as machine_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20

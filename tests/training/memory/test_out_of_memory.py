@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.training.memory.estimate import blank_batch, estimate_memory, out_of_memory, twin_of
+from snake_lora_pl.training.memory import out_of_memory
+from snake_lora_pl.training.memory.estimate import blank_batch, estimate_memory, twin_of
 from snake_lora_pl.training.memory.out_of_memory import explained, is_out_of_memory
 from tests.training.conftest import make_trainer
 
@@ -91,7 +92,7 @@ def test_each_of_three_settings_fits(make_module, message_of, share: float) -> N
         flags = dict(re.findall(r"--(\S+)=(\S+)", suggestion))
         rows = int(flags.get("data.batch_size", 64))
         length = int(flags.get("data.max_length", LENGTH))
-        # As many rows in an optimiser step as before.
+        # As many rows in an optimizer step as before.
         assert rows * int(flags.get("trainer.accumulate_grad_batches", 2)) == 128
         changes: dict[str, Any] = {"gradient_checkpointing": "model.gradient_checkpointing" in flags}
         if "model.adapter_type" in flags:

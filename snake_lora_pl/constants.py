@@ -1,0 +1,9 @@
+"""Values that several packages share."""
+
+from __future__ import annotations
+
+IGNORE_INDEX = -100
+"""Label of a token that carries no loss; the default of ``torch.nn.functional.cross_entropy``."""
+
+DEFAULT_BASE_MODEL = "smollm2-135m"
+"""Short name of the embedded default base model."""
