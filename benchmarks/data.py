@@ -1,6 +1,6 @@
 """The way from a file of rows to batches: ``python -m benchmarks.data`` (extra ``bench``).
 
-First: reading, checking and tokenising rows, prompt and completion apart, beside ``datasets.map`` over batches of rows
+First: reading, checking and tokenizing rows, prompt and completion apart, beside ``datasets.map`` over batches of rows
 with the same tokenizer. The rows are generated games, none of them twice: lines are as often the same as they are in
 real files. Every turn begins with empty caches, and all must come to the same number of tokens. Second: opening encoded
 rows, split by game; copies of the file stand for more rows. Third: the share of a run's time that its steps wait for
@@ -136,7 +136,7 @@ def wait_share(base_model: str, rows_path: str, steps: int) -> float:
 
 
 def print_contest(turns: dict[str, list[Turn]], num_rows: int) -> None:
-    print(f"| reading, checking and tokenising {num_rows:,} rows | rows/s | s | ratio to ours |")
+    print(f"| reading, checking and tokenizing {num_rows:,} rows | rows/s | s | ratio to ours |")
     print("|---|---|---|---|")
     for name, taken in turns.items():
         seconds = statistics.median(turn.seconds for turn in taken)

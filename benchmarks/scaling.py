@@ -223,7 +223,7 @@ def step_of(name: str, *, bits: int = 16, in_slices: bool = False, gradient_chec
         part: extended(getattr(few[0], part), value) for part, value in asdict(twice[0]).items() if part != "device"
     }
     sizes = sizes_of(config)
-    # QLoRA brings what it does not quantise to float32.
+    # QLoRA brings what it does not quantize to float32.
     outside_bytes = sizes.outside * (4 if bits == 4 else 2)
     return Step(sizes, MemoryEstimate("cuda", **memory), extended(few[1], twice[1]), outside_bytes)
 

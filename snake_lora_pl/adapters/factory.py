@@ -75,7 +75,7 @@ class AdapterFactory:
             adapter_path: Directory that holds ``adapter_model.safetensors`` and ``adapter_metadata.json``.
             base_model: The base it was trained on, loaded or by name; None loads the one its metadata names.
             is_trainable: Whether the adapter's parameters take gradients.
-            full_precision_base: Load the base unquantised also where the adapter was trained on a quantised one.
+            full_precision_base: Load the base unquantized also where the adapter was trained on a quantized one.
             load_options: Passed to ``load_base_model`` where the base is loaded here.
 
         Returns:

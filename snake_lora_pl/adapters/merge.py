@@ -58,7 +58,7 @@ def merge(
     """Write an adapter, merged into its base, as a directory that ``AutoModelForCausalLM`` loads without PEFT.
 
     The merge is computed in float32, whatever the base is stored in: four bytes a parameter. An adapter that was
-    trained on a quantised base is merged into what that base stood for. What was written is read back and its logits
+    trained on a quantized base is merged into what that base stood for. What was written is read back and its logits
     are compared before the directory appears.
 
     Args:

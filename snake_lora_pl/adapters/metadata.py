@@ -33,7 +33,7 @@ class AdapterMetadata:
         metrics: Last logged value of each metric.
         data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
         play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
-        quantization: How the base was quantised while it was trained on (``QuantizationConfig``); empty if it
+        quantization: How the base was quantized while it was trained on (``QuantizationConfig``); empty if it
             was not.
         peft_config: PEFT's settings as plain JSON.
         packages: Version of each package that matters to the result.

@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_qlora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
-    """LoRA on a quantised base.
+    """LoRA on a quantized base.
 
     Raises:
-        UserError: If the base is not quantised.
+        UserError: If the base is not quantized.
     """
     if quantization_of(base_model) is None:
         raise UserError(
-            "model.adapter_type=qlora needs a quantised base: give its name, or load it by "
+            "model.adapter_type=qlora needs a quantized base: give its name, or load it by "
             "load_base_model(NAME, quantization=QuantizationConfig())."
         )
     prepare_quantized_base(base_model)
@@ -36,7 +36,7 @@ def build_qlora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
 
 
 def prepare_quantized_base(base_model: PreTrainedModel) -> None:
-    """Freeze a quantised base, bring what is not quantised to float32, and log its memory.
+    """Freeze a quantized base, bring what is not quantized to float32, and log its memory.
 
     An adapter gives the logits it was trained with only on a base that was prepared like this.
     """
@@ -57,29 +57,29 @@ def prepare_quantized_base(base_model: PreTrainedModel) -> None:
 
 
 def dequantize_base(base_model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Turn a quantised base, without an adapter on it, into a plain one that computes the same function.
+    """Turn a quantized base, without an adapter on it, into a plain one that computes the same function.
 
-    The weights are those that the 4 or 8 bits stand for, not those that were quantised. An adapter that was trained
-    on the quantised base can be merged into this one; merged into the quantised base it would drown in rounding.
+    The weights are those that the 4 or 8 bits stand for, not those that were quantized. An adapter that was trained
+    on the quantized base can be merged into this one; merged into the quantized base it would drown in rounding.
 
     Args:
         base_model: A base model as ``load_base_model`` returns it; changed in place.
         dtype: Type of the weights; float32 if None.
 
     Returns:
-        The model; one that is not quantised is returned as it is.
+        The model; one that is not quantized is returned as it is.
     """
     import torch
 
     if quantization_of(base_model) is None:
         return base_model
     dtype = torch.float32 if dtype is None else dtype
-    # What is not quantised keeps its type otherwise, and layers of two types do not fit together.
+    # What is not quantized keeps its type otherwise, and layers of two types do not fit together.
     return base_model.dequantize(dtype=dtype).to(dtype)
 
 
 class QLoRA(AdapterKind):
-    """LoRA whose base is quantised while it loads."""
+    """LoRA whose base is quantized while it loads."""
 
     ignored_settings = ("adalora",)
 

@@ -36,7 +36,7 @@ class SharedBase:
         model: What ``store.load`` returned.
         name: What to call the adapter that it carries.
         adapter_dir: Where that adapter was loaded from.
-        full_precision_base: Whether adapters that were trained on a quantised base may share this one unquantised.
+        full_precision_base: Whether adapters that were trained on a quantized base may share this one unquantized.
 
     Example:
         >>> shared = SharedBase.open("small", "runs/small/model_artifacts")  # doctest: +SKIP
@@ -219,4 +219,4 @@ def _source_in_words(metadata: store.AdapterMetadata) -> str:
 
 
 def _bits(quantization: QuantizationConfig | None) -> str:
-    return "unquantised" if quantization is None else f"in {quantization.bits} bits"
+    return "unquantized" if quantization is None else f"in {quantization.bits} bits"

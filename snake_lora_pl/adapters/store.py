@@ -294,7 +294,7 @@ def load(
             where the adapter does not fit.
         adapter_name: What PEFT is to call it.
         is_trainable: Whether the adapter's parameters take gradients.
-        full_precision_base: Load the base unquantised also where the adapter was trained on a quantised one.
+        full_precision_base: Load the base unquantized also where the adapter was trained on a quantized one.
         load_options: Passed to ``load_base_model`` where the base is loaded here.
 
     Raises:

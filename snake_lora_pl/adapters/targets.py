@@ -93,7 +93,7 @@ def check_layer_patterns(model: PeftModel, setting: str, pattern: Mapping[str, o
 
 
 def _can_carry_adapter(base_model: PreTrainedModel, name: str, module: nn.Module) -> bool:
-    # Conv1D is GPT-2's transposed linear layer; quantised layers subclass nn.Linear.
+    # Conv1D is GPT-2's transposed linear layer; quantized layers subclass nn.Linear.
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

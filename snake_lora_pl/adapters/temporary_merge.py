@@ -18,8 +18,8 @@ def temporarily_merged(model: nn.Module) -> Iterator[int]:
     A merged layer is one matrix product in place of three. PEFT's own way back subtracts what it added, which in
     bfloat16 does not give the weights that were there; here they are put aside and put back.
 
-    Some layers compute as before: those whose adapter is switched off, whose weights are quantised (merging would
-    quantise anew), shared with another layer (which has no adapter on it) or spread over processes.
+    Some layers compute as before: those whose adapter is switched off, whose weights are quantized (merging would
+    quantize anew), shared with another layer (which has no adapter on it) or spread over processes.
 
     Args:
         model: A PEFT model, or any other: then nothing is merged.

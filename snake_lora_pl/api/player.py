@@ -87,7 +87,7 @@ def load_player(
         reading: ``generate`` lets it write and reads its conclusion, ``score`` compares the four moves.
         legal_mask: Compare legal moves only; needs ``score``.
         max_new_tokens: Longest answer, in tokens; a longer one names no move.
-        full_precision_base: Play on the unquantised base also where the adapter was trained on a quantised one.
+        full_precision_base: Play on the unquantized base also where the adapter was trained on a quantized one.
         dtype: Type of the base, as ``model.dtype`` takes it.
         device: Where to compute, as torch names it; None takes CUDA where there is one, else the CPU.
         trust_remote_code: Whether code that comes with a hub model may run.

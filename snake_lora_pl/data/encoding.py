@@ -1,6 +1,6 @@
 """A row becomes token ids: templates, the boundary between prompt and completion, and rows that are too long.
 
-Prompt and completion are tokenised apart, so the boundary is exact, and a prompt has the same ids here as when the
+Prompt and completion are tokenized apart, so the boundary is exact, and a prompt has the same ids here as when the
 model plays. Nothing cuts the end of a completion: what teaches the model its move and its EOS stays, or the row is
 refused.
 """
@@ -127,7 +127,7 @@ class Encoder:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """The ids of many prompts, none of which ``refuse`` objects to."""
-        return [[*self._prefix_ids, *ids] for ids in self._tokenise([self.render_prompt(prompt) for prompt in prompts])]
+        return [[*self._prefix_ids, *ids] for ids in self._tokenize([self.render_prompt(prompt) for prompt in prompts])]
 
     def refuse(self, *texts: str, source: str = "") -> Refusal | None:
         """Why no text of these can be encoded, whatever its length; None where they can."""
@@ -154,7 +154,7 @@ class Encoder:
             ("", "") if refusal else self._render(row.prompt, row.completion)
             for row, refusal in zip(rows, refusals, strict=True)
         ]
-        ids = self._tokenise([text for pair in texts for text in pair])
+        ids = self._tokenize([text for pair in texts for text in pair])
         return [
             refusal or self._finish(row, prompt_ids, completion_ids)
             for row, refusal, prompt_ids, completion_ids in zip(rows, refusals, ids[::2], ids[1::2], strict=True)
@@ -226,7 +226,7 @@ class Encoder:
         return best
 
     def _encode_one(self, row: Row, completion: str) -> Example:
-        prompt_ids, completion_ids = self._tokenise(list(self._render(row.prompt, completion)))
+        prompt_ids, completion_ids = self._tokenize(list(self._render(row.prompt, completion)))
         return self._join(prompt_ids, completion_ids, row.source)
 
     def render_prompt(self, prompt: str) -> str:
@@ -259,7 +259,7 @@ class Encoder:
                 f"data.template=chat, but the chat template failed ({error}). Set data.template=instruction."
             ) from error
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if self._backend is None:
             return self.tokenizer(
                 texts, add_special_tokens=False, split_special_tokens=self.template != "chat", verbose=False

@@ -1,9 +1,9 @@
-"""Tokenising by line, each distinct line once: rows of games consist of few different lines.
+"""Tokenizing by line, each distinct line once: rows of games consist of few different lines.
 
 A byte-level BPE tokenizer first cuts a text into words by a pattern, and merges bytes within a word only. Where that
 pattern always cuts behind a line's end, and looks no further back than the cut, the ids of a text are those of its
 lines, one after the other. That holds for the patterns below, between a newline that follows a visible character and
-the visible character that follows it. Any other text, and any other tokenizer, is tokenised whole.
+the visible character that follows it. Any other text, and any other tokenizer, is tokenized whole.
 """
 
 from __future__ import annotations

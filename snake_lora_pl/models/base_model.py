@@ -246,8 +246,8 @@ def load_base_model(
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Let code in the model's directory run.
         attn_implementation: As transformers has it, e.g. ``sdpa``; its own choice if None.
-        quantization: Quantise it while it loads; its linear layers then compute in ``dtype``.
-        device: Where a quantised model is packed and lies; the current accelerator if None. Any other model is loaded
+        quantization: Quantize it while it loads; its linear layers then compute in ``dtype``.
+        device: Where a quantized model is packed and lies; the current accelerator if None. Any other model is loaded
             on the CPU. ``meta`` gives a model of the same layers and types without weights, and downloads none.
 
     Returns:

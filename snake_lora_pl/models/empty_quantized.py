@@ -1,4 +1,4 @@
-"""Quantised layers as far as their memory goes: what they store, and what they hold while they compute."""
+"""Quantized layers as far as their memory goes: what they store, and what they hold while they compute."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from snake_lora_pl.models.quantization import QuantizationConfig
 
-# As bitsandbytes has them: a scale for each block of weights and, quantised twice, one for each block of scales.
+# As bitsandbytes has them: a scale for each block of weights and, quantized twice, one for each block of scales.
 _BLOCK_WEIGHTS = 64
 _BLOCK_SCALES = 256
 
 
 def replace_linear_layers(model: Any, quantization: QuantizationConfig) -> None:
-    """Put a stand-in for each layer that bitsandbytes would quantise: every linear one but the output head.
+    """Put a stand-in for each layer that bitsandbytes would quantize: every linear one but the output head.
 
     Args:
         model: A causal language model on the meta device.
-        quantization: How it would be quantised.
+        quantization: How it would be quantized.
     """
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
@@ -50,7 +50,7 @@ class EmptyQuantizedLinear(nn.Linear):
 
 
 def _num_bytes(num_weights: int, out_features: int, quantization: QuantizationConfig) -> int:
-    """What a quantised weight takes, its scales and tables of levels included."""
+    """What a quantized weight takes, its scales and tables of levels included."""
     if quantization.bits == 8:
         return num_weights + 4 * out_features
     num_scales = -(-num_weights // _BLOCK_WEIGHTS)

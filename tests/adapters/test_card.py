@@ -126,7 +126,7 @@ def test_the_card_says_how_to_serve_it_or_why_not(adapter_dir: Path, changes: di
     assert part in model_card(metadata)
 
 
-def test_the_card_of_an_adapter_of_a_quantised_base_says_so(adapter_dir: Path) -> None:
+def test_the_card_of_an_adapter_of_a_quantized_base_says_so(adapter_dir: Path) -> None:
     metadata = dataclasses.replace(store.read_metadata(adapter_dir), quantization={"bits": 4, "quant_type": "nf4"})
     text = model_card(metadata)
     assert "| base stored as | bits: 4, quant_type: nf4 |" in text

@@ -191,12 +191,12 @@ def test_a_base_that_carries_an_adapter_is_refused(llama: LlamaForCausalLM) -> N
     AdapterFactory.create("lora", model.unload(), LoRAConfig())
 
 
-def test_qlora_on_a_loaded_base_wants_a_quantised_one(llama: LlamaForCausalLM) -> None:
-    with pytest.raises(UserError, match="needs a quantised base"):
+def test_qlora_on_a_loaded_base_wants_a_quantized_one(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(UserError, match="needs a quantized base"):
         AdapterFactory.create("qlora", llama, LoRAConfig())
 
 
-def test_what_qlora_does_not_quantise_is_in_float32_when_it_is_made_and_when_it_is_loaded(
+def test_what_qlora_does_not_quantize_is_in_float32_when_it_is_made_and_when_it_is_loaded(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     made = AdapterFactory.create("qlora", str(tiny_llama_dir), LoRAConfig(rank=2), dtype="bfloat16")

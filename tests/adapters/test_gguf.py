@@ -1,6 +1,6 @@
 """Export to GGUF around a converter: which one is run, on what, and what becomes of its file.
 
-The fake converter writes a true GGUF file of one tensor; the real one is run by tests/test_real_model.py.
+The fake converter writes a true GGUF file of one tensor; the real one is run by tests/e2e/test_real_model.py.
 """
 
 from __future__ import annotations

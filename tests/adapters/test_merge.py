@@ -104,7 +104,7 @@ def test_adalora_merges(tiny_llama_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_adapter_of_a_quantised_base_is_merged_into_what_that_base_stood_for(
+def test_an_adapter_of_a_quantized_base_is_merged_into_what_that_base_stood_for(
     bits: int, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

@@ -208,7 +208,7 @@ def test_an_adapter_that_was_replaced_on_disk_is_not_taken_for_the_one_that_was_
 
 
 @pytest.fixture(scope="module")
-def quantised(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def quantized(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters of a base in 4 bits and in 8."""
     dirs = {}
     for name, bits, rank in (("four", 4, 2), ("four too", 4, 4), ("eight", 8, 2)):
@@ -222,15 +222,15 @@ def quantised(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         for parameter_name, parameter in module.named_parameters():
             if "lora_" in parameter_name:
                 torch.nn.init.normal_(parameter)
-        directory = tmp_path_factory.mktemp("quantised") / name
+        directory = tmp_path_factory.mktemp("quantized") / name
         dirs[name] = store.save(module.peft_model, directory, module.adapter_metadata())
     return dirs
 
 
-def test_adapters_share_a_quantised_base(quantised: dict[str, Path]) -> None:
-    alone = {name: logits_of(store.load(quantised[name], dtype="float32")) for name in ("four", "four too")}
-    shared = SharedBase.open("four", quantised["four"], dtype="float32")
-    shared.load("four too", quantised["four too"])
+def test_adapters_share_a_quantized_base(quantized: dict[str, Path]) -> None:
+    alone = {name: logits_of(store.load(quantized[name], dtype="float32")) for name in ("four", "four too")}
+    shared = SharedBase.open("four", quantized["four"], dtype="float32")
+    shared.load("four too", quantized["four too"])
     for name in ("four too", "four", "four too"):
         assert torch.equal(logits_of(shared.use(name)), alone[name])
 
@@ -238,15 +238,15 @@ def test_adapters_share_a_quantised_base(quantised: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "part"),
     [
-        ("small", "four", " in 4 bits, but the base in memory is unquantised"),
-        ("four", "small", " unquantised, but the base in memory is in 4 bits"),
+        ("small", "four", " in 4 bits, but the base in memory is unquantized"),
+        ("four", "small", " unquantized, but the base in memory is in 4 bits"),
         ("four", "eight", " in 8 bits, but the base in memory is in 4 bits"),
     ],
 )
 def test_adapters_of_differently_stored_bases_are_refused(
-    first: str, second: str, part: str, dirs: dict[str, Path], quantised: dict[str, Path]
+    first: str, second: str, part: str, dirs: dict[str, Path], quantized: dict[str, Path]
 ) -> None:
-    every = {**dirs, **quantised}
+    every = {**dirs, **quantized}
     shared = SharedBase.open(first, every[first], dtype="float32")
     with pytest.raises(UserError) as caught:
         shared.load(second, every[second])
@@ -257,13 +257,13 @@ def test_adapters_of_differently_stored_bases_are_refused(
     assert shared.names == [first]
 
 
-def test_unquantised_is_a_base_for_all_where_that_is_asked_for(
-    dirs: dict[str, Path], quantised: dict[str, Path], alone: dict[str | None, torch.Tensor]
+def test_unquantized_is_a_base_for_all_where_that_is_asked_for(
+    dirs: dict[str, Path], quantized: dict[str, Path], alone: dict[str | None, torch.Tensor]
 ) -> None:
     options: dict[str, Any] = {"full_precision_base": True, "dtype": "float32"}
-    wanted = logits_of(store.load(quantised["four"], **options))
-    shared = SharedBase.open("eight", quantised["eight"], **options)
-    shared.load("four", quantised["four"])
+    wanted = logits_of(store.load(quantized["four"], **options))
+    shared = SharedBase.open("eight", quantized["eight"], **options)
+    shared.load("four", quantized["four"])
     shared.load("small", dirs["small"])
     assert torch.equal(logits_of(shared.use("four")), wanted)
     assert torch.equal(logits_of(shared.use("small")), alone["small"])

@@ -100,13 +100,13 @@ def test_weights_that_another_layer_shares_are_left_alone(tiny_llama_dir: Path) 
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_quantised_weights_are_left_alone(tiny_llama_dir: Path) -> None:
+def test_quantized_weights_are_left_alone(tiny_llama_dir: Path) -> None:
     from transformers import BitsAndBytesConfig
 
-    quantised = LlamaForCausalLM.from_pretrained(
+    quantized = LlamaForCausalLM.from_pretrained(
         tiny_llama_dir, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     )
-    model = adapted(quantised, ["q_proj"])
+    model = adapted(quantized, ["q_proj"])
     with temporarily_merged(model) as num_merged:
         assert num_merged == 0
 

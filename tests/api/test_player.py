@@ -130,7 +130,7 @@ def test_a_directory_that_holds_no_adapter_is_refused(tmp_path: Path, adapter_di
     assert metadata["data"]["prompt_format"] == "compact"
 
 
-def test_an_adapter_of_a_quantised_base_plays_on_a_quantised_base(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_quantized_base_plays_on_a_quantized_base(tiny_llama_dir: Path, tmp_path: Path) -> None:
     adapter_dir = save_adapter(
         tmp_path / "qlora", tiny_llama_dir, adapter_type="qlora", prompt_format="compact", template="raw"
     )

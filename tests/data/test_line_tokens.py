@@ -79,7 +79,7 @@ def test_white_space_of_the_patterns_is_white_space_here() -> None:
     assert {*white_space, *"\t\n\v\f\r\x85"} <= set(SPACES)
 
 
-def test_a_line_is_tokenised_once(byte_level: Tokenizer) -> None:
+def test_a_line_is_tokenized_once(byte_level: Tokenizer) -> None:
     tokenize = LineTokenizer(byte_level)
     tokenize(["first\nsecond\nthird", "first\nsecond\nfourth"])
     assert sorted(tokenize._ids) == ["first\n", "fourth", "second\n", "third"]

@@ -49,7 +49,7 @@ def test_linear_layers_but_the_head_are_stored_as_the_settings_say(
 
 
 @pytest.mark.parametrize("quantization", ALL, ids=str)
-def test_a_dequantised_base_computes_what_the_quantised_one_did(
+def test_a_dequantized_base_computes_what_the_quantized_one_did(
     tiny_llama_dir: Path, quantization: QuantizationConfig
 ) -> None:
     # Out of training LLM.int8() rounds activations too, which weights alone cannot show.
@@ -60,11 +60,11 @@ def test_a_dequantised_base_computes_what_the_quantised_one_did(
     assert type(plain.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
     torch.testing.assert_close(plain(IDS).logits, logits, rtol=1e-3, atol=1e-3)
-    assert (logits - full).abs().max() > 1e-2, "quantisation changed nothing: the comparison above says nothing"
+    assert (logits - full).abs().max() > 1e-2, "quantization changed nothing: the comparison above says nothing"
 
 
 @pytest.mark.parametrize("quantization", ALL, ids=str)
-def test_gradients_after_an_evaluation_are_those_before_it_and_those_of_the_dequantised_base(
+def test_gradients_after_an_evaluation_are_those_before_it_and_those_of_the_dequantized_base(
     tiny_llama_dir: Path, quantization: QuantizationConfig
 ) -> None:
     model = load(tiny_llama_dir, quantization).train()
@@ -94,7 +94,7 @@ def test_bitsandbytes_still_packs_weights_in_an_evaluation_unless_told_not_to(tm
     assert not torch.allclose(input_gradient(model.train()), before, rtol=1e-2)
 
 
-def test_memory_is_counted_with_what_quantisation_keeps_beside_the_weights(tiny_llama_dir: Path) -> None:
+def test_memory_is_counted_with_what_quantization_keeps_beside_the_weights(tiny_llama_dir: Path) -> None:
     full = load(tiny_llama_dir, None)
     size = full.get_memory_footprint() - sum(b.numel() * b.element_size() for b in full.buffers())
     linear = sum(m.weight.numel() for m in full.model.layers.modules() if isinstance(m, torch.nn.Linear))

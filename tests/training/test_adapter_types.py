@@ -162,7 +162,7 @@ def test_loraplus_gives_b_a_higher_rate_than_a_all_along_the_schedule(make, tmp_
 
 
 @pytest.mark.parametrize("variant", ["qlora", "qlora 8 bits"])
-def test_a_validation_leaves_the_gradients_of_a_quantised_base_as_they_were(make, variant: str, tmp_path: Path) -> None:
+def test_a_validation_leaves_the_gradients_of_a_quantized_base_as_they_were(make, variant: str, tmp_path: Path) -> None:
     module = make(variant)
     trainer = make_trainer(tmp_path)
     trainer.validate(module, make_loader(VAL_ROWS, 4), verbose=False)  # loads the model

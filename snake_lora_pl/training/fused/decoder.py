@@ -55,7 +55,7 @@ def _why_not_linear(module: nn.Module) -> str | None:
         if name in module.lora_variant or module.lora_bias.get(name):
             return "carries a variant of LoRA (DoRA, or a bias on B)"
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, whose weight is quantised"
+        return f"is a {type(module).__name__}, whose weight is quantized"
     return None
 
 

@@ -109,14 +109,14 @@ class _Search:
         """Flags of up to three changes, those that change the training least first."""
         num_tokens = self.batch["input_ids"].shape[1]
         checkpointing = {"gradient_checkpointing": True}
-        quantised = {"adapter_type": "qlora", "gradient_checkpointing": True}
+        quantized = {"adapter_type": "qlora", "gradient_checkpointing": True}
         changes: list[tuple[dict[str, Any], int]] = [({}, num_tokens)]
         if not self.module.gradient_checkpointing:
             changes.append((checkpointing, num_tokens))
         changes.append(({}, num_tokens // 2))
         changes.append((checkpointing, num_tokens // 2))
         if self.module.adapter_type == "lora" and self.module.adapter_path is None:
-            changes.append((quantised, num_tokens))
+            changes.append((quantized, num_tokens))
         found: list[str] = []
         for change, length in changes:
             flags = self._flags(change, length)

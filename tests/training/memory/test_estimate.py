@@ -117,7 +117,7 @@ def test_every_kind_of_adapter_can_be_estimated(make_module, tmp_path: Path, set
 
 @pytest.mark.parametrize("quantization", [QuantizationConfig(), QuantizationConfig(double_quant=False)])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_quantised_base_is_counted_as_stored(
+def test_a_quantized_base_is_counted_as_stored(
     make_module, tmp_path: Path, quantization: QuantizationConfig, gradient_checkpointing: bool
 ) -> None:
     module = make_module(

@@ -18,7 +18,7 @@ from benchmarks.kill import PROCESSES, warm_up
 from benchmarks.same_run import differences
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.paths import RunPaths
-from tests.test_resume import BASE, RUN_PATTERN
+from tests.e2e.test_resume import BASE, RUN_PATTERN
 
 pytestmark = pytest.mark.slow
 

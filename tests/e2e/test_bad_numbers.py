@@ -63,7 +63,7 @@ def test_the_row_is_named_by_whichever_process_met_it_or_its_step_left_out(
     arguments += [f"--model.base_model={broken_model_dir}", "--data.val_fraction=0", "--model.dtype=float32"]
     arguments += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
     arguments += [f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
     def run(*flags: str) -> tuple[int, str]:
         if devices == 1:

@@ -338,7 +338,7 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
     root.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "snake_lora_pl", *arguments]
     # Each of the two processes gets a thread: more would wait for each other on a small machine.
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

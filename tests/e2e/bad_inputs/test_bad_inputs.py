@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs.cases import CASES, Case
-from tests.bad_inputs.runner import MAX_MEMORY_BYTES, MAX_SECONDS, Runner, environment, warm_runner
-from tests.bad_inputs.sandbox import Sandbox
+from tests.e2e.bad_inputs.cases import CASES, Case
+from tests.e2e.bad_inputs.runner import MAX_MEMORY_BYTES, MAX_SECONDS, Runner, environment, warm_runner
+from tests.e2e.bad_inputs.sandbox import Sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory and threads are read from /proc")
 

@@ -14,7 +14,7 @@ import yaml
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.paths import shipped_configs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTORCHJOB = ROOT / "docs" / "cluster" / "kubernetes-pytorchjob.yaml"
 STRATEGIES = {
     "ddp.yaml": "ddp",

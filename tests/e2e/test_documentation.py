@@ -38,12 +38,12 @@ NOT_RUN = {
     "curl": "needs a server",
     "ollama": "needs Ollama",
     "eval": "tests/commands/test_completion.py completes in a real bash",
-    "torchrun": "tests/test_processes.py",
+    "torchrun": "tests/e2e/test_processes.py",
     "sbatch": "needs SLURM",
     "kubectl": "needs Kubernetes",
     "mkdocs": ".ci/run",
 }
-OTHER_TESTS = dict.fromkeys(["ddp.yaml", "fsdp.yaml"], "tests/test_processes.py")
+OTHER_TESTS = dict.fromkeys(["ddp.yaml", "fsdp.yaml"], "tests/e2e/test_processes.py")
 
 
 def commands() -> dict[tuple[str, ...], str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.bad_inputs.sandbox import Sandbox, safetensors_bytes
+from tests.e2e.bad_inputs.sandbox import Sandbox, safetensors_bytes
 
 Builder = Callable[[Sandbox], list[str]]
 

@@ -1,6 +1,6 @@
 """Runs commands in children of one process that has imported everything: a fresh Python and torch cost seconds each.
 
-``python -m tests.bad_inputs.runner`` answers each line of JSON on stdin with one on stdout.
+``python -m tests.e2e.bad_inputs.runner`` answers each line of JSON on stdin with one on stdout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 MAX_SECONDS = 20
 MAX_MEMORY_BYTES = 2 * 2**30
 # Above what is allowed, so that a case which asks for more than the machine has fails alone.

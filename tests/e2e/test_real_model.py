@@ -19,7 +19,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import load_base_model, load_tokenizer, prepare_base_model, resolve_base_model
 from snake_lora_pl.paths import RunPaths, base_model_cache_dir
 
-SHARED_ROWS = Path(__file__).parents[2] / "shared/data/heuristics_v0.04/grid-size-10/bfs-512/BFS-512_dataset.jsonl"
+SHARED_ROWS = Path(__file__).parents[3] / "shared/data/heuristics_v0.04/grid-size-10/bfs-512/BFS-512_dataset.jsonl"
 
 
 def fetch_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
