@@ -35,6 +35,7 @@ class PlaySettings:
         val_games: Games to play while fitting; 0 for none. A completion is written for every move: with long ones this
             takes minutes on a CPU.
         every_n_epochs: Epochs between two times that games are played while fitting. The last validation always plays.
+        test_games: Games of each player in the command test.
         final_games: Games that fit ends with, by the adapter it kept, the base model and test's other players; 0 for
             none.
 
@@ -53,6 +54,7 @@ class PlaySettings:
     batch_size: int = BATCH_SIZE
     val_games: int = 0
     every_n_epochs: int = 1
+    test_games: int = 100
     final_games: int = 0
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class PlaySettings:
         if self.legal_mask and self.reading != "score":
             problems.append("play.legal_mask=true needs play.reading=score: a mask compares moves, it does not write")
         least = {"grid_size": 2, "max_steps": 1, "max_steps_without_apple": 1, "batch_size": 1}
-        least |= {"val_games": 0, "every_n_epochs": 1, "final_games": 0}
+        least |= {"val_games": 0, "every_n_epochs": 1, "test_games": 1, "final_games": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
