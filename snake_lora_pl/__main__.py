@@ -19,7 +19,6 @@ from snake_lora_pl.console import fitted
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 from snake_lora_pl.secrets import mask_secrets
-from snake_lora_pl.training.allocator import restart_joining_small_blocks
 from snake_lora_pl.untrusted import printable
 
 EXIT_USER_ERROR = 2
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         try:
-            return _dispatch(arguments, owns_process=argv is None)
+            return _dispatch(arguments)
         finally:
             # Here and not when the interpreter ends, where a closed pipe can no longer be caught; also after --help.
             sys.stdout.flush()
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
+def _dispatch(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         print(_overview())
@@ -86,8 +85,6 @@ def _dispatch(arguments: list[str], *, owns_process: bool) -> int:
     if arguments[1:] and arguments[-1] in ("-h", "--help"):
         print(help_path(verb).read_text(encoding="utf-8"), end="")
         return 0
-    if verb == "fit" and owns_process:
-        restart_joining_small_blocks(arguments)
     from snake_lora_pl.cli.app import run
 
     return run(arguments)
