@@ -192,8 +192,8 @@ def check_same_words(adapter: str, num_boards: int, longest: int) -> None:
         for board, answer in zip(boards, policy.answer(boards, range(num_boards)), strict=True):
             words = plain.words(board)
             # Ours stops behind the conclusion; what is cut off ends in dots.
-            if answer.move is not read_move(words) or not words.startswith(answer.words.removesuffix("...")):
-                raise SystemExit(f"float32: not the same words on {board}:\n{answer.words!r}\n{words!r}")
+            if answer.move is not read_move(words) or not words.startswith(answer.completion.removesuffix("...")):
+                raise SystemExit(f"float32: not the same words on {board}:\n{answer.completion!r}\n{words!r}")
     print(f"float32: the same words and moves on {num_boards} boards")
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from snake_lora_pl.api.training import TrainingResult, train_on_heuristic_data
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
     from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
-    from snake_lora_pl.evaluation.play_settings import PlaySettings
+    from snake_lora_pl.evaluation.settings import PlaySettings
     from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
@@ -23,7 +23,7 @@ _EXPORTS = {
     "LoRAConfig": "snake_lora_pl.adapters.config",
     "LoRALightningModule": "snake_lora_pl.training.module",
     "PlayEvaluation": "snake_lora_pl.evaluation.callbacks.play_evaluation",
-    "PlaySettings": "snake_lora_pl.evaluation.play_settings",
+    "PlaySettings": "snake_lora_pl.evaluation.settings",
     "Player": "snake_lora_pl.api.player",
     "SnakeJSONLDataModule": "snake_lora_pl.data.datamodule",
     "TrainingResult": "snake_lora_pl.api.training",

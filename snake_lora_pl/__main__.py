@@ -15,7 +15,7 @@ import sys
 import textwrap
 from importlib import metadata
 
-from snake_lora_pl.console import fitted
+from snake_lora_pl.console import wrap_for_terminal
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 from snake_lora_pl.secrets import mask_secrets
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             # Here and not when the interpreter ends, where a closed pipe can no longer be caught; also after --help.
             sys.stdout.flush()
     except UserError as error:
-        print(fitted(f"error: {printable(mask_secrets(str(error), arguments))}"), file=sys.stderr)
+        print(wrap_for_terminal(f"error: {printable(mask_secrets(str(error), arguments))}"), file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         # Who read the output, ``head`` say, has seen enough. Python would complain once more on closing it.

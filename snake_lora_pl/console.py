@@ -23,7 +23,7 @@ _LEVELS = {
 }
 
 
-def fitted(text: str) -> str:
+def wrap_for_terminal(text: str) -> str:
     """A text for stderr: in a terminal broken between words, elsewhere as it is.
 
     A word that is longer than a line, a path say, stays whole for the terminal to break, so that it can be copied.
@@ -41,29 +41,29 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
         try:
-            print(fitted(self.format(record)), file=sys.stderr, flush=True)
+            print(wrap_for_terminal(self.format(record)), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 
 
-def quiet_libraries(*, is_first_process: bool = True) -> None:
+def configure_logging(*, is_rank_zero: bool = True) -> None:
     """Let this package speak and the libraries only where something is wrong; for commands, not for Python callers.
 
     Args:
-        is_first_process: Of the further processes of a run one hears only where something is wrong: what goes on the
+        is_rank_zero: Of the further processes of a run one hears only where something is wrong: what goes on the
             first one has said.
     """
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
-    logging.getLogger("snake_lora_pl").setLevel(logging.INFO if is_first_process else logging.WARNING)
+    logging.getLogger("snake_lora_pl").setLevel(logging.INFO if is_rank_zero else logging.WARNING)
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
-def libraries_quiet() -> Iterator[None]:
+def suppress_library_output() -> Iterator[None]:
     """Let libraries speak only where something is wrong, and leave logging and warnings as the caller had them."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging as transformers_logging

@@ -127,7 +127,7 @@ class RunPaths:
         return cls(directory.parent.parent) if inside else None
 
     @classmethod
-    def named(cls, directory: str | os.PathLike[str]) -> RunPaths:
+    def of_directory(cls, directory: str | os.PathLike[str]) -> RunPaths:
         """The run that a user names by its directory or by that of its adapter."""
         return cls.of_adapter(directory) or cls(Path(directory))
 
@@ -232,7 +232,7 @@ class GamesPaths:
         return GamesPaths(self.games_dir / _FILE_UNSAFE.sub("_", player))
 
 
-def lock_beside(directory: str | os.PathLike[str]) -> Path:
+def sibling_lock_path(directory: str | os.PathLike[str]) -> Path:
     """Held by the process that writes a directory which is no run's, such as one that is replaced as a whole."""
     directory = Path(os.path.realpath(directory))
     return directory.with_name(f".{directory.name}.lock")
@@ -301,7 +301,7 @@ def find_config(name: str) -> Path:
     )
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def display_path(path: str | os.PathLike[str]) -> str:
     """A path as a person would type it: relative where it lies below the working directory."""
     path = Path(path)
     try:

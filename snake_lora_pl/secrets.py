@@ -25,16 +25,16 @@ _NAMED = re.compile(
 )
 
 
-def without_secrets(config: Any) -> Any:
+def redact_config(config: Any) -> Any:
     """Plain values, nested as they may be, without the entries whose names say that they are secret.
 
     Of other values what gives itself away is masked, and what the environment holds as a secret.
     """
     if isinstance(config, Mapping):
-        return {name: without_secrets(value) for name, value in config.items() if not _NAME.search(str(name))}
+        return {name: redact_config(value) for name, value in config.items() if not _NAME.search(str(name))}
     if isinstance(config, str):
         return _mask(config, _of_environment())
-    return [without_secrets(value) for value in config] if isinstance(config, list) else config
+    return [redact_config(value) for value in config] if isinstance(config, list) else config
 
 
 def mask_secrets(text: str, arguments: Sequence[str]) -> str:

@@ -7,17 +7,17 @@ import sys
 import pytest
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.console import fitted
+from snake_lora_pl.console import wrap_for_terminal
 
 PATH = "directory/" * 12
 
 
 def test_in_a_terminal_lines_are_broken_between_words_and_paths_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"{'some words ' * 12}and {PATH} below\n  an indented line"
-    assert fitted(text) == text
+    assert wrap_for_terminal(text) == text
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
-    lines = fitted(text).splitlines()
+    lines = wrap_for_terminal(text).splitlines()
     assert PATH in lines
     assert lines[-1] == "  an indented line"
     assert all(len(line) <= 60 for line in lines if line != PATH)

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.secrets import MASK, mask_arguments, mask_secrets, without_secrets
+from snake_lora_pl.secrets import MASK, mask_arguments, mask_secrets, redact_config
 from snake_lora_pl.training.module import LoRALightningModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -131,7 +131,7 @@ def test_what_names_a_secret_loses_it_and_nothing_else_does() -> None:
         "hub_token": "t",
         "model": {"max_new_tokens": 64, "loss_chunk_tokens": 512, "tokenizer": "x"},
     }
-    assert without_secrets(config) == {"logger": [{"init_args": {"project": "p"}}], "model": config["model"]}
+    assert redact_config(config) == {"logger": [{"init_args": {"project": "p"}}], "model": config["model"]}
     assert mask_secrets("no secret12 here", ["push", "--token", "secret12"]) == f"no {MASK} here"
     assert mask_secrets("no secret12 here", ["fit", "--a.password=secret12"]) == f"no {MASK} here"
     assert mask_secrets("it is 512", ["fit", "--model.loss_chunk_tokens=512"]) == "it is 512"
@@ -143,13 +143,13 @@ def test_what_names_a_secret_loses_it_and_nothing_else_does() -> None:
 def test_secrets_of_many_services_are_known_by_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "theKeyOfSomeService")
     assert mask_secrets("refused theKeyOfSomeService", []) == f"refused {MASK}"
-    assert without_secrets({"run": "theKeyOfSomeService", name.lower(): "x"}) == {"run": MASK}
+    assert redact_config({"run": "theKeyOfSomeService", name.lower(): "x"}) == {"run": MASK}
 
 
 def test_what_gives_itself_away_is_masked_wherever_it_stands() -> None:
     token = "hf_" + "aB3" * 10
     config = {"revision": token, "uri": ["https://me:dear@host/x", "s3://bucket/a@b", "me@host"]}
-    assert without_secrets(config) == {
+    assert redact_config(config) == {
         "revision": MASK,
         "uri": [f"https://{MASK}@host/x", "s3://bucket/a@b", "me@host"],
     }

@@ -10,12 +10,12 @@ from typing import get_args
 import torch
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.console import libraries_quiet
+from snake_lora_pl.console import suppress_library_output
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
-from snake_lora_pl.evaluation.play_settings import Reading
 from snake_lora_pl.evaluation.policy import Answer
+from snake_lora_pl.evaluation.settings import Reading
 from snake_lora_pl.game import STYLES, Board, Move, Style, get_style
 from snake_lora_pl.training.module import LoRALightningModule
 
@@ -24,7 +24,7 @@ class Player:
     """What ``load_player`` returns.
 
     Args:
-        policy: What answers; it takes many boards at a time, and ``evaluation.play.play_games`` plays whole games
+        policy: What answers; it takes many boards at a time, and ``evaluation.game_loop.play_games`` plays whole games
             with it.
         metadata: What the adapter is and how it was trained.
     """
@@ -52,7 +52,7 @@ class Player:
         Raises:
             UserError: If the board has no apple: the game is over.
         """
-        return self._answer(board).words
+        return self._answer(board).completion
 
     def _answer(self, board: Board) -> Answer:
         if self._last is None or self._last[0] != board:
@@ -113,7 +113,7 @@ def load_player(
         full_precision_base=full_precision_base,
         trust_remote_code=trust_remote_code,
     )
-    with libraries_quiet():
+    with suppress_library_output():
         module.configure_model()
     _place(module, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = Encoder(module.tokenizer, chosen_template)

@@ -14,7 +14,7 @@ from typing import Any
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.cli.app import SnakeCLI, build_and_run
-from snake_lora_pl.console import libraries_quiet
+from snake_lora_pl.console import suppress_library_output
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -80,7 +80,7 @@ def train_on_heuristic_data(
         >>> train_on_heuristic_data("rows.jsonl", "lightweight", {"trainer.max_steps": 500})  # doctest: +SKIP
     """
     arguments = _arguments(dataset_path, adapter_config, training_config or {})
-    with libraries_quiet():
+    with suppress_library_output():
         try:
             run = build_and_run(arguments, _Fit)
         except Interrupted as stop:
@@ -107,11 +107,11 @@ def train_on_heuristic_data(
         checkpoint_path=Path(checkpoint.last_model_path).absolute(),
         config_path=paths.config_path,
         metrics_path=paths.metrics_path,
-        games_dir=paths.games.games_dir if run.contest is not None else None,
+        games_dir=paths.games.games_dir if run.match is not None else None,
         num_steps=run.trainer.global_step,
         adapter_step=metadata.step,
         metrics=metadata.metrics,
-        play={player.name: player.figures() for player in run.contest.results} if run.contest is not None else {},
+        play={player.name: player.statistics() for player in run.match.results} if run.match is not None else {},
     )
 
 

@@ -34,7 +34,7 @@ from rich.text import Text
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.cli import dry_run
-from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
+from snake_lora_pl.console import configure_logging, ignore_known_warnings
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule, max_processes
 from snake_lora_pl.data.encoding import TemplateName
 from snake_lora_pl.durable import explain_failed_writes, open_durably, remove_leftovers, sole_use
@@ -43,11 +43,19 @@ from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
 from snake_lora_pl.evaluation.callbacks.prediction_writer import PredictionWriter
 from snake_lora_pl.evaluation.callbacks.sample_rows import SampleRows
 from snake_lora_pl.evaluation.dashboard import RunLogger, RunOutcome, dashboards, require_package
-from snake_lora_pl.evaluation.match import ADAPTER, Contest, Entrant, Prompting
-from snake_lora_pl.evaluation.play_settings import PlaySettings
-from snake_lora_pl.evaluation.players import find_style
+from snake_lora_pl.evaluation.match import ADAPTER, Contestant, Match, PromptSpec
+from snake_lora_pl.evaluation.player_factory import find_style
+from snake_lora_pl.evaluation.settings import PlaySettings
 from snake_lora_pl.game import STYLES
-from snake_lora_pl.paths import GamesPaths, RunPaths, distinct_names, find_config, lock_beside, shipped_configs, shown
+from snake_lora_pl.paths import (
+    GamesPaths,
+    RunPaths,
+    display_path,
+    distinct_names,
+    find_config,
+    shipped_configs,
+    sibling_lock_path,
+)
 from snake_lora_pl.program import LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
 from snake_lora_pl.reporting.games_file import write_games, write_replays
 from snake_lora_pl.reporting.html_report import write_report
@@ -151,8 +159,8 @@ class SnakeCLI(LightningCLI):
     """The verbs fit, validate, test and predict over one module and one data module."""
 
     run_paths: RunPaths | None = None
-    entrants: Sequence[Entrant] = ()
-    contest: Contest | None = None
+    contestants: Sequence[Contestant] = ()
+    match: Match | None = None
 
     def __init__(self, *args: Any, resources: contextlib.ExitStack, **kwargs: Any) -> None:
         self._resources = resources  # what a run holds until it ends; everything happens in the constructor
@@ -266,8 +274,8 @@ class SnakeCLI(LightningCLI):
         trained = [store.read_metadata(adapter_dir) for adapter_dir in adapter_dirs]
         names = [ADAPTER] if len(trained) == 1 else [f"{ADAPTER} {name}" for name in distinct_names(adapter_dirs)]
         styles = [config.play.style or metadata.data.get("prompt_format") for metadata in trained]
-        self.entrants = [
-            Entrant(name, Prompting(style if style in STYLES else None, metadata.data.get("template")), adapter_dir)
+        self.contestants = [
+            Contestant(name, PromptSpec(style if style in STYLES else None, metadata.data.get("template")), adapter_dir)
             for name, style, metadata, adapter_dir in zip(names, styles, trained, adapter_dirs, strict=True)
         ]
         for adapter_dir, metadata in zip(adapter_dirs, trained, strict=True):
@@ -297,7 +305,7 @@ class SnakeCLI(LightningCLI):
             if config.ckpt_path == "last":
                 raise UserError(
                     f"--ckpt_path last: no run of '{config.adapter_name}' on a {grid_size}x{grid_size} grid with a "
-                    f"checkpoint under {shown(config.root)}. Leave the flag out to start one, or set --root."
+                    f"checkpoint under {display_path(config.root)}. Leave the flag out to start one, or set --root."
                 )
             config.ckpt_path = None
         if config.ckpt_path is not None:
@@ -389,7 +397,7 @@ class SnakeCLI(LightningCLI):
         extra = configured if isinstance(configured, list) else [configured]
         for run_logger in extra:
             if isinstance(run_logger, RunLogger):
-                run_logger.settle(self.run_paths, self._run_name(self.run_paths))
+                run_logger.attach(self.run_paths, self._run_name(self.run_paths))
                 self._resources.callback(run_logger.finish)
         return [MetricsCSVLogger(str(self.run_paths.run_dir)), *extra]
 
@@ -444,7 +452,7 @@ class SnakeCLI(LightningCLI):
 
     def say_what_came_out(self, paths: RunPaths) -> None:
         """Print the games' table, where everything lies and what comes next."""
-        if self.contest is not None:
+        if self.match is not None:
             self._print_games()
         # Bold in a terminal, which wraps long lines itself, so that a path or the command can be copied whole.
         console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -456,17 +464,17 @@ class SnakeCLI(LightningCLI):
             ("checkpoints", paths.checkpoints_dir),
             ("adapter", paths.artifacts_dir),
         ]
-        lines = [(label, shown(path)) for label, path in places if path.exists()]
-        lines += [(log.label, log.place) for log in self.trainer.loggers if isinstance(log, RunLogger)]
+        lines = [(label, display_path(path)) for label, path in places if path.exists()]
+        lines += [(log.label, log.location) for log in self.trainer.loggers if isinstance(log, RunLogger)]
         for label, place in lines:
             console.print(Text.assemble((f"{label:<12}", "bold"), place))
         command = [*PROG.split(), "test"]
         for config in self._config_names():
-            command += ["--config", shown(config)]
-        command += ["--adapter", shown(paths.artifacts_dir)]
+            command += ["--config", display_path(config)]
+        command += ["--adapter", display_path(paths.artifacts_dir)]
         next_one = ("Next:", "bold")
         console.print(
-            Text.assemble("Everything lies in ", shown(paths.run_dir), ". ", next_one, " ", shlex.join(command))
+            Text.assemble("Everything lies in ", display_path(paths.run_dir), ". ", next_one, " ", shlex.join(command))
         )
 
     def _play_with_best(self, settings: PlaySettings) -> None:
@@ -478,56 +486,58 @@ class SnakeCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.adapter_dir is not None:
             self.model.load_adapter(checkpoint.adapter_dir)
-        entrant = Entrant(adapter_dir=shown(self.run_paths.artifacts_dir))
-        self._play(settings.final_games, self.run_paths.games, [entrant])
+        contestant = Contestant(adapter_dir=display_path(self.run_paths.artifacts_dir))
+        self._play(settings.final_games, self.run_paths.games, [contestant])
 
-    def _play(self, num_games: int, paths: GamesPaths, entrants: Sequence[Entrant]) -> None:
+    def _play(self, num_games: int, paths: GamesPaths, contestants: Sequence[Contestant]) -> None:
         """Let every player play, and write table, games and replays."""
         config = self.config_init[self.subcommand]
-        self.contest = contest = Contest(self.model, self.datamodule, config.play, num_games, entrants)
-        self.trainer.test(contest, verbose=False)
+        self.match = match = Match(self.model, self.datamodule, config.play, num_games, contestants)
+        self.trainer.test(match, verbose=False)
         if not self.trainer.is_global_zero:
             return
-        facts = {"base_model": config.model.base_model, **contest.facts}
+        facts = {"base_model": config.model.base_model, **match.conditions}
         adapters = {
-            entrant.name: {"directory": entrant.adapter_dir, **entrant.prompting._asdict()}
-            for entrant in contest.entrants
+            contestant.name: {"directory": contestant.adapter_dir, **contestant.prompt_spec._asdict()}
+            for contestant in match.contestants
         }
-        table = table_json(contest.results, facts, adapters)
+        table = table_json(match.results, facts, adapters)
         try:
             with explain_failed_writes(paths.games_dir, "the games", then="play them again with the verb test"):
                 with open_durably(paths.table_path, "w", encoding="utf-8") as file:
                     json.dump(table, file, indent=2)
-                write_games(paths.games_path, contest.results)
-                looked_at = [result for result in contest.results if result.name in adapters] or contest.results[:1]
+                write_games(paths.games_path, match.results)
+                looked_at = [result for result in match.results if result.name in adapters] or match.results[:1]
                 for result in looked_at:
                     write_replays(paths if len(looked_at) == 1 else paths.of_player(result.name), result.games)
         except UserError:
             self._print_games()  # the table at least is not lost
             raise
-        for entrant in contest.entrants:
-            if entrant.adapter_dir is not None:
-                _record_play(entrant.adapter_dir, table, entrant.name)
+        for contestant in match.contestants:
+            if contestant.adapter_dir is not None:
+                _record_play(contestant.adapter_dir, table, contestant.name)
         for dashboard in dashboards(self.trainer):
-            dashboard.show_games(contest.results[0], self.trainer.global_step, is_final=True)
+            dashboard.show_games(match.results[0], self.trainer.global_step, is_final=True)
 
     def _print_games(self) -> None:
-        assert self.contest is not None
+        assert self.match is not None
         is_terminal = sys.stdout.isatty()
         # A log file has no width; 80 columns would cut names.
         console = Console(width=None if is_terminal else 120, highlight=False, markup=False, emoji=False)
-        console.print(f"\n{self.contest.title}\n", soft_wrap=not is_terminal)
-        if len(self.contest.entrants) > 1:
-            for entrant in self.contest.entrants:
-                print(f"{entrant.name}: {entrant.adapter_dir}, prompts in {entrant.prompting.style}")
+        console.print(f"\n{self.match.title}\n", soft_wrap=not is_terminal)
+        if len(self.match.contestants) > 1:
+            for contestant in self.match.contestants:
+                print(f"{contestant.name}: {contestant.adapter_dir}, prompts in {contestant.prompt_spec.style}")
             print()
-        console.print(render_table(self.contest.results))
-        print("", *differences_in_words(self.contest.results), sep="\n")
+        console.print(render_table(self.match.results))
+        print("", *differences_in_words(self.match.results), sep="\n")
 
     def after_predict(self) -> None:
         """Say where the completions are."""
         if self.trainer.is_global_zero:
-            print(f"{self.prediction_writer.num_rows} completions written to {shown(self.prediction_writer.path)}")
+            print(
+                f"{self.prediction_writer.num_rows} completions written to {display_path(self.prediction_writer.path)}"
+            )
 
     def validate(self, **kwargs: Any) -> None:
         """Run the validation without Lightning's table; the progress bar prints the metrics."""
@@ -554,16 +564,18 @@ class SnakeCLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Play seeded games, print the table and say where games and replays are."""
         config = self.config[self.subcommand]
-        if not self.entrants:
+        if not self.contestants:
             logger.warning("no --adapter given: the base model plays alone, beside the teacher and chance.")
-        paths = GamesPaths.of_adapters([entrant.adapter_dir for entrant in self.entrants if entrant.adapter_dir])
-        self._play(config.games, paths, self.entrants)
+        paths = GamesPaths.of_adapters(
+            [contestant.adapter_dir for contestant in self.contestants if contestant.adapter_dir]
+        )
+        self._play(config.games, paths, self.contestants)
         if self.trainer.is_global_zero:
             self._print_games()
             run = RunPaths(paths.games_dir.parent)
-            if len(self.entrants) == 1 and run == RunPaths.of_adapter(str(self.entrants[0].adapter_dir)):
+            if len(self.contestants) == 1 and run == RunPaths.of_adapter(str(self.contestants[0].adapter_dir)):
                 _write_report(run)
-            print(f"Table, games and replays written to {shown(paths.games_dir)}")
+            print(f"Table, games and replays written to {display_path(paths.games_dir)}")
 
     def predict(self, **kwargs: Any) -> None:
         """Write completions as they come; nothing is kept in memory."""
@@ -587,7 +599,7 @@ class SnakeCLI(LightningCLI):
 @contextlib.contextmanager
 def _sole_use_of(directory: str) -> Iterator[None]:
     """Keep other runs out of a directory that was named for checkpoints or the adapter, outside of the run's own."""
-    lock_path = lock_beside(directory)
+    lock_path = sibling_lock_path(directory)
     try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -631,7 +643,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: If the user can mend it.
     """
-    quiet_libraries(is_first_process=_is_first_process())
+    configure_logging(is_rank_zero=_is_first_process())
     ignore_known_warnings()
     # A launcher of further processes repeats the command line.
     with _command_line(*arguments), _leaving_on_signals():
@@ -662,10 +674,10 @@ def _how_to_go_on(checkpoint_path: Path | None) -> str:
     if checkpoint_path is None:
         return ""
     run = RunPaths.of_checkpoint(checkpoint_path)
-    again = f"--ckpt_path {shlex.quote(shown(checkpoint_path))}"
+    again = f"--ckpt_path {shlex.quote(display_path(checkpoint_path))}"
     if run is None or not run.config_path.is_file():
         return f"Go on with the same command and {again}"
-    return f"Go on with: {PROG} fit --config {shlex.quote(shown(run.config_path))} {again}"
+    return f"Go on with: {PROG} fit --config {shlex.quote(display_path(run.config_path))} {again}"
 
 
 def build_and_run(arguments: list[str], cli_class: type[SnakeCLI] = SnakeCLI) -> SnakeCLI:

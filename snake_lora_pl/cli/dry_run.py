@@ -21,7 +21,7 @@ from snake_lora_pl.data.audit_text import describe
 from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule
 from snake_lora_pl.data.jsonl import count_lines
-from snake_lora_pl.paths import RunPaths, cache_dir, shown, temporary_row_cache
+from snake_lora_pl.paths import RunPaths, cache_dir, display_path, temporary_row_cache
 from snake_lora_pl.training.callbacks.throughput import count_tokens, peak_memory_gib
 from snake_lora_pl.training.memory.estimate import MemoryEstimate, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
@@ -181,4 +181,4 @@ def _describe_files(paths: RunPaths) -> str:
         "games": paths.games.games_dir,
         "cache": cache_dir(),
     }
-    return "\n".join(f"  {name:<16} {shown(path)}" for name, path in places.items())
+    return "\n".join(f"  {name:<16} {display_path(path)}" for name, path in places.items())

@@ -63,11 +63,11 @@ class RunLogger(Protocol):
     label: str
     package: str
 
-    def settle(self, paths: RunPaths, name: str) -> None:
+    def attach(self, paths: RunPaths, name: str) -> None:
         """Take the run's places, and a name for it, before anything is logged."""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """An address, or the command that shows what was logged."""
 
     def finish(self) -> None:

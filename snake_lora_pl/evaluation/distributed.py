@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from snake_lora_pl.evaluation.play import PlayedGame, play_games
+from snake_lora_pl.evaluation.game_loop import PlayedGame, play_games
 from snake_lora_pl.evaluation.policy import Policy
-from snake_lora_pl.evaluation.statistics import GameSummary, figures
+from snake_lora_pl.evaluation.statistics import GameSummary, compute_statistics
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -88,9 +88,9 @@ class PlayerResult(NamedTuple):
     games: list[PlayedGame]
     num_ranks: int = 1
 
-    def figures(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, float]:
         """See ``figures.figures``."""
-        return figures(self.summaries, self.num_ranks)
+        return compute_statistics(self.summaries, self.num_ranks)
 
 
 def play_shared(policy: Policy, seeds: Sequence[int], ranks: Ranks, **settings: Any) -> PlayerResult:

@@ -11,16 +11,16 @@ import lightning.pytorch as pl
 from snake_lora_pl.adapters.shared_base import SharedBase
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.distributed import PlayerResult, Ranks, play_shared, shares_model
-from snake_lora_pl.evaluation.play_settings import PlaySettings
-from snake_lora_pl.evaluation.players import PlayData, TrainedModule, find_style, make_player, shown_progress
+from snake_lora_pl.evaluation.player_factory import PlayData, TrainedModule, find_style, make_player, shown_progress
 from snake_lora_pl.evaluation.policy import Policy, TeacherPolicy
+from snake_lora_pl.evaluation.settings import PlaySettings
 from snake_lora_pl.game import STYLES
 from snake_lora_pl.game.seeds import play_seeds
 
-ADAPTER, BASE, CHANCE = "adapter", "base", "random_legal"
+ADAPTER, BASE, RANDOM = "adapter", "base", "random_legal"
 
 
-class Prompting(NamedTuple):
+class PromptSpec(NamedTuple):
     """How boards reach a model; None stands for what settings and rows say.
 
     Attributes:
@@ -32,32 +32,32 @@ class Prompting(NamedTuple):
     template: str | None = None
 
 
-class Entrant(NamedTuple):
+class Contestant(NamedTuple):
     """An adapter that plays.
 
     Attributes:
         name: What to call it in tables and files.
-        prompting: How it was trained to be asked.
+        prompt_spec: How it was trained to be asked.
         adapter_dir: Where it lies; None for one that the module carries and that lies nowhere yet.
     """
 
     name: str = ADAPTER
-    prompting: Prompting = Prompting()
+    prompt_spec: PromptSpec = PromptSpec()
     adapter_dir: str | None = None
 
 
-class Contest(pl.LightningModule):
+class Match(pl.LightningModule):
     """For ``Trainer.test``: every player plays the same games. The trainer places the model and starts the processes.
 
     Several adapters play one after the other on one base in memory, each prompted as it was trained. The base plays
     once for each way in which they are.
 
     Args:
-        module: The trained module; it loads the first entrant.
+        module: The trained module; it loads the first contestant.
         data: Its data module.
         settings: How games are played.
         num_games: Games for each player.
-        entrants: The adapters that play; without any the base plays alone.
+        contestants: The adapters that play; without any the base plays alone.
 
     Attributes:
         results: After the test: each player's result. In the first process they hold the games of all processes.
@@ -69,7 +69,7 @@ class Contest(pl.LightningModule):
         data: PlayData,
         settings: PlaySettings,
         num_games: int,
-        entrants: Sequence[Entrant] = (Entrant(),),
+        contestants: Sequence[Contestant] = (Contestant(),),
     ) -> None:
         super().__init__()
         try:
@@ -79,35 +79,37 @@ class Contest(pl.LightningModule):
         self.module = module
         self.data = data
         self.settings = settings
-        self.entrants = [entrant._replace(prompting=self._settled(entrant.prompting)) for entrant in entrants]
-        own = [entrant.prompting for entrant in self.entrants] or [self._settled(Prompting())]
-        self.promptings = list(dict.fromkeys(own))
+        self.contestants = [
+            contestant._replace(prompt_spec=self._settled(contestant.prompt_spec)) for contestant in contestants
+        ]
+        own = [contestant.prompt_spec for contestant in self.contestants] or [self._settled(PromptSpec())]
+        self.prompt_specs = list(dict.fromkeys(own))
         self.loop = settings.loop(settings.grid_size or data.resolved_grid_size)
         self.results: list[PlayerResult] = []
         self._shared: SharedBase | None = None
 
-    def _settled(self, prompting: Prompting) -> Prompting:
-        style = find_style(self.settings, self.data) if prompting.style is None else STYLES[prompting.style]
+    def _settled(self, prompt_spec: PromptSpec) -> PromptSpec:
+        style = find_style(self.settings, self.data) if prompt_spec.style is None else STYLES[prompt_spec.style]
         if style is None:
             raise UserError(
                 "nothing says which style the prompts of these games are to be written in. Set play.style, or name "
                 "data.train_path with rows of a known one."
             )
-        return Prompting(style.name, prompting.template or self.data.template)
+        return PromptSpec(style.name, prompt_spec.template or self.data.template)
 
     @property
     def title(self) -> str:
         """What was played, in words."""
         size, max_steps = self.loop["grid_size"], self.loop["max_steps"]
         limit = f" and {max_steps:,} in all" if max_steps is not None else ""
-        styles = " and ".join(dict.fromkeys(str(prompting.style) for prompting in self.promptings))
+        styles = " and ".join(dict.fromkeys(str(prompt_spec.style) for prompt_spec in self.prompt_specs))
         return (
             f"{len(self.seeds):,} games on {size}x{size}, at most {self.loop['max_steps_without_apple']:,} steps "
             f"without an apple{limit}; prompts in {styles}, greedy decoding, teacher {self.settings.teacher}"
         )
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def conditions(self) -> dict[str, Any]:
         """Everything that the games follow from; what differs between adapters is left out."""
         loop = {name: value for name, value in self.loop.items() if name != "batch_size"}
         facts: dict[str, Any] = {
@@ -117,10 +119,10 @@ class Contest(pl.LightningModule):
             **loop,
             "decoding": "greedy",
         }
-        if len(self.entrants) < 2:
-            facts["adapter"] = self.entrants[0].adapter_dir if self.entrants else None
-        if len(self.promptings) == 1:
-            facts |= self.promptings[0]._asdict()
+        if len(self.contestants) < 2:
+            facts["adapter"] = self.contestants[0].adapter_dir if self.contestants else None
+        if len(self.prompt_specs) == 1:
+            facts |= self.prompt_specs[0]._asdict()
         return facts
 
     def prepare_data(self) -> None:
@@ -130,16 +132,20 @@ class Contest(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load the model, and all adapters onto it."""
-        if len(self.entrants) > 1 and shares_model(self.trainer.strategy):
+        if len(self.contestants) > 1 and shares_model(self.trainer.strategy):
             raise UserError(
                 "several adapters cannot play on a model that is cut into slices. Set --trainer.strategy=auto."
             )
         self.module.configure_model()
-        if self._shared is None and len(self.entrants) > 1:
+        if self._shared is None and len(self.contestants) > 1:
             self._shared = self._load_all()
 
     def _load_all(self) -> SharedBase:
-        dirs = {entrant.name: entrant.adapter_dir for entrant in self.entrants if entrant.adapter_dir is not None}
+        dirs = {
+            contestant.name: contestant.adapter_dir
+            for contestant in self.contestants
+            if contestant.adapter_dir is not None
+        }
         (first, first_dir), *others = dirs.items()
         module = self.module
         shared = SharedBase(module.peft_model, first, first_dir, full_precision_base=module.full_precision_base)
@@ -163,35 +169,37 @@ class Contest(pl.LightningModule):
             self.results.append(result)
 
     def _players(self) -> Iterator[contextlib.AbstractContextManager[Policy]]:
-        for entrant in self.entrants:
-            self._use(entrant)
-            yield contextlib.nullcontext(self._player(entrant.name, entrant.prompting))
+        for contestant in self.contestants:
+            self._use(contestant)
+            yield contextlib.nullcontext(self._player(contestant.name, contestant.prompt_spec))
             if self.settings.legal_mask:
-                name = f"{entrant.name}+mask"
-                yield contextlib.nullcontext(self._player(name, entrant.prompting, legal_mask=True))
-        for prompting in self.promptings:
-            yield self._base_player(prompting)
-        for name in dict.fromkeys([self.settings.teacher, CHANCE]):
+                name = f"{contestant.name}+mask"
+                yield contextlib.nullcontext(self._player(name, contestant.prompt_spec, legal_mask=True))
+        for prompt_spec in self.prompt_specs:
+            yield self._base_player(prompt_spec)
+        for name in dict.fromkeys([self.settings.teacher, RANDOM]):
             yield contextlib.nullcontext(TeacherPolicy(name))
 
-    def _use(self, entrant: Entrant) -> None:
+    def _use(self, contestant: Contestant) -> None:
         if self._shared is not None:
-            self.module.model = self._shared.use(entrant.name)
+            self.module.model = self._shared.use(contestant.name)
 
-    def _player(self, name: str, prompting: Prompting, *, legal_mask: bool = False) -> Policy:
-        assert prompting.style is not None
-        assert prompting.template is not None
-        encoder = self.data.encoder_of(prompting.template)
-        style = STYLES[prompting.style]
+    def _player(self, name: str, prompt_spec: PromptSpec, *, legal_mask: bool = False) -> Policy:
+        assert prompt_spec.style is not None
+        assert prompt_spec.template is not None
+        encoder = self.data.encoder_of(prompt_spec.template)
+        style = STYLES[prompt_spec.style]
         return make_player(self.module, encoder, style, self.settings.reading, name, legal_mask=legal_mask)
 
     @contextlib.contextmanager
-    def _base_player(self, prompting: Prompting) -> Iterator[Policy]:
+    def _base_player(self, prompt_spec: PromptSpec) -> Iterator[Policy]:
         with self.module.peft_model.disable_adapter():
-            yield self._player(self._base_name(prompting), prompting)
+            yield self._player(self._base_name(prompt_spec), prompt_spec)
 
-    def _base_name(self, prompting: Prompting) -> str:
-        if len(self.promptings) == 1:
+    def _base_name(self, prompt_spec: PromptSpec) -> str:
+        if len(self.prompt_specs) == 1:
             return BASE
-        styles = [other.style for other in self.promptings]
-        return f"{BASE} {prompting.style}" + (f" {prompting.template}" if styles.count(prompting.style) > 1 else "")
+        styles = [other.style for other in self.prompt_specs]
+        return f"{BASE} {prompt_spec.style}" + (
+            f" {prompt_spec.template}" if styles.count(prompt_spec.style) > 1 else ""
+        )

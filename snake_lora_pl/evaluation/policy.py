@@ -20,7 +20,7 @@ class Answer(NamedTuple):
     """
 
     move: Move | None
-    words: str
+    completion: str
 
 
 class Policy(Protocol):

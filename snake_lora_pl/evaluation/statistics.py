@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from snake_lora_pl.evaluation.play import PlayedGame
+from snake_lora_pl.evaluation.game_loop import PlayedGame
 from snake_lora_pl.game import End, apple_distance
 from snake_lora_pl.game.replay import Recording
 from snake_lora_pl.game.text import CLAIM_NAMES
@@ -139,7 +139,7 @@ def _path_gap(recording: Recording) -> tuple[int, int]:
     return num_apples, gap
 
 
-def figures(games: Sequence[GameSummary], num_ranks: int = 1) -> dict[str, float]:
+def compute_statistics(games: Sequence[GameSummary], num_ranks: int = 1) -> dict[str, float]:
     """The figures of one player's games; one that has nothing to be computed from is left out.
 
     Args:

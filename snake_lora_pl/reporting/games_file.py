@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.evaluation.distributed import PlayerResult
-from snake_lora_pl.evaluation.play import Judgment, PlayedGame, decisions
+from snake_lora_pl.evaluation.game_loop import Judgment, PlayedGame, decision_frames
 from snake_lora_pl.game import Board, End, Move
 from snake_lora_pl.game.replay import Frame, Recording, render_gif, render_html
 from snake_lora_pl.paths import GamesPaths
@@ -79,7 +79,7 @@ class SavedGame(NamedTuple):
     @property
     def moves(self) -> list[Move | None]:
         """The moves as the player named them, the deadly one included."""
-        return [frame.move for frame in decisions(self.recording)]
+        return [frame.move for frame in decision_frames(self.recording)]
 
 
 def read_games(path: str | os.PathLike[str]) -> Iterator[SavedGame]:

@@ -25,7 +25,7 @@ from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.validations import MOVES, NO_MOVE, read_validations
 from snake_lora_pl.game.replay import board_script, json_for_script
-from snake_lora_pl.paths import TIMESTAMP_FORMAT, RunPaths, shown
+from snake_lora_pl.paths import TIMESTAMP_FORMAT, RunPaths, display_path
 from snake_lora_pl.program import PROG
 from snake_lora_pl.reporting.games_file import best_median_worst
 from snake_lora_pl.reporting.table import players_in, table_rows
@@ -101,14 +101,14 @@ def render_report(paths: RunPaths) -> str:
     """
     if not paths.config_path.is_file() and not paths.metrics_path.is_file():
         raise UserError(
-            f"{shown(paths.run_dir)}: no run lies here (no config.yaml, no metrics.csv). Name the directory that fit "
-            "printed at its end."
+            f"{display_path(paths.run_dir)}: no run lies here (no config.yaml, no metrics.csv). Name the directory "
+            "that fit printed at its end."
         )
     try:
         data = _report_data(paths)
     # What a damaged file of metrics, games or validations raises depends on where the damage is.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
-        raise UserError(f"{shown(paths.run_dir)}: a file of the run cannot be read ({error!r}).") from error
+        raise UserError(f"{display_path(paths.run_dir)}: a file of the run cannot be read ({error!r}).") from error
     template = resources.files(__package__).joinpath("html_report.html").read_text(encoding="utf-8")
     values = {
         "TITLE": html.escape(f"{data['title']}: report"),
@@ -385,11 +385,11 @@ def _files(paths: RunPaths) -> list[list[str]]:
 
 def _commands(paths: RunPaths, metadata: Mapping[str, Any]) -> list[list[str]]:
     commands = [
-        ["Run it again", f"fit --config {shlex.quote(shown(paths.config_path))}"],
-        ["Write this page anew", f"report {shlex.quote(shown(paths.run_dir))}"],
+        ["Run it again", f"fit --config {shlex.quote(display_path(paths.config_path))}"],
+        ["Write this page anew", f"report {shlex.quote(display_path(paths.run_dir))}"],
     ]
     if metadata:
-        adapter = f"--adapter {shlex.quote(shown(paths.artifacts_dir))}"
+        adapter = f"--adapter {shlex.quote(display_path(paths.artifacts_dir))}"
         base = f"--model.base_model {shlex.quote(metadata['base_model_name'])}"
         commands = [
             ["Play more games", f"test {base} {adapter} --games 100"],

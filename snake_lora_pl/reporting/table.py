@@ -49,7 +49,7 @@ def render_table(results: Sequence[PlayerResult]) -> Table:
     table.add_column("")
     for result in results:
         table.add_column(result.name, justify="right")
-    for label, cells in table_rows([(result.reading, result.figures()) for result in results]):
+    for label, cells in table_rows([(result.reading, result.statistics()) for result in results]):
         table.add_row(label, *cells)
     return table
 
@@ -102,7 +102,7 @@ def table_json(
     players: dict[str, Any] = {}
     speeds: dict[str, float] = {}
     for result in results:
-        figures = result.figures()
+        figures = result.statistics()
         if _SPEED in figures:
             speeds[result.name] = figures.pop(_SPEED)
         players[result.name] = {"reading": result.reading, **figures}

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from snake_lora_pl.evaluation.dashboard import RunOutcome, require_package
 from snake_lora_pl.evaluation.distributed import PlayerResult
 from snake_lora_pl.evaluation.validations import MOVES, NO_MOVE, Validation
-from snake_lora_pl.paths import RunPaths, shown
+from snake_lora_pl.paths import RunPaths, display_path
 from snake_lora_pl.reporting.games_file import best_median_worst
 from snake_lora_pl.reporting.table import players_in, table_rows
 
@@ -33,15 +33,15 @@ class RunTensorBoardLogger(TensorBoardLogger):
         super().__init__(save_dir or "tensorboard", name="", version="", default_hp_metric=False)
         self._is_placed = save_dir is not None
 
-    def settle(self, paths: RunPaths, name: str) -> None:
+    def attach(self, paths: RunPaths, name: str) -> None:
         """Take the run's directory where none was given."""
         if not self._is_placed:
             self._root_dir = str(paths.tensorboard_dir)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The command that shows it."""
-        return f"tensorboard --logdir {shown(self.log_dir)}"
+        return f"tensorboard --logdir {display_path(self.log_dir)}"
 
     def finish(self) -> None:
         """Write what is left."""

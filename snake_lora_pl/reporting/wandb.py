@@ -23,10 +23,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.evaluation.dashboard import RunOutcome, require_package
 from snake_lora_pl.evaluation.distributed import PlayerResult
-from snake_lora_pl.evaluation.play import PlayedGame
+from snake_lora_pl.evaluation.game_loop import PlayedGame
 from snake_lora_pl.evaluation.validations import MOVES, NO_MOVE, Validation
 from snake_lora_pl.game.replay import render_gif, render_html
-from snake_lora_pl.paths import RunPaths, shown
+from snake_lora_pl.paths import RunPaths, display_path
 from snake_lora_pl.reporting.games_file import best_median_worst
 from snake_lora_pl.reporting.table import players_in, table_rows
 from snake_lora_pl.secrets import mask_arguments
@@ -107,7 +107,7 @@ class RunWandbLogger(WandbLogger):
         del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value
         self._owns_service = False
 
-    def settle(self, paths: RunPaths, name: str) -> None:
+    def attach(self, paths: RunPaths, name: str) -> None:
         """Take what a run knows of itself where nothing else was given."""
         self._save_dir = self._wandb_init["dir"] = str(self._save_dir or paths.run_dir)
         self._name = self._wandb_init["name"] = self._name or name
@@ -179,7 +179,7 @@ class RunWandbLogger(WandbLogger):
         return "online"
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The run's address, or the command that sends it."""
         run = self._experiment
         if run is None:
@@ -319,7 +319,7 @@ class RunWandbLogger(WandbLogger):
 def _sync_command(run: wandb.Run) -> str:
     # Of a run that began online W&B thinks that the server has it.
     option = "" if run.offline else "--include-online "
-    return f"wandb sync {option}{shown(Path(run.dir).parent)}"
+    return f"wandb sync {option}{display_path(Path(run.dir).parent)}"
 
 
 def _said(value: bool | None) -> str:

@@ -13,7 +13,7 @@ from snake_lora_pl import LoRALightningModule, Player, load_player
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.evaluation.game_loop import play_games
 from snake_lora_pl.game import Board, Move, get_style
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 
@@ -66,7 +66,7 @@ def test_it_answers_with_the_move_that_its_logits_rank_first_after_the_prompt_of
 def test_it_explains_in_the_words_that_it_writes(adapter_dir: Path) -> None:
     player = load_player(adapter_dir, dtype="float32", device="cpu", max_new_tokens=6)
     words = player.explain(BOARD)
-    assert words == player.policy.answer([BOARD], [0])[0].words
+    assert words == player.policy.answer([BOARD], [0])[0].completion
     assert words
     assert player.move(BOARD) is None  # a random model says nothing that can be read
 

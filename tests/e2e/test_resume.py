@@ -26,7 +26,7 @@ from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.durable import sole_use
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.paths import RunPaths, lock_beside
+from snake_lora_pl.paths import RunPaths, sibling_lock_path
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
 
@@ -418,11 +418,14 @@ def test_two_runs_never_write_into_one_directory_that_both_name(
     flags = [f"--checkpoint.{option}={shared}", "--trainer.max_steps=2", "--data.val_fraction=0"]
 
     def try_to_write_there() -> None:
-        with pytest.raises(UserError, match="another run is writing there"), sole_use(lock_beside(shared), timeout_s=0):
+        with (
+            pytest.raises(UserError, match="another run is writing there"),
+            sole_use(sibling_lock_path(shared), timeout_s=0),
+        ):
             pass
 
     fit("run", *flags, at=(2, try_to_write_there))
-    with sole_use(lock_beside(shared)), pytest.raises(ValueError, match="not enough values to unpack"):
+    with sole_use(sibling_lock_path(shared)), pytest.raises(ValueError, match="not enough values to unpack"):
         fit("another", *flags, code=2)
     assert "named: another run is writing there. Wait for it to end, or name another one." in capfd.readouterr().err
 

@@ -230,7 +230,7 @@ def test_where_the_server_is_away_the_run_is_kept_on_disk(tmp_path: Path, own_ho
         own_home.setenv("WANDB_BASE_URL", server.url)
     logger = RunWandbLogger(save_dir=str(tmp_path))
     logger.log_metrics({"val/loss": 1.0}, step=0)
-    assert logger.place.startswith("wandb sync ")
+    assert logger.location.startswith("wandb sync ")
     logger.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 

@@ -42,7 +42,7 @@ def in_step(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
 
 def untimed(result: PlayerResult) -> tuple[list, dict[str, float]]:
-    figures = result.figures()
+    figures = result.statistics()
     figures.pop("moves_per_second")
     return [summary._replace(answer_us=0) for summary in result.summaries], figures
 

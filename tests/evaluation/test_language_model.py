@@ -64,8 +64,8 @@ def test_words_are_those_of_one_game_at_a_time(
 ) -> None:
     some = boards(8)
     answers = make_policy(model, encoder, style, max_new_tokens=7, max_batch=max_batch).answer(some, range(8))
-    assert [a.words for a in answers] == [plain_words(model, encoder, style, board, 7) for board in some]
-    assert len({a.words for a in answers}) > 1
+    assert [a.completion for a in answers] == [plain_words(model, encoder, style, board, 7) for board in some]
+    assert len({a.completion for a in answers}) > 1
 
 
 def test_a_batch_of_any_size_gives_the_same_answers(model: LlamaForCausalLM, encoder: Encoder) -> None:
@@ -79,7 +79,7 @@ def test_another_grid_size_gets_a_head_of_its_own(model: LlamaForCausalLM, encod
     policy = make_policy(model, encoder, "bfs-512", max_new_tokens=5)
     for size in (10, 12, 10):
         board = boards(1, size)[0]
-        assert policy.answer([board], [0])[0].words == plain_words(model, encoder, "bfs-512", board, 5)
+        assert policy.answer([board], [0])[0].completion == plain_words(model, encoder, "bfs-512", board, 5)
 
 
 def test_score_picks_the_move_whose_completion_is_likeliest_where_they_part(
@@ -176,21 +176,21 @@ def test_an_adapter_writes_what_it_writes_one_game_at_a_time_and_its_model_comes
             adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data,
             before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
         )
-        assert [a.words for a in policy.answer(some, range(6))] == plain
+        assert [a.completion for a in policy.answer(some, range(6))] == plain
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
     assert adapted.get_base_model().config._attn_implementation == "sdpa"
     with adapted.disable_adapter():
-        assert [a.words for a in policy.answer(some, range(6))] == base
+        assert [a.completion for a in policy.answer(some, range(6))] == base
     assert plain != base
 
 
 def test_weights_that_changed_between_games_play_from_then_on(adapted: PeftModel, encoder: Encoder) -> None:
     board, policy = boards(1)[0], make_policy(adapted, encoder, "compact", max_new_tokens=7)
-    before = policy.answer([board], [0])[0].words
+    before = policy.answer([board], [0])[0].completion
     weight = adapted.get_base_model().model.layers[0].self_attn.v_proj.lora_B["default"].weight
     with torch.no_grad():
         weight.neg_()
-    after = policy.answer([board], [0])[0].words
+    after = policy.answer([board], [0])[0].completion
     assert after == plain_words(adapted, encoder, "compact", board, 7)
     assert after != before
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_layers_compiled_for_training_play_uncompiled(tiny_llama_dir: Path, enco
 
 def test_words_that_were_cut_off_name_no_move(model: LlamaForCausalLM, encoder: Encoder) -> None:
     answers = make_policy(model, encoder, "bfs-512", max_new_tokens=2).answer(boards(4), range(4))
-    assert all(a.move is None and a.words.endswith("...") for a in answers)
+    assert all(a.move is None and a.completion.endswith("...") for a in answers)
     assert read_move("UP...") is None
 
 

@@ -5,13 +5,13 @@ import statistics
 import numpy as np
 import pytest
 
-from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.evaluation.game_loop import play_games
 from snake_lora_pl.evaluation.policy import Policy, TeacherPolicy
 from snake_lora_pl.evaluation.statistics import (
     ROW_WIDTH,
     GameSummary,
     bootstrap_interval,
-    figures,
+    compute_statistics,
     paired_difference,
     wilson_interval,
 )
@@ -27,12 +27,12 @@ def summaries(policy: Policy, **settings) -> list[GameSummary]:
 
 
 def untimed(games: list[GameSummary]) -> dict[str, float]:
-    return {name: value for name, value in figures(games).items() if name != "moves_per_second"}
+    return {name: value for name, value in compute_statistics(games).items() if name != "moves_per_second"}
 
 
 def test_a_teacher_agrees_with_itself_and_dies_by_no_move_of_its_own() -> None:
     games = summaries(TeacherPolicy("bfs"))
-    values = figures(games)
+    values = compute_statistics(games)
     assert values["apples_mean"] == pytest.approx(statistics.fmean(game.num_apples for game in games))
     assert values["steps_mean"] == pytest.approx(statistics.fmean(game.num_steps for game in games))
     assert values["teacher_agreement"] == values["optimal_agreement"] == 1
@@ -58,7 +58,7 @@ def test_two_runs_give_equal_figures() -> None:
 
 
 def test_a_player_that_always_wins_is_said_to() -> None:
-    values = figures(summaries(TeacherPolicy("hamiltonian")))
+    values = compute_statistics(summaries(TeacherPolicy("hamiltonian")))
     assert values["win_rate"] == values["fill_mean"] == values["win_high"] == 1
     assert values["win_low"] == pytest.approx(0.8389, abs=1e-4)
     assert values["ends/WIN"] == len(SEEDS)
@@ -78,7 +78,7 @@ def test_detours_are_the_steps_beyond_the_shortest_path() -> None:
     (game,) = play_games(ScriptedPolicy(detour), [seed], max_steps=13)
     summary = GameSummary.of(game)
     assert (summary.num_direct_apples, summary.path_gap) == (1, 4)
-    assert figures([summary])["path_gap"] == 4
+    assert compute_statistics([summary])["path_gap"] == 4
 
 
 def test_claims_are_a_rate_for_each_field() -> None:
@@ -88,7 +88,7 @@ def test_claims_are_a_rate_for_each_field() -> None:
         words = style.write_completion(board, Move[like_bfs(board)])
         return words.replace("- Manhattan distance to apple: ", "- Manhattan distance to apple: 1")
 
-    values = figures(summaries(ScriptedPolicy(half_true), max_steps=4))
+    values = compute_statistics(summaries(ScriptedPolicy(half_true), max_steps=4))
     assert values["claims/manhattan_distance"] == 0
     assert values["claims/head"] == values["claims/valid_moves"] == values["claims/conclusion"] == 1
     assert "claims/path_length" not in values
@@ -131,7 +131,9 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_distribution() -
 def test_players_are_compared_game_by_game() -> None:
     better, worse = summaries(TeacherPolicy("bfs")), summaries(TeacherPolicy("random_legal"))
     difference = paired_difference(better, worse)
-    assert difference.mean == pytest.approx(figures(better)["apples_mean"] - figures(worse)["apples_mean"])
+    assert difference.mean == pytest.approx(
+        compute_statistics(better)["apples_mean"] - compute_statistics(worse)["apples_mean"]
+    )
     assert 0 < difference.low < difference.mean < difference.high
     assert paired_difference(better, better) == (0, 0, 0)
     with pytest.raises(ValueError, match="same seeds"):
@@ -140,4 +142,4 @@ def test_players_are_compared_game_by_game() -> None:
 
 def test_without_a_game_there_are_no_figures() -> None:
     with pytest.raises(ValueError, match="no games"):
-        figures([])
+        compute_statistics([])

@@ -16,7 +16,7 @@ import pytest
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.evaluation.distributed import PlayerResult
-from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.evaluation.game_loop import play_games
 from snake_lora_pl.evaluation.policy import Answer, TeacherPolicy
 from snake_lora_pl.evaluation.validations import (
     JudgedRow,

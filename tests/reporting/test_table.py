@@ -50,7 +50,7 @@ def test_the_table_has_a_column_for_each_player_and_a_row_for_each_figure() -> N
     results = players()
     text = printed(results)
     assert text.splitlines()[0].split() == ["adapter", "base", "random_legal"]
-    assert row(text, "apples, mean") == [f"{result.figures()['apples_mean']:.1f}" for result in results]
+    assert row(text, "apples, mean") == [f"{result.statistics()['apples_mean']:.1f}" for result in results]
     assert row(text, "unreadable answers") == ["0.00%", "100.00%", "0.00%"]
     assert row(text, "ended NO_VALID_ANSWER") == ["0", "5", "0"]
     assert row(text, "steps beyond it, an apple")[1] == "-"
@@ -72,7 +72,7 @@ def test_two_runs_give_equal_tables_but_for_the_speed() -> None:
 def test_the_first_player_is_compared_with_each_other_one() -> None:
     results = players()
     table = table_json(results, {}, {})
-    mean = results[0].figures()["apples_mean"]
+    mean = results[0].statistics()["apples_mean"]
     assert table["differences"]["adapter - base"]["mean"] == mean
     assert list(table["differences"]) == ["adapter - base", "adapter - random_legal"]
     first_line = differences_in_words(results)[0]

@@ -91,7 +91,7 @@ def _nest(into: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def shown(kept_offline: tuple[RunPaths, str]) -> Shown:
+def display_path(kept_offline: tuple[RunPaths, str]) -> Shown:
     return Shown(kept_offline[0].run_dir)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from snake_lora_pl.adapters.store import StoredAdapter, list_adapters
 from snake_lora_pl.adapters.vllm import adapter_rank, vllm_obstacles
 from snake_lora_pl.cli.commands.parser import Parser
-from snake_lora_pl.paths import shown
+from snake_lora_pl.paths import display_path
 from snake_lora_pl.untrusted import printable
 
 _NOT_KNOWN = "-"
@@ -42,7 +42,7 @@ def build_parser() -> Parser:
 
 def _describe(adapter: StoredAdapter) -> dict[str, Any]:
     metadata = adapter.metadata
-    row: dict[str, Any] = {"path": shown(adapter.path), "problem": adapter.problem}
+    row: dict[str, Any] = {"path": display_path(adapter.path), "problem": adapter.problem}
     if metadata is not None:
         row |= {
             "adapter_type": metadata.adapter_type,

@@ -6,7 +6,7 @@ from typing import get_args
 
 from snake_lora_pl.cli.commands.parser import Parser, add_adapter_arguments
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.paths import shown
+from snake_lora_pl.paths import display_path
 
 FORMATS = ("gguf",)
 
@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{options.format}'.")
     from snake_lora_pl.adapters import store
     from snake_lora_pl.adapters.gguf import PROMPT, export_gguf, find_converter
-    from snake_lora_pl.console import quiet_libraries
+    from snake_lora_pl.console import configure_logging
     from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
     from snake_lora_pl.models import load_tokenizer
 
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
             f"must. Name it: --template {', '.join(get_args(TemplateName))}."
         )
     check_choice("--template", template, TemplateName)
-    quiet_libraries()
+    configure_logging()
     base_model = options.base_model or metadata.base_model_name
     tokenizer = load_tokenizer(
         base_model,
@@ -56,8 +56,8 @@ def run(arguments: list[str]) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     print(
-        f"{shown(exported.path)}: {exported.num_tensors} tensors, {exported.num_bytes / 1e6:,.1f} MB. "
-        f"Next: ollama create snake -f {shown(exported.modelfile_path)} && ollama run snake"
+        f"{display_path(exported.path)}: {exported.num_tensors} tensors, {exported.num_bytes / 1e6:,.1f} MB. "
+        f"Next: ollama create snake -f {display_path(exported.modelfile_path)} && ollama run snake"
     )
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from snake_lora_pl.cli.app import SnakeCLI, build_and_run
 from snake_lora_pl.cli.dry_run import describe_memory
-from snake_lora_pl.console import ignore_known_warnings, quiet_libraries
+from snake_lora_pl.console import configure_logging, ignore_known_warnings
 from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.callbacks.auto_batch_size import AUTO
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str], *, as_json: bool) -> int:
     files, options = _split(arguments)
     if files:
         options.append(f"--data.train_path={files[0] if len(files) == 1 else json.dumps(files)}")
-    quiet_libraries()
+    configure_logging()
     ignore_known_warnings()
     run = cast(_Estimated, build_and_run(["fit", *options, "--dry_run"], _Estimated))
     available = available_bytes(run.trainer.strategy.root_device)

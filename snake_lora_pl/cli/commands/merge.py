@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snake_lora_pl.cli.commands.parser import Parser, add_adapter_arguments
-from snake_lora_pl.paths import shown
+from snake_lora_pl.paths import display_path
 
 
 def run(arguments: list[str]) -> int:
@@ -17,9 +17,9 @@ def run(arguments: list[str]) -> int:
     """
     options = build_parser().parse(arguments)
     from snake_lora_pl.adapters.merge import merge
-    from snake_lora_pl.console import quiet_libraries
+    from snake_lora_pl.console import configure_logging
 
-    quiet_libraries()
+    configure_logging()
     merged = merge(
         options.adapter,
         options.out,
@@ -29,9 +29,9 @@ def run(arguments: list[str]) -> int:
     )
     rounding = "" if merged.dtype == "float32" else ", which is rounding: --dtype float32 has none"
     print(
-        f"{shown(merged.path)}: {merged.num_parameters:,} parameters in {merged.dtype}; its logits differ from the "
-        f"adapter's by at most {merged.logit_difference:.2g} of their standard deviation{rounding}. "
-        f"Serve it: vllm serve {shown(merged.path)}"
+        f"{display_path(merged.path)}: {merged.num_parameters:,} parameters in {merged.dtype}; its logits differ from "
+        f"the adapter's by at most {merged.logit_difference:.2g} of their standard deviation{rounding}. "
+        f"Serve it: vllm serve {display_path(merged.path)}"
     )
     return 0
 

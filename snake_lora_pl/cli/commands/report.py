@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snake_lora_pl.cli.commands.parser import Parser
-from snake_lora_pl.paths import RunPaths, shown
+from snake_lora_pl.paths import RunPaths, display_path
 
 
 def run(arguments: list[str]) -> int:
@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
     options = build_parser().parse(arguments)
     from snake_lora_pl.reporting.html_report import write_report
 
-    print(f"Report written to {shown(write_report(RunPaths.named(options.run)))}")
+    print(f"Report written to {display_path(write_report(RunPaths.of_directory(options.run)))}")
     return 0
 
 

@@ -13,8 +13,8 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.dashboard import dashboards
 from snake_lora_pl.evaluation.distributed import Ranks, play_shared
 from snake_lora_pl.evaluation.language_model import in_eval_mode
-from snake_lora_pl.evaluation.play_settings import PlaySettings
-from snake_lora_pl.evaluation.players import PlayData, TrainedModule, find_style, make_player, shown_progress
+from snake_lora_pl.evaluation.player_factory import PlayData, TrainedModule, find_style, make_player, shown_progress
+from snake_lora_pl.evaluation.settings import PlaySettings
 from snake_lora_pl.game import Style
 from snake_lora_pl.game.seeds import play_seeds
 
@@ -124,7 +124,7 @@ class PlayEvaluation(pl.Callback):
         self._last_step = trainer.global_step
         for dashboard in dashboards(trainer):
             dashboard.show_games(result, trainer.global_step, is_final=False)
-        figures = result.figures()
+        figures = result.statistics()
         if trainer.is_global_zero:
             logger.info(
                 "step %d: %d games, %.1f apples (95%%: %.1f to %.1f), fatal moves %.2f%%, unreadable answers %.2f%%",

@@ -11,7 +11,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.dashboard import dashboards
 from snake_lora_pl.evaluation.language_model import in_eval_mode
 from snake_lora_pl.evaluation.metrics import SnakeMoveMetrics
-from snake_lora_pl.evaluation.players import PlayData
+from snake_lora_pl.evaluation.player_factory import PlayData
 from snake_lora_pl.evaluation.validations import JudgedRow, Validation
 
 

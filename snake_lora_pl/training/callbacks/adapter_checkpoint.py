@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from snake_lora_pl.adapters import store
 from snake_lora_pl.durable import explain_failed_writes, remove_leftovers
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.paths import shown
+from snake_lora_pl.paths import display_path
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
 from snake_lora_pl.training.resume.checkpoint_io import DurableCheckpointIO
 from snake_lora_pl.training.resume.checkpoint_state import (
@@ -276,7 +276,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             with explain_failed_writes(self.adapter_dir, "the adapter", SafetensorError):
                 store.save(pl_module.peft_model, self.adapter_dir, metadata, pl_module.tokenizer, weights)
             # The path fills two lines of a terminal: once is enough.
-            place = "" if self._has_exported else f" to {shown(self.adapter_dir)}"
+            place = "" if self._has_exported else f" to {display_path(self.adapter_dir)}"
             logger.info("step %d: adapter written%s", trainer.global_step, place)
             self._has_exported = True
         trainer.strategy.barrier("AdapterCheckpoint")

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.paths import RunPaths
-from snake_lora_pl.secrets import without_secrets
+from snake_lora_pl.secrets import redact_config
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -26,7 +26,7 @@ def config_text(parser: ArgumentParser, config: Namespace) -> str:
     settings.pop("ckpt_path", None)
     text = parser.dump(settings, skip_unset=False)
     values = yaml.safe_load(text)
-    public = without_secrets(values)
+    public = redact_config(values)
     return text if public == values else yaml.safe_dump(public, sort_keys=False)
 
 

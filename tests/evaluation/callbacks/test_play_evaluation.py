@@ -16,7 +16,7 @@ from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.generate import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
-from snake_lora_pl.evaluation.play_settings import PlaySettings
+from snake_lora_pl.evaluation.settings import PlaySettings
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
 from tests.training.conftest import make_trainer

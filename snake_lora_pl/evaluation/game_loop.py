@@ -76,10 +76,10 @@ class PlayedGame:
     @property
     def moves(self) -> list[Move | None]:
         """The moves as the policy named them, the deadly one included."""
-        return [frame.move for frame in decisions(self.recording)]
+        return [frame.move for frame in decision_frames(self.recording)]
 
 
-def decisions(recording: Recording) -> tuple[Frame, ...]:
+def decision_frames(recording: Recording) -> tuple[Frame, ...]:
     """The positions that a move was asked for: all, but for the last one of a game that outlived its last move."""
     return recording.frames if recording.is_death else recording.frames[:-1]
 
@@ -155,7 +155,7 @@ class _RunningGame:
         return self._game.end
 
     def play(self, answer: Answer, seconds: float) -> None:
-        self._frames.append(Frame(self._game.board, answer.move, answer.words))
+        self._frames.append(Frame(self._game.board, answer.move, answer.completion))
         self._answer_seconds += seconds
         self._game.play(answer.move)
 
@@ -185,7 +185,7 @@ def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterat
         seed: Its seed, for a teacher that draws.
         judge: The teacher that moves are compared with.
     """
-    frames = decisions(recording)
+    frames = decision_frames(recording)
     for index, (board, move, words) in enumerate(frames):
         ended_in_death = recording.is_death and index == len(frames) - 1
         (answer,) = judge.answer([board], [seed])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
-from snake_lora_pl.evaluation.play_settings import PlaySettings
+from snake_lora_pl.evaluation.settings import PlaySettings
 from snake_lora_pl.game import STYLES, Style
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from snake_lora_pl.evaluation.play import play_games
+from snake_lora_pl.evaluation.game_loop import play_games
 from snake_lora_pl.evaluation.policy import Answer, TeacherPolicy
 from snake_lora_pl.game import TEACHERS, Board, End, Game, Move, get_style, get_teacher
 from snake_lora_pl.game.game import starvation_cap

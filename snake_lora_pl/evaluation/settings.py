@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.play import BATCH_SIZE
+from snake_lora_pl.evaluation.game_loop import BATCH_SIZE
 from snake_lora_pl.game import get_seeded_teacher, get_style
 from snake_lora_pl.game.board import MAX_GRID_SIZE
 from snake_lora_pl.game.game import starvation_cap
