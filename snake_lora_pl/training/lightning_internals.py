@@ -37,7 +37,7 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 
 
 def logged_steps(trainer: pl.Trainer) -> int:
-    """Return the step that Lightning writes beside the metrics it logs next.
+    """Return the step that Lightning attaches to the metrics that it logs next.
 
     It is not ``trainer.global_step``: during a validation Lightning logs the step before.
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
@@ -46,7 +46,7 @@ def logged_steps(trainer: pl.Trainer) -> int:
 
 
 def set_logged_steps(trainer: pl.Trainer, num_steps: int) -> None:
-    """Set the step that Lightning writes beside the metrics it logs next.
+    """Set the step that Lightning attaches to the metrics that it logs next.
 
     Lightning increments it after the validation that follows a step, so a checkpoint written in that validation holds
     a number that is one too small, and a resumed run would log every later step one too low.
@@ -196,7 +196,7 @@ class WandbLoggerInternals(WandbLogger):
     def configure_run(self, save_dir: str, name: str) -> None:
         """Set the directory and the name of a run that is not open yet."""
         self._save_dir = self._wandb_init["dir"] = save_dir
-        self._name = self._wandb_init["name"] = name
+        self._wandb_init["name"] = name
 
     def open_run(self) -> wandb.Run:
         """Start the run with ``init_arguments`` as Lightning does."""
