@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from snake_lora_pl.models.base_model import BaseModelSpec
+
     AdapterBuilder = Callable[[PreTrainedModel, LoRAConfig], PeftModel]
 
 
@@ -53,11 +55,11 @@ class AdapterKind:
             keys = ", ".join(f"model.lora.{field}" for field in given)
             raise UserError(f"{keys}: without effect on adapter_type '{name}'. Leave out, or choose another type.")
 
-    def load_base(self, name: str, config: LoRAConfig, **load_options: Any) -> PreTrainedModel:
+    def load_base(self, base_model: BaseModelSpec | str, config: LoRAConfig, **load_options: Any) -> PreTrainedModel:
         """Load the base model for a fresh adapter; ``load_options`` are those of ``load_base_model``."""
         from snake_lora_pl.models import load_base_model
 
-        return load_base_model(name, **load_options)
+        return load_base_model(base_model, **load_options)
 
     def optimizer_class(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[type[Any], dict]:
         """The AdamW that trains ``parameters``, and the options it needs beside learning rate, betas and decay."""

@@ -10,6 +10,7 @@ from snake_lora_pl.adapters import registry as kinds
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.targets import check_carries_none
+from snake_lora_pl.models.base_model import BaseModelSpec
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,15 +32,19 @@ class AdapterFactory:
 
     @classmethod
     def create(
-        cls, adapter_type: str, base_model: PreTrainedModel | str, config: LoRAConfig, **load_options: Any
+        cls,
+        adapter_type: str,
+        base_model: PreTrainedModel | BaseModelSpec | str,
+        config: LoRAConfig,
+        **load_options: Any,
     ) -> PeftModel:
         """Put a fresh adapter on a base model; the base is frozen.
 
         Args:
             adapter_type: A registered kind.
-            base_model: A loaded model, or a name as ``model.base_model`` takes it.
+            base_model: A loaded model, or the name or spec of one.
             config: Rank, scale, dropout and layers.
-            load_options: Passed to ``load_base_model`` where ``base_model`` is a name.
+            load_options: Passed to ``load_base_model`` where the base is loaded here.
 
         Returns:
             The PEFT model; its trainable parameters are the adapter's.
@@ -50,7 +55,7 @@ class AdapterFactory:
         """
         kind = cls.kind(adapter_type)
         kind.check(adapter_type, config)
-        if isinstance(base_model, str):
+        if isinstance(base_model, str | BaseModelSpec):
             base_model = kind.load_base(base_model, config, **load_options)
         check_carries_none(base_model)
         model = kind.build(base_model, config)
@@ -63,7 +68,7 @@ class AdapterFactory:
     def load(
         cls,
         adapter_path: str | os.PathLike[str],
-        base_model: PreTrainedModel | str | None = None,
+        base_model: PreTrainedModel | BaseModelSpec | str | None = None,
         *,
         is_trainable: bool = False,
         full_precision_base: bool = False,
@@ -73,7 +78,7 @@ class AdapterFactory:
 
         Args:
             adapter_path: Directory that holds ``adapter_model.safetensors`` and ``adapter_metadata.json``.
-            base_model: The base it was trained on, loaded or by name; None loads the one its metadata names.
+            base_model: The base it was trained on, loaded or by name or spec; None loads the one its metadata names.
             is_trainable: Whether the adapter's parameters take gradients.
             full_precision_base: Load the base unquantized also where the adapter was trained on a quantized one.
             load_options: Passed to ``load_base_model`` where the base is loaded here.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from snake_lora_pl.adapters.merge import merge
 from snake_lora_pl.durable import move_durably, open_durably
 from snake_lora_pl.errors import UserError, one_line
+from snake_lora_pl.models.base_model import BaseModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,7 @@ def export_gguf(
     stop: str | None = None,
     converter: str | None = None,
     outtype: str = "auto",
-    base_model: str | None = None,
-    trust_remote_code: bool = False,
+    base_model: BaseModelSpec | str | None = None,
 ) -> GGUFModel:
     """Merge an adapter and convert the result; the merged directory is not kept.
 
@@ -96,8 +96,7 @@ def export_gguf(
         stop: What ends a completion, beside the end-of-text token that the file itself names.
         converter: As in ``find_converter``.
         outtype: One of ``GGUF_TYPES``; ``auto`` keeps 16 bits as they are.
-        base_model: Where the base lies now; None takes it where the metadata says.
-        trust_remote_code: Let code that comes with the base run.
+        base_model: Spec or name of the base; None takes the name from the metadata.
 
     Raises:
         UserError: If there is no converter, it fails, or a file is in the way.
@@ -114,7 +113,7 @@ def export_gguf(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as work:
             merged_dir, new_path = Path(work) / "merged", Path(work) / path.name
-            merge(adapter_dir, merged_dir, base_model=base_model, trust_remote_code=trust_remote_code)
+            merge(adapter_dir, merged_dir, base_model=base_model)
             _convert(command, merged_dir, new_path, outtype)
             num_tensors = _count_tensors(new_path)
             move_durably(new_path, path)

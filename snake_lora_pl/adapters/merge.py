@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from snake_lora_pl.models.base_model import BaseModelSpec
+
 logger = logging.getLogger(__name__)
 
 MERGE_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,9 +53,8 @@ def merge(
     adapter_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
-    base_model: str | None = None,
+    base_model: BaseModelSpec | str | None = None,
     dtype: str = "auto",
-    trust_remote_code: bool = False,
 ) -> MergedModel:
     """Write an adapter, merged into its base, as a directory that ``AutoModelForCausalLM`` loads without PEFT.
 
@@ -64,10 +65,9 @@ def merge(
     Args:
         adapter_dir: The adapter directory.
         out_dir: Where to; absent or empty.
-        base_model: Where the base lies now; None takes it where the metadata says.
+        base_model: Spec or name of the base; None takes the name from the metadata.
         dtype: Type of the merged weights: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the one that the base
             is stored in.
-        trust_remote_code: Let code that comes with the base run.
 
     Raises:
         UserError: If the adapter cannot be loaded, ``out_dir`` holds something or cannot be written, or the merged
@@ -84,24 +84,15 @@ def merge(
         raise UserError(f"--dtype must be one of {', '.join(MERGE_DTYPES)}, not '{dtype}'.")
     _check_is_free(out_dir)
     metadata = store.verify(adapter_dir)
-    name = base_model or metadata.base_model_name
     try:
-        revision = store.trained_revision(metadata, name)
+        spec = store.base_spec(metadata, base_model)
     except UserError as error:
-        remedy = "" if base_model else " Say with --base_model where it lies now."
-        raise UserError(f"{error}{remedy}") from error
-    store.check_base(metadata, name, adapter_dir, revision, option="--base_model")
-    chosen = stored_dtype(prepare_base_model(name, revision=revision)) if dtype == "auto" else dtype
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        raise UserError(f"{error} Pass the base model's current location with --base_model.") from error
+    store.check_base(metadata, spec, adapter_dir, option="--base_model")
+    chosen = stored_dtype(prepare_base_model(spec)) if dtype == "auto" else dtype
+    tokenizer = load_tokenizer(spec)
     quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
-    base = load_base_model(
-        name,
-        dtype="float32",
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantization=quantization,
-        device="cpu",
-    )
+    base = load_base_model(spec, dtype="float32", quantization=quantization, device="cpu")
     # The adapter corrects the rounded weights; merged into the rounding itself it would be lost.
     base = dequantize_base(base)
     model = store.load(adapter_dir, base).eval()
@@ -119,7 +110,7 @@ def merge(
             rounded = _probe(merged)
             del model, merged, base  # what is read back takes their place in memory
             written = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, trust_remote_code=trust_remote_code
+                directory, dtype=torch.float32, trust_remote_code=spec.trust_remote_code
             )
             _check_same(_probe(written), rounded, out_dir, "what was written and read back")
     except (OSError, SafetensorError) as error:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from snake_lora_pl.models.base_model import BaseModelSpec
+
 logger = logging.getLogger(__name__)
 
 
@@ -86,9 +88,9 @@ class QLoRA(AdapterKind):
     def __init__(self) -> None:
         super().__init__(build_qlora)
 
-    def load_base(self, name: str, config: LoRAConfig, **load_options: Any) -> PreTrainedModel:
+    def load_base(self, base_model: BaseModelSpec | str, config: LoRAConfig, **load_options: Any) -> PreTrainedModel:
         """Load the base model in the bits that the config says."""
-        return super().load_base(name, config, quantization=config.quantization, **load_options)
+        return super().load_base(base_model, config, quantization=config.quantization, **load_options)
 
     def optimizer_class(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[type[Any], dict]:
         """AdamW whose state may be paged out to the CPU's memory where a GPU's runs short; elsewhere torch's."""

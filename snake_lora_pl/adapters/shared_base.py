@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from snake_lora_pl.models.base_model import BaseModelSpec
+
 
 class _Loaded(NamedTuple):
     directory: Path
@@ -61,7 +63,7 @@ class SharedBase:
         cls,
         name: str,
         adapter_dir: str | os.PathLike[str],
-        base_model: PreTrainedModel | str | None = None,
+        base_model: PreTrainedModel | BaseModelSpec | str | None = None,
         *,
         full_precision_base: bool = False,
         **load_options: Any,

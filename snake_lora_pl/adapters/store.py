@@ -24,6 +24,7 @@ from snake_lora_pl.adapters.registry import kind_of, registered
 from snake_lora_pl.adapters.targets import check_carries_none
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
+from snake_lora_pl.models.base_model import BaseModelSpec, resolve_base_model
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 from snake_lora_pl.untrusted import read_json_object, read_text
 
@@ -279,7 +280,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def load(
     adapter_dir: str | os.PathLike[str],
-    base_model: PreTrainedModel | str | None = None,
+    base_model: PreTrainedModel | BaseModelSpec | str | None = None,
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
@@ -290,8 +291,8 @@ def load(
 
     Args:
         adapter_dir: The adapter directory.
-        base_model: A loaded base, a name, or None for the base that the metadata names. A loaded one is left as it was
-            where the adapter does not fit.
+        base_model: A loaded base, its name or spec, or None for the base that the metadata names. A loaded base is
+            unchanged if the adapter does not fit.
         adapter_name: What PEFT is to call it.
         is_trainable: Whether the adapter's parameters take gradients.
         full_precision_base: Load the base unquantized also where the adapter was trained on a quantized one.
@@ -308,14 +309,12 @@ def load(
     directory = Path(adapter_dir)
     metadata = verify(directory)
     _check_ranks(metadata, directory)  # what is no safetensors file is refused before a base is loaded
-    if base_model is None:
-        base_model = metadata.base_model_name
-    if isinstance(base_model, str):
-        load_options["revision"] = load_options.get("revision") or trained_revision(metadata, base_model)
-        check_base(metadata, base_model, directory, revision=load_options["revision"])
+    if base_model is None or isinstance(base_model, str | BaseModelSpec):
+        spec = base_spec(metadata, base_model)
+        check_base(metadata, spec, directory)
         if metadata.quantization and not full_precision_base:
             load_options["quantization"] = QuantizationConfig(**metadata.quantization)
-        base_model = load_base_model(base_model, **load_options)
+        base_model = load_base_model(spec, **load_options)
     else:
         check_carries_none(base_model)
         if base_model.name_or_path not in ("", metadata.base_model):
@@ -512,37 +511,39 @@ def _why(key: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     return "a base of another size"
 
 
-def trained_revision(metadata: AdapterMetadata, base_model: str) -> str | None:
-    """The commit that an adapter was trained on, where ``base_model`` is the hub model that it belongs to."""
-    from snake_lora_pl.models import resolve_base_model
+def base_spec(metadata: AdapterMetadata, base_model: BaseModelSpec | str | None = None) -> BaseModelSpec:
+    """Return the base model to load an adapter onto, at the commit it was trained on unless another is asked for.
 
-    source = resolve_base_model(base_model)
-    is_same = source.kind == "hub" and source.canonical_id == metadata.base_model
-    return metadata.base_revision if is_same else None
+    Args:
+        metadata: The adapter's metadata.
+        base_model: Spec or name of the base; None takes the name from the metadata.
+    """
+    spec = BaseModelSpec.of(base_model or metadata.base_model_name)
+    if spec.revision is None:
+        source = resolve_base_model(spec)
+        if source.origin == "hub" and source.canonical_id == metadata.base_model:
+            return dataclasses.replace(spec, revision=metadata.base_revision)
+    return spec
 
 
 def check_base(
     metadata: AdapterMetadata,
-    base_model: str,
+    base_model: BaseModelSpec | str,
     adapter_dir: str | os.PathLike[str],
-    revision: str | None = None,
     option: str = "--model.base_model",
 ) -> None:
     """Refuse a base model that the adapter was not trained on.
 
     Args:
         metadata: The adapter's.
-        base_model: The name of a base model.
+        base_model: Spec or name of a base model.
         adapter_dir: The adapter directory, for the message.
-        revision: Of a hub model.
         option: What the user names the base by.
 
     Raises:
         UserError: If name, revision or hash differ; the message names the right one.
     """
-    from snake_lora_pl.models import resolve_base_model
-
-    source = resolve_base_model(base_model, revision=revision)
+    source = resolve_base_model(base_model)
     if metadata.base_sha256 and source.sha256 == metadata.base_sha256:
         return  # the same weights, wherever they lie now
     right_base = f"Set {option} {metadata.base_model_name}"

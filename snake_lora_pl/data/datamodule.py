@@ -27,7 +27,7 @@ from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, expand_paths, pe
 from snake_lora_pl.data.split import leave_out_duplicates, split_by_game
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game.text import STYLES, read_grid_size
-from snake_lora_pl.models import load_tokenizer, prepare_base_model
+from snake_lora_pl.models import BaseModelSpec, load_tokenizer, prepare_base_model
 from snake_lora_pl.paths import generated_data_path
 
 if TYPE_CHECKING:
@@ -156,12 +156,15 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self.generated_games = min(self.generated_games, _GAMES_TO_LOOK_AT)
 
     @property
+    def base_spec(self) -> BaseModelSpec:
+        """The base model whose tokenizer encodes the rows."""
+        return BaseModelSpec(self.base_model, self.revision, self.trust_remote_code)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that encodes the rows, loaded at its first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(
-                self.base_model, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+            self._tokenizer = load_tokenizer(self.base_spec)
         return self._tokenizer
 
     @functools.cached_property
@@ -180,7 +183,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self._check_settings()
         stage = self._stage()
         if self._tokenizer is None:
-            prepare_base_model(self.base_model, revision=self.revision)
+            prepare_base_model(self.base_spec)
         if stage in ("test", "predict"):
             return
         if self._needs_train_rows(stage):

@@ -5,6 +5,7 @@ Importing this room is cheap: torch and transformers are imported by the functio
 
 from snake_lora_pl.models.base_model import (
     BaseModelSource,
+    BaseModelSpec,
     load_base_model,
     load_tokenizer,
     prepare_base_model,
@@ -20,6 +21,7 @@ __all__ = [
     "DTYPES",
     "WHEEL_MODELS",
     "BaseModelSource",
+    "BaseModelSpec",
     "QuantizationConfig",
     "choose_dtype",
     "load_base_model",

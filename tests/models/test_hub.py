@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models import hub, load_base_model, load_tokenizer, prepare_base_model
+from snake_lora_pl.models import BaseModelSpec, hub, load_base_model, load_tokenizer, prepare_base_model
 
 COMMIT = "c" * 40
 
@@ -100,7 +100,7 @@ def test_a_hub_model_is_fetched_once_and_works_when_the_hub_has_gone(
     fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = prepare_base_model("owner/tiny")
-    assert (source.kind, source.canonical_id, source.revision) == ("hub", "owner/tiny", COMMIT)
+    assert (source.origin, source.canonical_id, source.revision) == ("hub", "owner/tiny", COMMIT)
     assert "model.safetensors" in fake_hub.downloaded
     assert not {"pytorch_model.bin", "onnx/model.safetensors"} & set(fake_hub.downloaded)
 
@@ -170,7 +170,7 @@ def test_each_refusal_of_the_hub_has_its_own_message(fake_hub: FakeHub, status: 
     fake_hub.error = (status, code)
 
     with pytest.raises(UserError, match=message) as raised:
-        prepare_base_model("owner/tiny", revision="main")
+        prepare_base_model(BaseModelSpec("owner/tiny", "main"))
     assert "\n" not in str(raised.value)
 
 

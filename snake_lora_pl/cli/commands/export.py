@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     from snake_lora_pl.adapters.gguf import PROMPT, export_gguf, find_converter
     from snake_lora_pl.console import configure_logging
     from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
-    from snake_lora_pl.models import load_tokenizer
+    from snake_lora_pl.models import BaseModelSpec, load_tokenizer
 
     find_converter(options.converter)  # what is missing is said before anything is loaded
     metadata = store.verify(options.adapter)
@@ -39,12 +39,9 @@ def run(arguments: list[str]) -> int:
         )
     check_choice("--template", template, TemplateName)
     configure_logging()
-    base_model = options.base_model or metadata.base_model_name
-    tokenizer = load_tokenizer(
-        base_model,
-        revision=store.trained_revision(metadata, base_model),
-        trust_remote_code=options.trust_remote_code,
-    )
+    base_name = options.base_model or metadata.base_model_name
+    base_model = store.base_spec(metadata, BaseModelSpec(base_name, trust_remote_code=options.trust_remote_code))
+    tokenizer = load_tokenizer(base_model)
     exported = export_gguf(
         options.adapter,
         options.out,
@@ -52,8 +49,7 @@ def run(arguments: list[str]) -> int:
         stop=tokenizer.eos_token,
         converter=options.converter,
         outtype=options.outtype,
-        base_model=options.base_model,
-        trust_remote_code=options.trust_remote_code,
+        base_model=base_model,
     )
     print(
         f"{display_path(exported.path)}: {exported.num_tensors} tensors, {exported.num_bytes / 1e6:,.1f} MB. "

@@ -16,17 +16,15 @@ def run(arguments: list[str]) -> int:
         UserError: If the adapter or its base cannot be loaded, or the directory cannot be written.
     """
     options = build_parser().parse(arguments)
+    from snake_lora_pl.adapters import store
     from snake_lora_pl.adapters.merge import merge
     from snake_lora_pl.console import configure_logging
+    from snake_lora_pl.models import BaseModelSpec
 
     configure_logging()
-    merged = merge(
-        options.adapter,
-        options.out,
-        base_model=options.base_model,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
+    base_name = options.base_model or store.read_metadata(options.adapter).base_model_name
+    base_model = BaseModelSpec(base_name, trust_remote_code=options.trust_remote_code)
+    merged = merge(options.adapter, options.out, base_model=base_model, dtype=options.dtype)
     rounding = "" if merged.dtype == "float32" else ", which is rounding: --dtype float32 has none"
     print(
         f"{display_path(merged.path)}: {merged.num_parameters:,} parameters in {merged.dtype}; its logits differ from "

@@ -150,16 +150,14 @@ def _empty_model(module: LoRALightningModule, device_type: str) -> PeftModel:
     options = {
         "dtype": choose_dtype(module.dtype_name, device_type),
         "device": "meta",
-        "revision": module.revision,
-        "trust_remote_code": module.trust_remote_code,
     }
     # What loading says of a model, it says when the model is loaded.
     with _only_warnings("snake_lora_pl"), torch.device("meta"):
         if module.adapter_path is None:
-            return AdapterFactory.create(module.adapter_type, module.base_model, module.lora, **options)
+            return AdapterFactory.create(module.adapter_type, module.base_spec, module.lora, **options)
         return AdapterFactory.load(
             module.adapter_path,
-            module.base_model,
+            module.base_spec,
             is_trainable=True,
             full_precision_base=module.full_precision_base,
             **options,

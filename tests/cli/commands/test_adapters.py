@@ -140,7 +140,7 @@ def test_a_kind_that_is_not_registered_here_is_answered_with_the_program_that_do
         (["merge", "--adapter", "nowhere", "--out", "x"], "--adapter nowhere: no such directory"),
         (["merge", "--out", "x"], "required: --adapter"),
         (["merge", "--adapter", "{adapter}", "--adapter", "x", "--out", "x"], "merge: takes one --adapter"),
-        (["merge", "--adapter", "x", "--out", "{adapter}"], "there is a directory that is not empty"),
+        (["merge", "--adapter", "{adapter}", "--out", "{adapter}"], "there is a directory that is not empty"),
         (["merge", "--adapter", "{adapter}", "--out", "x", "--dtype", "int8"], "--dtype must be one of auto"),
         (["export", "--adapter", "{adapter}", "--out", "x", "--format", "onnx"], "--format must be one of gguf"),
         (["export", "--adapter", "{adapter}", "--out", "x", "--converter", "no"], "--converter no: no such file"),
