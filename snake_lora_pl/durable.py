@@ -1,45 +1,41 @@
-"""Files and directories that are whole or absent, whenever the process dies.
+"""Atomic, fsynced writes of files and directories, and locks between processes.
 
-New content goes to a temporary name beside its place, is flushed to the disk and renamed: a reader, and a run that
-goes on after a kill, sees the old content or the new, never a part.
+New content goes to a temporary name in the same directory, is flushed to disk and then renamed. A reader, or a run that
+resumes after a kill, sees the old content or the new content, never a part.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from snake_lora_pl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # linux/fs.h
 _OLD_SUFFIX = ".old"
 
 
 @contextlib.contextmanager
 def open_durably(
     path: str | os.PathLike[str], mode: str = "wb", encoding: str | None = None, newline: str | None = None
-) -> Iterator[IO]:
-    """Open a file for writing that takes ``path``'s place only when the block ends without an exception.
+) -> Iterator[IO[Any]]:
+    """Open a temporary file that replaces ``path`` when the block ends without an exception.
 
     Args:
-        path: The file's final place; its directory is created.
+        path: Path of the finished file; its directory is created.
         mode: ``wb`` or ``w``.
         encoding: Text encoding for ``w``.
-        newline: As the built-in ``open`` takes it.
+        newline: Newline handling, as in the built-in ``open``.
 
     Yields:
         The open temporary file.
@@ -48,7 +44,7 @@ def open_durably(
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        # mkstemp makes files only their owner can read; what lands in a shared directory follows the umask.
+        # mkstemp creates files that only their owner can read; a file in a shared directory follows the umask.
         os.chmod(temporary, 0o666 & ~_umask())
         with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
             yield file
@@ -64,10 +60,10 @@ def open_durably(
 
 @contextlib.contextmanager
 def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a directory that takes ``path``'s place as a whole when the block ends without an exception.
+    """Yield a temporary directory that replaces ``path`` when the block ends without an exception.
 
     Args:
-        path: The directory's final place; a directory that stands there is replaced and removed.
+        path: Path of the finished directory; an existing directory is replaced as a whole.
 
     Yields:
         The temporary directory to fill.
@@ -80,22 +76,18 @@ def directory_durably(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                # Some writers make files only their owner can read; what lands in a shared directory follows the umask.
+                # Some writers create files that only their owner can read; shared directories follow the umask.
                 os.chmod(file, 0o666 & ~_umask())
             _sync(file)
         _sync(temporary)
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            os.rename(temporary, path)
-        sync_directory(path.parent)
+        _replace_directory(temporary, path)
     finally:
-        # After an exchange this is the old directory.
+        # After a replacement, this is the old directory.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def move_durably(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Give a finished file its place, once its content is on the disk; both lie on one file system."""
+    """Flush a finished file to disk and rename it to ``path``, which must be on the same file system."""
     _sync(Path(source))
     os.replace(source, path)
     sync_directory(Path(path).parent)
@@ -103,10 +95,12 @@ def move_durably(source: str | os.PathLike[str], path: str | os.PathLike[str]) -
 
 @contextlib.contextmanager
 def exclusive(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Let one process at a time build a directory; the system frees the lock of one that dies.
+    """Hold the lock for building a directory, waiting for as long as another process holds it.
+
+    The operating system releases the lock of a process that is killed.
 
     Args:
-        directory: What is built; the lock file lies beside it.
+        directory: The directory to build; the lock file is its sibling.
     """
     from filelock import FileLock, Timeout
 
@@ -116,7 +110,7 @@ def exclusive(directory: str | os.PathLike[str]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("Another process is preparing %s: waiting for it.", directory.name)
+        logger.info("Waiting for another process that is preparing %s.", directory.name)
         lock.acquire()
     try:
         yield
@@ -130,19 +124,21 @@ def sole_use(
     directory: str | os.PathLike[str] | None = None,
     *,
     timeout_s: float = 10.0,
-    instead: str = "leave out --ckpt_path for a directory of its own",
+    instead: str = "omit --ckpt_path to start a run in a new directory",
 ) -> Iterator[None]:
-    """Keep every other process that asks for the same directory out of it; the system frees the lock of one that dies.
+    """Hold the lock for writing to a directory, or fail if another process keeps holding it.
+
+    The operating system releases the lock of a process that is killed.
 
     Args:
         lock_path: The lock file.
-        directory: What is used; None for the directory that the lock file lies in.
-        timeout_s: How long to wait for another process. One that was killed holds its lock until the workers it left
-            behind notice, which takes some seconds.
-        instead: What to do but wait, in words.
+        directory: The directory in use, for messages; by default the directory of the lock file.
+        timeout_s: Seconds to wait for another process. The worker processes of a killed run keep its lock until they
+            notice, which takes some seconds.
+        instead: What the user can do instead of waiting, as the end of a sentence.
 
     Raises:
-        UserError: If another process uses the directory, or no lock can be written in it.
+        UserError: If another process uses the directory, or the lock file cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -152,12 +148,12 @@ def sole_use(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("Another process uses %s: waiting %g s for it to end.", directory, timeout_s)
+            logger.info("Waiting up to %g s for another process that uses %s.", timeout_s, directory)
             lock.acquire(timeout=timeout_s)
     except Timeout as error:
-        raise UserError(f"{directory}: another run is writing there. Wait for it to end, or {instead}.") from error
+        raise UserError(f"{directory}: another run is writing there. Wait until it ends, or {instead}.") from error
     except OSError as error:
-        raise UserError(f"{directory} cannot be written to ({error.strerror}). Make it writable.") from error
+        raise UserError(f"{directory}: cannot be written to ({error.strerror}). Make it writable.") from error
     try:
         yield
     finally:
@@ -166,38 +162,40 @@ def sole_use(
 
 @contextlib.contextmanager
 def explain_failed_writes(
-    path: str | os.PathLike[str], what: str, *also: type[Exception], then: str = "go on with --ckpt_path last"
+    path: str | os.PathLike[str],
+    what: str,
+    *also: type[Exception],
+    then: str = "resume the run with --ckpt_path last",
 ) -> Iterator[None]:
-    """Turn what the file system refuses to a run into what the user can do about it.
+    """Turn file system errors into an error message with a remedy.
 
     Args:
-        path: What is being written.
-        what: What it is, in words.
-        also: Exceptions beside OSError by which a library says that it could not write.
-        then: What to do once the cause is mended.
+        path: The file or directory being written.
+        what: Its description, as the subject of a sentence.
+        also: Exceptions other than OSError by which a library reports a failed write.
+        then: What to do once the cause is fixed, as the end of a sentence.
 
     Raises:
-        UserError: If the disk is full, or the directory is gone or cannot be written to.
+        UserError: If the disk is full, or the directory was removed or is not writable.
     """
-    refusals: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
-    except refusals as error:
-        code = _error_number(error)
+    except (OSError, *also) as error:
+        code = _errno_of(error)
         if code == errno.ENOENT:
             raise UserError(
-                f"{path}: {what} could not be written, its directory was removed while the run went on. "
-                "Start the run again, without --ckpt_path."
+                f"{path}: {what} could not be written because the directory was removed during the run. Start the run "
+                "again without --ckpt_path."
             ) from error
         cause = os.strerror(code) if code is not None else " ".join(str(error).split())
-        cure = "Free space" if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Make the directory writable"
+        remedy = "Free space" if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Make the directory writable"
         raise UserError(
-            f"{path}: {what} could not be written ({cause}). What was there before is untouched. {cure}, then {then}."
+            f"{path}: {what} could not be written ({cause}). Earlier files are intact. {remedy}, then {then}."
         ) from error
 
 
-def _error_number(error: BaseException | None) -> int | None:
-    """The system's number of what went wrong; libraries not written in Python hide it in their message."""
+def _errno_of(error: BaseException | None) -> int | None:
+    """Return the error number of a failed system call; libraries written in Rust state it in their message only."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -208,21 +206,28 @@ def _error_number(error: BaseException | None) -> int | None:
 
 
 def recover_directory(path: str | os.PathLike[str]) -> None:
-    """Bring back a directory whose replacement was killed between two renames.
-
-    Only a file system that cannot exchange two directories in one step leaves such a state.
-    """
+    """Restore the old directory if a kill interrupted its replacement before the new one was in place."""
     path = Path(path)
-    if path.exists():  # as "." and "/" do, which have no name that the old one could be called by
+    if path.exists():  # also true for "." and "/", which have no name to derive the old path from
         return
-    old = path.with_name(f".{path.name}{_OLD_SUFFIX}")
-    if old.exists():
-        os.rename(old, path)
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+        os.rename(_old_path(path), path)
 
 
 def remove_leftovers(directory: str | os.PathLike[str], name: str) -> None:
-    """Remove the temporary files and directories of ``name`` that killed writers left in ``directory``."""
-    for leftover in Path(directory).glob(f".{name}.*.tmp"):
+    """Clean up after writers of ``name`` that were killed.
+
+    Restores a directory whose replacement was interrupted, and removes temporary files and directories.
+
+    Args:
+        directory: Directory that holds the leftovers.
+        name: Name of the file or directory that was being written; may be a glob pattern.
+    """
+    directory = Path(directory)
+    for old in directory.glob(f".{name}{_OLD_SUFFIX}"):
+        recover_directory(directory / old.name.removeprefix(".").removesuffix(_OLD_SUFFIX))
+        shutil.rmtree(old, ignore_errors=True)
+    for leftover in directory.glob(f".{name}.*.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -230,8 +235,46 @@ def remove_leftovers(directory: str | os.PathLike[str], name: str) -> None:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Flush a directory's entries, so that a rename outlives a power cut."""
+    """Flush the entries of a directory to disk, so that a rename survives a power failure."""
     _sync(Path(path))
+
+
+def file_sha256(*paths: Path) -> str:
+    """Return the SHA-256 of the concatenated contents of files, like ``cat FILES | sha256sum``."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Swap ``new`` and ``path``; without a directory at ``path``, rename ``new`` to it.
+
+    POSIX cannot rename onto a directory that is not empty, so the old one is renamed first. A kill between the two
+    renames leaves it under that name, from which ``recover_directory`` restores it.
+    """
+    old = _old_path(path)
+    while True:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+            break
+        except OSError as error:
+            # A reader called recover_directory between the two renames.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    sync_directory(path.parent)
+    # Only a whole directory may have the old name, from which it could be restored.
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(old, new)
+
+
+def _old_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_OLD_SUFFIX}")
 
 
 def _sync(path: Path) -> None:
@@ -244,34 +287,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _exchange(new: Path, current: Path) -> None:
-    """Swap two directories; in one step where the system can, else in two that ``recover_directory`` can mend."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if hasattr(libc, "renameat2"):
-            names = os.fsencode(new), os.fsencode(current)
-            if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-                return
-            if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise OSError(code, os.strerror(code), str(current))
-    old = current.with_name(f".{current.name}{_OLD_SUFFIX}")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(current, old)
-    os.rename(new, current)
-    os.rename(old, new)
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def file_sha256(*paths: Path) -> str:
-    """The sha256 of the files' bytes, one file after the other, as ``cat FILES | sha256sum`` gives it."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,23 +15,23 @@ from snake_lora_pl import durable
 from snake_lora_pl.durable import directory_durably, open_durably, recover_directory, remove_leftovers
 
 
-def test_a_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
+def test_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with open_durably(path, "w", encoding="utf-8") as file:
         file.write("content")
         assert not path.exists()
     assert path.read_text() == "content"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert names_in(path.parent) == ["file.txt"]
 
 
-def test_an_exception_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_exception_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(KeyError), open_durably(path, "w", encoding="utf-8") as file:
         file.write("half")
         raise KeyError
     assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+    assert names_in(tmp_path) == ["file.txt"]
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
@@ -46,57 +48,97 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "directory" / "inside").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.fixture(params=["one step", "two renames"])
-def _exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "two renames":
-        monkeypatch.setattr(sys, "platform", "elsewhere")
+def write_directory(path: Path, content: str) -> None:
+    with directory_durably(path) as directory:
+        (directory / content).write_text(content)
 
 
-@pytest.mark.usefixtures("_exchange")
-def test_a_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "directory"
     for content in ("first", "second"):
-        with directory_durably(path) as directory:
-            (directory / content).write_text(content)
-    assert [p.name for p in path.iterdir()] == ["second"]
-    assert [p.name for p in tmp_path.iterdir()] == ["directory"]
+        write_directory(path, content)
+        assert names_in(path) == [content]
+        assert names_in(tmp_path) == ["directory"]
 
 
-@pytest.mark.usefixtures("_exchange")
-def test_an_exception_keeps_the_old_directory(tmp_path: Path) -> None:
+def test_exception_keeps_the_old_directory(tmp_path: Path) -> None:
     path = tmp_path / "directory"
-    with directory_durably(path) as directory:
-        (directory / "good").write_text("")
+    write_directory(path, "good")
     with pytest.raises(KeyError), directory_durably(path) as directory:
         (directory / "bad").write_text("")
         raise KeyError
-    assert [p.name for p in path.iterdir()] == ["good"]
-    assert [p.name for p in tmp_path.iterdir()] == ["directory"]
+    assert names_in(path) == ["good"]
+    assert names_in(tmp_path) == ["directory"]
 
 
-def test_a_directory_killed_between_two_renames_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def replace_in_a_process_killed_before(step: int, path: Path) -> int:
+    """Replace a directory in a child process that is killed before a rename or removal; return its exit code."""
+    script = f"""
+        import os, shutil, signal
+        from pathlib import Path
+        from snake_lora_pl.durable import directory_durably
+        num_calls = 0
+        def killing(function):
+            def call(*args, **kwargs):
+                global num_calls
+                num_calls += 1
+                if num_calls > {step}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+            return call
+        os.rename, os.rmdir, os.unlink = map(killing, (os.rename, os.rmdir, os.unlink))
+        with directory_durably({str(path)!r}) as directory:
+            (directory / "new").write_text("new")
+    """
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False).returncode
+
+
+@pytest.mark.parametrize("clean_up", [recover_directory, lambda path: remove_leftovers(path.parent, path.name)])
+def test_kill_before_any_rename_or_removal_leaves_a_whole_directory(
+    clean_up: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    found = []
+    for step in range(10):
+        path = tmp_path / str(step) / "directory"
+        write_directory(path, "old")
+        if replace_in_a_process_killed_before(step, path) == 0:
+            break
+        clean_up(path)
+        found += names_in(path)
+        write_directory(path, "last")
+        remove_leftovers(path.parent, path.name)
+        assert names_in(path.parent) == ["directory"]
+    # Killed before the renames of the old and the new directory, and before the clean-up.
+    assert found == ["old", "old", "new", "new", "new"]
+
+
+def test_reader_that_restores_the_old_directory_does_not_stop_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "directory"
-    with directory_durably(path) as directory:
-        (directory / "good").write_text("")
-    monkeypatch.setattr(sys, "platform", "elsewhere")
-    rename, calls = os.rename, []
+    write_directory(path, "old")
+    rename, num_calls = os.rename, 0
 
-    def die_at_the_second(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == 2:
-            raise SystemExit
+    def rename_after_a_reader(source: Path, target: Path) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            monkeypatch.setattr(durable.os, "rename", rename)
+            recover_directory(path)
+            assert names_in(path) == ["old"]
         rename(source, target)
 
-    monkeypatch.setattr(durable.os, "rename", die_at_the_second)
-    with pytest.raises(SystemExit), directory_durably(path) as directory:
-        (directory / "new").write_text("")
-    monkeypatch.setattr(durable.os, "rename", rename)
-    assert not path.exists()
-    recover_directory(path)
-    assert [p.name for p in path.iterdir()] == ["good"]
+    monkeypatch.setattr(durable.os, "rename", rename_after_a_reader)
+    write_directory(path, "new")
+    assert names_in(path) == ["new"]
+    assert names_in(tmp_path) == ["directory"]
 
 
-def test_a_kill_leaves_the_old_content_and_leftovers_that_can_be_removed(tmp_path: Path) -> None:
+def test_kill_leaves_the_old_file_and_leftovers_that_can_be_removed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     script = f"""
@@ -110,6 +152,6 @@ def test_a_kill_leaves_the_old_content_and_leftovers_that_can_be_removed(tmp_pat
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert result.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(names_in(tmp_path)) == 2
     remove_leftovers(tmp_path, "file")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert names_in(tmp_path) == ["file"]

@@ -60,6 +60,6 @@ def test_a_directory_deleted_under_the_run_is_one_line_and_not_made_again(tmp_pa
     log(logger, {"a": 1.0})
     os.unlink(directory / "metrics.csv")
     directory.rmdir()
-    with pytest.raises(UserError, match=r"metrics.csv: the metrics could not be written, its directory was removed"):
+    with pytest.raises(UserError, match=r"metrics\.csv: .*directory was removed"):
         log(logger, {"b" if new_column else "a": 1.0})
     assert not directory.exists()

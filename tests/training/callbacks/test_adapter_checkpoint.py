@@ -210,7 +210,7 @@ def test_a_failed_write_keeps_the_last_good_adapter(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "model_card", disk_full)
-    with pytest.raises(UserError, match="No space left on device.*What was there before is untouched"):
+    with pytest.raises(UserError, match="No space left on device"):
         fit(make_module(), tmp_path, make_checkpoint(tmp_path, monitor=None))
     monkeypatch.undo()
     assert store.verify(checkpoint.adapter_dir) == good
