@@ -1,19 +1,19 @@
-"""A registry of kinds that is left as it was found."""
+"""A context that restores the registry of adapter types."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from snake_lora_pl.adapters import registry as kinds
+from snake_lora_pl.adapters import registry
 
 
 @contextlib.contextmanager
 def restored_registry() -> Iterator[None]:
-    """Undo what was registered inside."""
-    before = dict(kinds._KINDS)
+    """Remove on exit whatever was registered inside the context."""
+    before = dict(registry._ADAPTER_TYPES)
     try:
         yield
     finally:
-        kinds._KINDS.clear()
-        kinds._KINDS.update(before)
+        registry._ADAPTER_TYPES.clear()
+        registry._ADAPTER_TYPES.update(before)

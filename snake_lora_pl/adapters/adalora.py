@@ -13,7 +13,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.adapters.adapter_type import AdapterKind
+from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.targets import resolve_target_modules
 from snake_lora_pl.errors import UserError
@@ -51,7 +51,7 @@ def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     return get_peft_model(base_model, peft_config)
 
 
-class AdaLoRA(AdapterKind):
+class AdaLoRA(AdapterType):
     """LoRA with a budget of ranks that is shared out by importance.
 
     An adapter that was trained before and is trained on keeps the ranks it has.

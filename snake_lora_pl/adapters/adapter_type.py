@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     AdapterBuilder = Callable[[PreTrainedModel, LoRAConfig], PeftModel]
 
 
-class AdapterKind:
+class AdapterType:
     """One kind of adapter; every hook does nothing until a subclass says otherwise.
 
     A kind holds no state of a run: one object serves every model. What must outlive a step lies in the PEFT model, and

@@ -6,8 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.adapters import registry as kinds
-from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters import registry, store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.targets import check_carries_none
 from snake_lora_pl.models.base_model import BaseModelSpec
@@ -26,9 +25,9 @@ class AdapterFactory:
         >>> AdapterFactory.create("lora", "smollm2-135m", LoRAConfig(rank=8))  # doctest: +SKIP
     """
 
-    register = staticmethod(kinds.register)
-    registered = staticmethod(kinds.registered)
-    kind = staticmethod(kinds.kind_of)
+    register = staticmethod(registry.register)
+    registered = staticmethod(registry.registered)
+    get_adapter_type = staticmethod(registry.get_adapter_type)
 
     @classmethod
     def create(
@@ -53,12 +52,12 @@ class AdapterFactory:
             UserError: If the kind is unknown (the message lists the known ones), the config does not fit the model, or
                 the model carries an adapter already.
         """
-        kind = cls.kind(adapter_type)
-        kind.check(adapter_type, config)
+        hooks = registry.get_adapter_type(adapter_type)
+        hooks.check(adapter_type, config)
         if isinstance(base_model, str | BaseModelSpec):
-            base_model = kind.load_base(base_model, config, **load_options)
+            base_model = hooks.load_base(base_model, config, **load_options)
         check_carries_none(base_model)
-        model = kind.build(base_model, config)
+        model = hooks.build(base_model, config)
         trainable, total = model.get_nb_trainable_parameters()
         logger.info("%s adapter: %s of %s parameters trained (%.2f%%)", adapter_type, f"{trainable:,}", f"{total:,}",
                     100 * trainable / total)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from snake_lora_pl.adapters.adapter_type import AdapterKind
+from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.initialization import start_from_base
 from snake_lora_pl.adapters.targets import check_layer_patterns, resolve_target_modules
@@ -45,7 +45,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     return model
 
 
-class LoRA(AdapterKind):
+class LoRA(AdapterType):
     """Two low-rank factors beside each chosen layer of a frozen base."""
 
     ignored_settings = ("quantization", "adalora")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.adapters.adapter_type import AdapterKind
+from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.lora import build_lora
 from snake_lora_pl.errors import UserError
@@ -80,7 +80,7 @@ def dequantize_base(base_model: PreTrainedModel, dtype: torch.dtype | None = Non
     return base_model.dequantize(dtype=dtype).to(dtype)
 
 
-class QLoRA(AdapterKind):
+class QLoRA(AdapterType):
     """LoRA whose base is quantized while it loads."""
 
     ignored_settings = ("adalora",)

@@ -1,52 +1,51 @@
-"""The kinds of adapter that there are, by name."""
+"""The registered adapter types, by name."""
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
 from snake_lora_pl.adapters.adalora import AdaLoRA
-from snake_lora_pl.adapters.adapter_type import AdapterKind
+from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.lora import LoRA
 from snake_lora_pl.adapters.qlora import QLoRA
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from snake_lora_pl.adapters.adapter_type import AdapterBuilder
 
-_KINDS: dict[str, AdapterKind] = {"lora": LoRA(), "qlora": QLoRA(), "adalora": AdaLoRA()}
+_ADAPTER_TYPES: dict[str, AdapterType] = {"lora": LoRA(), "qlora": QLoRA(), "adalora": AdaLoRA()}
 
 
-def register(adapter_type: str, kind: AdapterKind | AdapterBuilder) -> None:
-    """Add a kind of adapter.
+def register(name: str, adapter_type: AdapterType | AdapterBuilder) -> None:
+    """Add an adapter type.
 
     Args:
-        adapter_type: The name that ``model.adapter_type`` takes.
-        kind: Puts the adapter on a loaded base model and returns the PEFT model; an ``AdapterKind`` where its
-            training differs from LoRA's.
+        name: The value of ``model.adapter_type`` that selects it.
+        adapter_type: A function that adds the adapter to a loaded base model and returns the PEFT model; an
+            ``AdapterType`` where training or saving differs from LoRA.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is already registered.
     """
-    if adapter_type in _KINDS:
-        raise ValueError(f"Adapter type '{adapter_type}' is registered already.")
-    _KINDS[adapter_type] = kind if isinstance(kind, AdapterKind) else AdapterKind(kind)
+    if name in _ADAPTER_TYPES:
+        raise ValueError(f"Adapter type '{name}' is already registered.")
+    _ADAPTER_TYPES[name] = adapter_type if isinstance(adapter_type, AdapterType) else AdapterType(adapter_type)
 
 
 def registered() -> list[str]:
-    """Names of the kinds there are, sorted."""
-    return sorted(_KINDS)
+    """Return the names of the registered adapter types, sorted."""
+    return sorted(_ADAPTER_TYPES)
 
 
-def kind_of(adapter_type: str) -> AdapterKind:
-    """The kind of a name.
+def get_adapter_type(name: str) -> AdapterType:
+    """Return the adapter type registered under a name.
 
     Raises:
-        UserError: If there is none; the message lists those there are.
+        UserError: If there is none; the message lists the known names.
     """
-    if adapter_type not in _KINDS:
+    if name not in _ADAPTER_TYPES:
         known = registered()
-        near = difflib.get_close_matches(adapter_type, known, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"model.adapter_type: unknown type '{adapter_type}'. Known: {', '.join(known)}.{hint}")
-    return _KINDS[adapter_type]
+        raise UserError(
+            f"model.adapter_type: unknown type '{name}'. Known: {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+    return _ADAPTER_TYPES[name]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number, parse_metadata
 from snake_lora_pl.adapters.patterns import problem_with_pattern
-from snake_lora_pl.adapters.registry import kind_of, registered
+from snake_lora_pl.adapters.registry import get_adapter_type, registered
 from snake_lora_pl.adapters.targets import check_carries_none
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably, recover_directory
 from snake_lora_pl.errors import UserError, one_line
@@ -86,9 +86,9 @@ def save(
     Returns:
         ``adapter_dir`` as a path.
     """
-    kind = kind_of(metadata.adapter_type)
+    hooks = get_adapter_type(metadata.adapter_type)
     config_in_memory = model.peft_config["default"]
-    config, weights = kind.saved_form(model, model.state_dict() if state_dict is None else state_dict)
+    config, weights = hooks.saved_form(model, model.state_dict() if state_dict is None else state_dict)
     with directory_durably(adapter_dir) as directory:
         model.peft_config["default"] = config
         try:
@@ -181,7 +181,7 @@ def verify(adapter_dir: str | os.PathLike[str]) -> AdapterMetadata:
     """
     directory = Path(adapter_dir)
     metadata = read_metadata(directory)
-    _check_kind(metadata, directory)
+    _check_adapter_type(metadata, directory)
     _refuse_code(directory)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (directory / name).is_file():
@@ -242,7 +242,7 @@ def _stored_adapter(directory: Path) -> StoredAdapter:
     return StoredAdapter(directory, metadata, weights.stat().st_size if weights.is_file() else 0, problem)
 
 
-def _check_kind(metadata: AdapterMetadata, directory: Path) -> None:
+def _check_adapter_type(metadata: AdapterMetadata, directory: Path) -> None:
     if metadata.adapter_type not in registered():
         raise UserError(
             f"{directory / METADATA_FILE}: adapter_type is '{metadata.adapter_type}', which is not registered here "

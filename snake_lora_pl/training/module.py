@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 
 from snake_lora_pl.adapters import store
-from snake_lora_pl.adapters.adapter_type import AdapterKind, adapter_tensors
+from snake_lora_pl.adapters.adapter_type import AdapterType, adapter_tensors
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.collectives import gather_objects
@@ -68,8 +68,8 @@ class LoRALightningModule(pl.LightningModule):
 
     Args:
         base_model: Short name, local directory or hub id of the model underneath.
-        adapter_type: Kind of adapter, as registered in ``AdapterFactory``.
-        lora: Rank, scale, dropout and layers of the adapter, and what its kind needs beside.
+        adapter_type: Adapter type, as registered in ``AdapterFactory``.
+        lora: Rank, scale, dropout and layers of the adapter, and what its adapter type needs.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay of AdamW on the adapter's parameters.
         betas: Decay rates of AdamW's two moments.
@@ -126,7 +126,7 @@ class LoRALightningModule(pl.LightningModule):
         super().__init__()
         _check_settings(learning_rate, weight_decay, warmup_steps, final_learning_rate_fraction, adapter_type, betas,
                         max_new_tokens=max_new_tokens, loss_chunk_tokens=loss_chunk_tokens)  # fmt: skip
-        AdapterFactory.kind(adapter_type).check(adapter_type, lora)
+        AdapterFactory.get_adapter_type(adapter_type).check(adapter_type, lora)
         self.base_model = base_model
         self.adapter_type = adapter_type
         self.lora = lora
@@ -156,7 +156,7 @@ class LoRALightningModule(pl.LightningModule):
         self.val_exact_match = MeanMetric()
         # Adapter checkpoints hold no base weights; on_load_checkpoint checks that every adapter key is there.
         self.strict_loading = False
-        self._kind_state: dict[str, Any] | None = None
+        self._adapter_state: dict[str, Any] | None = None
         self.watch = StepWatch(on_nonfinite)
         self._bad_val_rows: list[str] = []
 
@@ -185,7 +185,7 @@ class LoRALightningModule(pl.LightningModule):
             )
             if self._trainer is not None and self._trainer.state.fn == "fit":
                 logger.info(
-                    "Training on from the %s adapter of step %d in %s: kind, ranks and layers stay as they are, "
+                    "Training on from the %s adapter of step %d in %s: type, ranks and layers are read from it, "
                     "whatever model.adapter_type and model.lora say",
                     metadata.adapter_type, metadata.step, self.adapter_path,
                 )  # fmt: skip
@@ -270,8 +270,8 @@ class LoRALightningModule(pl.LightningModule):
         self._fused = self._fuse()
 
     @property
-    def _kind(self) -> AdapterKind:
-        return AdapterFactory.kind(self.adapter_type)
+    def _adapter_hooks(self) -> AdapterType:
+        return AdapterFactory.get_adapter_type(self.adapter_type)
 
     @property
     def _root_device(self) -> torch.device | None:
@@ -429,8 +429,8 @@ class LoRALightningModule(pl.LightningModule):
             self.log("train/skipped_steps", float(self.watch.num_skipped), batch_size=1)
 
     def _add_regularizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradient of the kind's own term; it is the same on all ranks, which no longer exchange gradients."""
-        term = self._kind.regularizer(self.peft_model)
+        """Add the gradient of the regularizer, which is the same on all ranks (gradients are no longer exchanged)."""
+        term = self._adapter_hooks.regularizer(self.peft_model)
         if term is None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -439,13 +439,13 @@ class LoRALightningModule(pl.LightningModule):
         self.log("train/regularizer", term.detach(), batch_size=1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the kind do its work of each step: before anything is saved, while gradients are there."""
+        """Step, then run the adapter type's per-step work: before anything is saved, while gradients are there."""
         super().optimizer_step(*args, **kwargs)
         if self.watch.num_skipped_in_a_row:
             for parameter in (p for p in self.parameters() if p.requires_grad):
                 parameter.grad = torch.zeros_like(parameter)
         # The trainer counts the step when this has returned.
-        figures = self._kind.after_step(self.peft_model, self.trainer.global_step + 1)
+        figures = self._adapter_hooks.after_step(self.peft_model, self.trainer.global_step + 1)
         self.log_dict(figures, batch_size=1)
 
     def on_fit_start(self) -> None:
@@ -455,12 +455,12 @@ class LoRALightningModule(pl.LightningModule):
             give_back_freed_memory() if self.gradient_checkpointing else keep_freed_memory()
 
     def on_train_start(self) -> None:
-        """Drop what an interrupted step left behind; take up the kind's state."""
+        """Drop what an interrupted step left behind; restore the adapter type's state."""
         self.watch.clear()
-        if self._kind_state is not None:
+        if self._adapter_state is not None:
             with explain_damage(self.trainer.ckpt_path):
-                self._kind.load_state(self.peft_model, self._kind_state)
-            self._kind_state = None
+                self._adapter_hooks.load_state(self.peft_model, self._adapter_state)
+            self._adapter_state = None
             self._settle_optimizer()
 
     def _settle_optimizer(self) -> None:
@@ -489,8 +489,8 @@ class LoRALightningModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
-        """Let the kind say what a run that was cut leaves undone."""
-        self._kind.end(self.peft_model, self.trainer.global_step)
+        """Let the adapter type report what an interrupted run did not finish."""
+        self._adapter_hooks.end(self.peft_model, self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the adapter's parameters; linear warm-up, then a cosine."""
@@ -503,7 +503,7 @@ class LoRALightningModule(pl.LightningModule):
         is_length_known = math.isfinite(total_steps) and (timer is None or self.trainer.max_steps != -1)
         # A rehearsal is the beginning of a run of any length.
         planned_steps = _REHEARSED_STEPS if self.trainer.fast_dev_run else total_steps  # type: ignore[attr-defined]
-        self._kind.start(self.peft_model, self.lora, int(planned_steps) if is_length_known else None)
+        self._adapter_hooks.start(self.peft_model, self.lora, int(planned_steps) if is_length_known else None)
         optimizer = self._optimizer()
 
         def factor(step: int) -> float:
@@ -518,7 +518,7 @@ class LoRALightningModule(pl.LightningModule):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer_class, options = self._kind.optimizer_class(parameters)
+        optimizer_class, options = self._adapter_hooks.optimizer_class(parameters)
         options = {"lr": self.learning_rate, "betas": self.betas, **options}
         if self.lora.loraplus_lr_ratio == 1:
             return optimizer_class(parameters, weight_decay=self.weight_decay, **options)
@@ -691,7 +691,7 @@ class LoRALightningModule(pl.LightningModule):
         """Keep the adapter's weights and state only: every checkpoint of this module is a few megabytes."""
         keys = self._adapter_tensors().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
-        checkpoint["adapter_state"] = self._kind.state(self.peft_model)
+        checkpoint["adapter_state"] = self._adapter_hooks.state(self.peft_model)
         if self.trainer.is_global_zero:  # which alone writes
             checkpoint["adapter_identity"] = self._identity()
         checkpoint["step_watch"] = self.watch.state_dict()
@@ -713,7 +713,7 @@ class LoRALightningModule(pl.LightningModule):
             )
         if "adapter_identity" in checkpoint:  # not in one that was written before there was any
             self._check_identity(checkpoint["adapter_identity"])
-        self._kind_state = checkpoint.get("adapter_state")
+        self._adapter_state = checkpoint.get("adapter_state")
         if "step_watch" in checkpoint:
             self.watch.load_state_dict(checkpoint["step_watch"])
 

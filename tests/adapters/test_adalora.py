@@ -77,10 +77,10 @@ def test_the_orthogonal_term_is_the_one_that_peft_adds_to_a_loss_of_its_own(make
     module = make(orthogonal_weight=0.7)
     module.configure_model()
     model = module.peft_model
-    module._kind.start(model, module.lora, 12)
+    module._adapter_hooks.start(model, module.lora, 12)
     peft_loss = model(input_ids=IDS, labels=IDS).loss
     plain_loss = model.get_base_model()(input_ids=IDS, labels=IDS).loss
-    term = module._kind.regularizer(model)
+    term = module._adapter_hooks.regularizer(model)
     torch.testing.assert_close(term, peft_loss - plain_loss, rtol=1e-4, atol=1e-5)
     assert term > 0.1
 
@@ -99,7 +99,7 @@ def test_a_step_is_that_of_the_mean_loss_plus_the_term_however_the_rows_are_cut(
     batch = collate(ROWS)
     out = module.peft_model.get_base_model()(input_ids=batch["input_ids"])
     loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    term = module._kind.regularizer(module.peft_model)
+    term = module._adapter_hooks.regularizer(module.peft_model)
     wanted = dict(zip(named, torch.autograd.grad(loss + term, named.values()), strict=True))
 
     class Compare(pl.Callback):
@@ -178,7 +178,7 @@ def test_a_resumed_run_goes_on_with_the_scores_that_it_had(make, tmp_path: Path)
     resumed = make(**schedule)
     last = tmp_path / "stopped" / "run" / "checkpoints" / "last.ckpt"
     fit(resumed, tmp_path / "stopped", Watch(7), ckpt_path=last)
-    ours, theirs = (module._kind.state(module.peft_model) for module in (straight, resumed))
+    ours, theirs = (module._adapter_hooks.state(module.peft_model) for module in (straight, resumed))
     assert ours["schedule"] == theirs["schedule"]
     assert ours["rank_pattern"] == theirs["rank_pattern"]
     assert ours["scores"].keys() == {"ipt", "exp_avg_ipt", "exp_avg_unc"}
@@ -248,7 +248,7 @@ def test_training_on_from_a_finished_adapter_keeps_its_ranks(
     with caplog.at_level("INFO", logger="snake_lora_pl"):
         fit(make(adapter_path=str(first_dir)), tmp_path / "third", max_steps=1)
     assert any(
-        f"Training on from the adalora adapter of step 12 in {first_dir}: kind, ranks" in m for m in caplog.messages
+        f"Training on from the adalora adapter of step 12 in {first_dir}: type, ranks" in m for m in caplog.messages
     )
     after = singular_values(second.peft_model)
     assert [len(v) for v in after] == [len(v) for v in before]
@@ -293,7 +293,7 @@ def test_a_run_too_short_for_its_phases_is_refused_and_what_fits_is_said(
     module = make(**adalora)
     module.configure_model()
     with pytest.raises(UserError, match=message):
-        module._kind.start(module.peft_model, module.lora, steps)
+        module._adapter_hooks.start(module.peft_model, module.lora, steps)
 
 
 def test_the_length_of_the_run_comes_from_the_trainer(make, tmp_path: Path) -> None:
