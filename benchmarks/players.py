@@ -53,7 +53,7 @@ def play(teacher: str, num_games: int, max_steps_without_apple: int, *, upstream
         game = Game(GRID_SIZE, seed, max_steps_without_apple=max_steps_without_apple, upstream_rules=upstream_rules)
         player = get_teacher(teacher, seed)
         while game.end is None:
-            game.play(player(game.board) or game.board.doomed_move())
+            game.play(player(game.board) or game.board.fallback_move())
         games.append(game)
     return Result(
         [game.num_apples for game in games],

@@ -81,7 +81,7 @@ class PlayedGame:
 
 def decision_frames(recording: Recording) -> tuple[Frame, ...]:
     """The positions that a move was asked for: all, but for the last one of a game that outlived its last move."""
-    return recording.frames if recording.is_death else recording.frames[:-1]
+    return recording.frames if recording.ended_by_illegal_move else recording.frames[:-1]
 
 
 def play_games(
@@ -187,7 +187,7 @@ def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterat
     """
     frames = decision_frames(recording)
     for index, (board, move, words) in enumerate(frames):
-        ended_in_death = recording.is_death and index == len(frames) - 1
+        ended_in_death = recording.ended_by_illegal_move and index == len(frames) - 1
         (answer,) = judge.answer([board], [seed])
         assert answer.move is not None
         yield Judgment(

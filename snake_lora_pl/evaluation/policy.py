@@ -74,5 +74,5 @@ class TeacherPolicy:
             if seed not in self._teachers:
                 self._teachers[seed] = self._make_teacher(seed)
             move = self._teachers[seed](board)
-            answers.append(Answer(board.doomed_move() if move is None else move, ""))
+            answers.append(Answer(board.fallback_move() if move is None else move, ""))
         return answers

@@ -84,7 +84,7 @@ class GameSummary(NamedTuple):
             num_steps=game.num_steps,
             num_moves=len(judged),
             num_fatal=num_fatal,
-            num_trapped=int(game.recording.is_death) - num_fatal,
+            num_trapped=int(game.recording.ended_by_illegal_move) - num_fatal,
             num_unparseable=sum(judgment.is_unparseable for judgment in game.judgments),
             num_as_teacher=sum(move is judgment.teacher_move for move, judgment in judged),
             num_with_path=sum(bool(judgment.optimal_moves) for judgment in game.judgments),

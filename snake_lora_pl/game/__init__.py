@@ -1,4 +1,7 @@
-"""Snake itself: rules, players that search, and the text of boards and moves. Imports the standard library alone."""
+"""Snake: rules, path-finding teachers, and the text formats of prompts and completions.
+
+The package imports only the standard library. Rich and Pillow are imported when a replay is rendered.
+"""
 
 from snake_lora_pl.game.board import Board, Cell, End, Move
 from snake_lora_pl.game.game import Game

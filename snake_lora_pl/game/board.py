@@ -1,4 +1,7 @@
-"""The rules of Snake: positions and what a move makes of them. Knows nothing of players, text or models.
+"""Board positions and the rules of one move.
+
+``Board`` is an immutable position; ``Board.after`` applies a move. A running game, with apples, limits and an end, is
+``game.Game``.
 
 Coordinates: a cell is ``(x, y)`` on a square grid of ``size`` cells a side. ``(0, 0)`` is the bottom-left corner and
 ``(size - 1, size - 1)`` the top-right one; x grows to the right and y grows upwards, so UP is ``y + 1`` and RIGHT is
@@ -16,12 +19,12 @@ from typing import TypeAlias
 Cell: TypeAlias = tuple[int, int]
 
 MIN_GRID_SIZE = 2
-# Searches look at every cell: a prompt that claims a grid of a million a side must not stop whoever reads it.
+# Searches visit every cell. The bound keeps a prompt that claims a grid of a million cells a side from stalling them.
 MAX_GRID_SIZE = 256
 
 
 class Move(Enum):
-    """One step of the head. Members come in board order: UP, RIGHT, DOWN, LEFT."""
+    """One step of the head. The members are in board order: UP, RIGHT, DOWN, LEFT."""
 
     UP = (0, 1)
     RIGHT = (1, 0)
@@ -35,25 +38,25 @@ class Move(Enum):
 
 
 class End(Enum):
-    """Why a game is over."""
+    """Reason why a game ended."""
 
     WALL = "WALL"
     """The head left the grid."""
     SELF = "SELF"
-    """The head ran into the body."""
+    """The head collided with the body."""
     WIN = "WIN"
     """The snake fills the board."""
     STARVED = "STARVED"
-    """Too many steps without an apple."""
+    """The limit of steps without an apple was reached."""
     MAX_STEPS = "MAX_STEPS"
-    """Too many steps altogether."""
+    """The limit of steps was reached."""
     NO_VALID_ANSWER = "NO_VALID_ANSWER"
-    """The player named no move, or the reversal into the neck, which is not a move."""
+    """The player named no move, or reversed into the neck, which is not a move."""
     NO_PATH = "NO_PATH"
-    """Under upstream's rules alone: no path leads to the apple."""
+    """No path leads to the apple. Only under upstream's rules."""
 
 
-# Unpacked once: reading an Enum's attributes in the inner loop costs more than the rules themselves.
+# Unpacked once: attribute access on an Enum costs more than the rest of the inner loop.
 _MOVES_IN_BOARD_ORDER = tuple((move, move.dx, move.dy) for move in Move)
 _MOVE_BY_LETTER = {move.name[0]: move for move in Move}
 _LETTER_BY_STEP = {(move.dx, move.dy): move.name[0] for move in Move}
@@ -62,12 +65,12 @@ _set_field = object.__setattr__
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """One position: a snake and an apple on a grid. Immutable, so boards may be kept, hashed and shared.
+    """One position: a snake and an apple on a grid. Immutable and hashable.
 
     Attributes:
         size: Cells along one side of the grid.
-        body: The snake's cells from head to tail, each beside the one before it.
-        apple: The apple's cell, or None where there is none, as on a full board.
+        body: The snake's cells from head to tail, each adjacent to the one before it.
+        apple: The apple's cell, or None if there is none, as on a full board.
     """
 
     size: int
@@ -75,31 +78,34 @@ class Board:
     apple: Cell | None
 
     def __post_init__(self) -> None:
-        """Check the position.
+        """Validate the position.
 
         Raises:
-            ValueError: If it cannot occur in a game.
+            ValueError: If the position cannot occur in a game.
         """
         if self.size < MIN_GRID_SIZE:
-            raise ValueError(f"a grid has at least {MIN_GRID_SIZE} cells a side (found: {self.size})")
+            raise ValueError(f"a grid must have at least {MIN_GRID_SIZE} cells a side (found: {self.size})")
         if self.size > MAX_GRID_SIZE:
-            raise ValueError(f"a grid has at most {MAX_GRID_SIZE} cells a side (found: {self.size})")
+            raise ValueError(f"a grid must have at most {MAX_GRID_SIZE} cells a side (found: {self.size})")
         if not self.body:
-            raise ValueError("a snake has at least a head (found: an empty body)")
+            raise ValueError("a snake must have at least a head (found: an empty body)")
         for cell in self.body if self.apple is None else (*self.body, self.apple):
             if not self.contains(cell):
-                raise ValueError(f"cell {cell} lies outside the {self.size}x{self.size} grid")
+                raise ValueError(f"cell {cell} is outside the {self.size}x{self.size} grid")
         if len(set(self.body)) != len(self.body):
             raise ValueError(f"the snake overlaps itself: {list(self.body)}")
         if self.apple in self.body:
-            raise ValueError(f"the apple {self.apple} lies under the snake: {list(self.body)}")
+            raise ValueError(f"the apple {self.apple} is on the snake: {list(self.body)}")
         for (x, y), (next_x, next_y) in pairwise(self.body):
             if abs(x - next_x) + abs(y - next_y) != 1:
-                raise ValueError(f"the snake is torn between {(x, y)} and {(next_x, next_y)}: {list(self.body)}")
+                raise ValueError(f"the body has a gap between {(x, y)} and {(next_x, next_y)}: {list(self.body)}")
 
     @classmethod
     def _unchecked(cls, size: int, body: tuple[Cell, ...], apple: Cell | None) -> Board:
-        """A board whose validity follows from the rules; checking it again would halve the speed of a game."""
+        """Return a board without validation, for positions that the rules make valid.
+
+        Validation would halve the speed of a game.
+        """
         board = object.__new__(cls)
         _set_field(board, "size", size)
         _set_field(board, "body", body)
@@ -108,24 +114,24 @@ class Board:
 
     @classmethod
     def from_trail(cls, size: int, head: Cell, trail: str, apple: Cell | None) -> Board:
-        """A board whose body is told by the steps that lead from its head to its tail, as ``trail`` writes them.
+        """Return the board whose body follows ``trail`` from the head to the tail. Inverse of ``Board.trail``.
 
         Raises:
-            ValueError: If a letter stands for no move, or the position cannot occur in a game.
+            ValueError: If a letter is not a move's initial, or the position cannot occur in a game.
         """
         x, y = head
         body = [head]
         for letter in trail:
             move = _MOVE_BY_LETTER.get(letter)
             if move is None:
-                raise ValueError(f"no move begins with {letter!r}")
+                raise ValueError(f"unknown letter {letter!r} in a trail; use U, R, D or L")
             x, y = x + move.dx, y + move.dy
             body.append((x, y))
         return cls(size, tuple(body), apple)
 
     @property
     def trail(self) -> str:
-        """The steps that lead from the head to the tail, a letter each: ``U`` for the next cell above."""
+        """The steps from the head to the tail, one letter each: ``U`` if the next cell is above."""
         return "".join([_LETTER_BY_STEP[x - prev_x, y - prev_y] for (prev_x, prev_y), (x, y) in pairwise(self.body)])
 
     @property
@@ -135,33 +141,33 @@ class Board:
 
     @property
     def length(self) -> int:
-        """Cells of the snake, its head included: one more than the apples eaten."""
+        """Number of the snake's cells, including the head: one more than the number of apples so far."""
         return len(self.body)
 
     def contains(self, cell: Cell) -> bool:
-        """Whether a cell lies inside the grid."""
+        """Return whether a cell is inside the grid."""
         return 0 <= cell[0] < self.size and 0 <= cell[1] < self.size
 
     def target(self, move: Move) -> Cell:
-        """The cell a move leads the head to, inside the grid or not."""
+        """Return the cell that a move leads the head to, inside the grid or not."""
         x, y = self.body[0]
         return x + move.dx, y + move.dy
 
     def free_cells(self) -> list[Cell]:
-        """Cells without snake, the apple's among them, row by row from the bottom-left."""
+        """Return the cells without snake, including the apple's, row by row from the bottom-left."""
         taken = set(self.body)
         return [cell for cell in _cells(self.size) if cell not in taken]
 
     def legal_moves(self) -> list[Move]:
-        """Moves that neither end the game nor reverse into the neck, in board order: UP, RIGHT, DOWN, LEFT.
+        """Return the moves that neither end the game nor reverse into the neck, in board order.
 
-        The tail's cell is free, because the tail leaves it in the same step. It would stay where the snake eats on that
-        move, but no apple lies under the snake.
+        The tail's cell is free because the tail leaves it in the same step. The tail would stay only if the snake ate
+        on that move, but the apple is never on the tail's cell.
         """
         body = self.body
         x, y = body[0]
         size = self.size
-        # A snake of two reverses into its neck, which is also its tail.
+        # For a snake of length 2, the tail is also the neck.
         blocked = body if len(body) == 2 else body[:-1]
         return [
             move
@@ -169,16 +175,16 @@ class Board:
             if 0 <= x + dx < size and 0 <= y + dy < size and (x + dx, y + dy) not in blocked
         ]
 
-    def doomed_move(self) -> Move:
-        """The first move in board order that does not reverse: how a player dies that has no legal move left."""
+    def fallback_move(self) -> Move:
+        """Return the first move in board order that does not reverse: the choice of a player without a legal move."""
         return next(move for move in Move if self.after(move) is not End.NO_VALID_ANSWER)
 
     def after(self, move: Move) -> Board | End:
-        """The position after a move, or the end the move brings.
+        """Apply a move.
 
         Returns:
-            The next board, without an apple where the snake ate it; or ``End.NO_VALID_ANSWER`` for the reversal into
-            the neck, ``End.WALL`` or ``End.SELF``.
+            The next board, without an apple if the snake ate it; or ``End.NO_VALID_ANSWER`` for the reversal into the
+            neck, ``End.WALL`` or ``End.SELF``.
         """
         body = self.body
         target = self.target(move)
@@ -194,10 +200,10 @@ class Board:
         return Board._unchecked(self.size, (target, *rest), self.apple)
 
     def with_apple(self, apple: Cell) -> Board:
-        """The same snake with the apple elsewhere.
+        """Return the same snake with the apple at another cell.
 
         Raises:
-            ValueError: If the cell lies outside the grid or under the snake.
+            ValueError: If the cell is outside the grid or on the snake.
         """
         return Board(self.size, self.body, apple)
 

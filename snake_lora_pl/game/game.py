@@ -1,4 +1,7 @@
-"""A game that runs: positions in turn, apples drawn by a seed, and an end. Knows nothing of players, text or models."""
+"""A running game: successive boards, apples drawn from a seed, and the end.
+
+The rules of a single move are in ``board``.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,19 @@ _STARVATION_BOARDS = 4
 
 
 def starvation_cap(size: int) -> int:
-    """Steps without an apple after which a player is taken to walk in circles: four times the cells of the board.
+    """Return the default limit of steps without an apple: four times the number of cells.
 
-    A cycle through the whole board reaches any apple within as many steps as there are cells.
+    A cycle through the whole board reaches any apple within as many steps as there are cells, so a player that exceeds
+    this limit moves in circles.
     """
     return _STARVATION_BOARDS * size**2
 
 
 class Game:
-    """A running game: a board, the generator that draws its apples, and the counts that may end it.
+    """A running game: the board, the generator that draws its apples, and its counters.
 
-    The same size, seed and moves give the same game. Whoever plays with chance draws from ``rng`` too, so that the seed
-    covers the whole game.
+    The same size, seed and moves give the same game. A player that draws random numbers can use ``rng``, so that the
+    seed covers the whole game.
     """
 
     def __init__(
@@ -38,14 +42,14 @@ class Game:
 
         Args:
             size: Cells along one side of the grid.
-            seed: Seed of the game's generator; not negative, because Python seeds with the absolute value.
+            seed: Seed of the game's generator. Must not be negative: Python seeds with the absolute value.
             max_steps: Steps after which the game ends with MAX_STEPS; None for no limit.
             max_steps_without_apple: Steps without an apple after which the game ends with STARVED; None for no limit.
-                A player that circles would never end without either limit.
-            upstream_rules: Play as the program that wrote the ``heuristics-v0.04`` files. It gives up, here with
-                NO_PATH, as soon as no path leads to the apple with the whole body, tail included, as walls; and it
-                draws the apple before the head has moved, so that it can come to lie under the head, which counts as no
-                path. The board then has no apple.
+                Without either limit, a game of a player that circles never ends.
+            upstream_rules: Follow the program that wrote the ``heuristics-v0.04`` files. It ends the game with NO_PATH
+                as soon as no path leads to the apple, with the whole body including the tail as walls. It also draws
+                the apple before the head moves, so the apple can be under the head; this counts as no path, and the
+                board has no apple.
 
         Raises:
             ValueError: If the size or the seed is out of range.
@@ -64,22 +68,22 @@ class Game:
 
     @property
     def num_apples(self) -> int:
-        """Apples eaten so far."""
+        """Number of apples that the snake ate so far."""
         return self.board.length - 1
 
     def play(self, move: Move | None) -> End | None:
-        """Play one move; None stands for a player that named none.
+        """Play one move; None means that the player named no move.
 
-        The board stays as it was before a move that ends the game in death, so it can be shown.
+        A move that ends the game by a collision leaves the board unchanged, so the last position can be shown.
 
         Returns:
-            Why the game is over now, or None while it goes on.
+            The reason why the game ended, or None if it continues.
 
         Raises:
-            ValueError: If the game was over before.
+            ValueError: If the game had already ended.
         """
         if self.end is not None:
-            raise ValueError(f"the game is over ({self.end.value}); start a new one")
+            raise ValueError(f"the game has ended ({self.end.value}); start a new one")
         outcome = End.NO_VALID_ANSWER if move is None else self.board.after(move)
         if isinstance(outcome, End):
             self.end = outcome
@@ -96,21 +100,23 @@ class Game:
                     outcome = outcome.with_apple(apple)
         self.board = outcome
         if self.end is None:
-            if self.upstream_rules and apple_distance(outcome) is None:
-                self.end = End.NO_PATH
-            elif self.max_steps is not None and self.num_steps >= self.max_steps:
-                self.end = End.MAX_STEPS
-            elif (
-                self.max_steps_without_apple is not None
-                and self.num_steps_without_apple >= self.max_steps_without_apple
-            ):
-                self.end = End.STARVED
+            self.end = self._reached_limit()
         return self.end
 
-    def _draw_apple(self, board: Board) -> Cell:
-        """A free cell, drawn uniformly; under upstream's rules it may be the head's, once the head has moved.
+    def _reached_limit(self) -> End | None:
+        if self.upstream_rules and apple_distance(self.board) is None:
+            return End.NO_PATH
+        if self.max_steps is not None and self.num_steps >= self.max_steps:
+            return End.MAX_STEPS
+        if self.max_steps_without_apple is not None and self.num_steps_without_apple >= self.max_steps_without_apple:
+            return End.STARVED
+        return None
 
-        Python promises the same ``random()`` in every version, and promises that of no other method.
+    def _draw_apple(self, board: Board) -> Cell:
+        """Draw a free cell uniformly; under upstream's rules also the head's cell, once the head has moved.
+
+        Of all methods of ``random.Random``, Python guarantees a stable sequence across versions for ``random()`` only:
+        https://docs.python.org/3/library/random.html#notes-on-reproducibility
         """
         free = board.free_cells()
         if self.upstream_rules and board.length > 1:

@@ -1,8 +1,8 @@
-"""Distances and reachability on a board. Knows the rules and nothing of players.
+"""Breadth-first search on a board: distances, shortest paths and reachable cells.
 
-A set of cells is one integer, a bit for each cell, so that a breadth-first wave over all of them is a few shifts. Bit
-``y * (size + 1) + x`` is cell (x, y). The column ``x == size`` is always wall, so that nothing spills over from one row
-into the next.
+A set of cells is a bitboard: one integer with a bit for each cell, so that one step of a breadth-first search over all
+cells is a few shifts. Bit ``y * (size + 1) + x`` is cell (x, y). The column ``x == size`` is always a wall, so that a
+shift never carries a cell from one row into the next.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from typing import TypeAlias
 from snake_lora_pl.game.board import Board, Cell, Move
 
 Cells: TypeAlias = int
-"""A set of cells as bits."""
+"""A set of cells as a bitboard."""
 
-# The order in which the program behind the ``heuristics-v0.04`` files expands a cell; it decides ties among paths.
+# The order in which the program behind the ``heuristics-v0.04`` files expands a cell. It breaks ties between paths.
 SEARCH_ORDER = (Move.UP, Move.DOWN, Move.LEFT, Move.RIGHT)
 
 
 def cells_of(size: int, cells: Iterable[Cell]) -> Cells:
-    """The set of some different cells of a grid."""
+    """Return the set of the given distinct cells of a grid."""
     return sum(map(_bits(size).__getitem__, cells))
 
 
 @lru_cache(maxsize=16)
 def all_cells(size: int) -> Cells:
-    """The set of every cell of a grid."""
+    """Return the set of all cells of a grid."""
     return sum(_bits(size).values())
 
 
 def free_cells(board: Board) -> Cells:
-    """Cells without snake, the apple's among them."""
+    """Return the cells without snake, including the apple's."""
     return all_cells(board.size) ^ cells_of(board.size, board.body)
 
 
 def step(cells: Cells, move: Move, size: int) -> Cells:
-    """A set of cells moved one step; what left the grid is outside ``all_cells``."""
+    """Shift a set of cells by one step; cells that leave the grid are outside ``all_cells``."""
     by = move.dy * (size + 1) + move.dx
     return cells << by if by > 0 else cells >> -by
 
 
 def waves_from(start: Cells, goal: Cells, free: Cells, size: int) -> list[Cells]:
-    """Breadth-first waves from a set of cells until one touches the goal.
+    """Run a breadth-first search and return its wavefronts up to the first that touches the goal.
 
     Args:
-        start: Where the search starts, free or not; wave 0.
-        goal: Cells to reach, of which those count that are free or where the search starts.
+        start: Cells that the search starts from, free or not; wave 0.
+        goal: Cells to reach; only those that are free or in ``start`` can be.
         free: Cells that may be entered.
         size: Cells along one side of the grid.
 
     Returns:
-        The waves: wave k holds the cells at distance k, and the last one alone touches the goal. Empty where no goal
-        can be reached.
+        The waves: wave k holds the cells at distance k, and only the last one touches the goal. Empty if the goal
+        cannot be reached.
     """
     stride = size + 1
     waves = []
@@ -67,8 +67,8 @@ def waves_from(start: Cells, goal: Cells, free: Cells, size: int) -> list[Cells]
     return []
 
 
-def reaches(start: Cells, goal: Cells, free: Cells, size: int) -> bool:
-    """Whether ``waves_from`` would find the goal; faster, as no waves are kept apart."""
+def is_reachable(start: Cells, goal: Cells, free: Cells, size: int) -> bool:
+    """Return whether ``waves_from`` would find the goal. Faster, because it does not separate the waves."""
     stride = size + 1
     while not start & goal:
         grown = start | (start << stride | start >> stride | start >> 1 | start << 1) & free
@@ -79,7 +79,7 @@ def reaches(start: Cells, goal: Cells, free: Cells, size: int) -> bool:
 
 
 def flood(start: Cells, free: Cells, size: int) -> Cells:
-    """Every free cell that a path through free cells joins to a set of cells, and that set itself."""
+    """Flood fill: return ``start`` and all free cells that are connected to it."""
     stride = size + 1
     while True:
         grown = start | (start << stride | start >> stride | start >> 1 | start << 1) & free
@@ -89,10 +89,12 @@ def flood(start: Cells, free: Cells, size: int) -> Cells:
 
 
 def waves_to_head(board: Board) -> list[Cells]:
-    """Waves from the apple until one touches a neighbor of the head; the whole body, tail included, is wall.
+    """Return the waves from the apple up to the first that touches a neighbor of the head.
+
+    The whole body, including the tail, is a wall.
 
     Returns:
-        As many waves as a shortest path has steps. Empty where there is no apple or no path.
+        As many waves as a shortest path has steps. Empty if there is no apple or no path.
     """
     if board.apple is None:
         return []
@@ -106,12 +108,12 @@ def waves_to_head(board: Board) -> list[Cells]:
 
 
 def apple_distance(board: Board) -> int | None:
-    """Steps on a shortest path to the apple with the whole body as walls; None without a path."""
+    """Return the length of a shortest path to the apple with the whole body as walls; None if there is no path."""
     return len(waves_to_head(board)) or None
 
 
 def shortest_moves(board: Board) -> list[Move]:
-    """Every first move of a shortest path to the apple with the whole body as walls, in ``SEARCH_ORDER``."""
+    """Return every first move of a shortest path to the apple with the body as walls, in ``SEARCH_ORDER``."""
     waves = waves_to_head(board)
     if not waves:
         return []
@@ -121,9 +123,10 @@ def shortest_moves(board: Board) -> list[Move]:
 
 
 def shortest_path(board: Board) -> list[Cell]:
-    """The cells of a shortest path from the head, which is left out, to the apple, with the whole body as walls.
+    """Return the cells of a shortest path to the apple, excluding the head, with the whole body as walls.
 
-    Ties go to the path that comes first when moves are compared in ``SEARCH_ORDER``. Empty without a path.
+    Of several shortest paths, this is the first when their moves are compared in ``SEARCH_ORDER``. Empty if there is no
+    path.
     """
     size = board.size
     bit = _bits(size)[board.head]
@@ -131,7 +134,7 @@ def shortest_path(board: Board) -> list[Cell]:
     path = []
     stride = size + 1
     for wave in reversed(waves_to_head(board)):
-        # In SEARCH_ORDER, written out: this is the inner loop of every player that looks ahead.
+        # SEARCH_ORDER, unrolled: this is the inner loop of every teacher that looks ahead.
         if bit << stride & wave:
             bit, y = bit << stride, y + 1
         elif bit >> stride & wave:
@@ -144,10 +147,10 @@ def shortest_path(board: Board) -> list[Cell]:
     return path
 
 
-def survives_eating(board: Board, path: list[Cell]) -> bool:
-    """Whether the tail can be reached, or the board is full, once the snake has gone a path and eaten at its end.
+def is_safe_to_eat(board: Board, path: list[Cell]) -> bool:
+    """Return whether the snake can reach its tail, or fills the board, after following a path and eating at its end.
 
-    A snake that reaches its tail can follow it, for the tail makes way at every step that eats nothing.
+    A snake that reaches its tail can follow it indefinitely, because the tail advances at every step without an apple.
 
     Args:
         board: The position.
@@ -160,11 +163,11 @@ def survives_eating(board: Board, path: list[Cell]) -> bool:
     bits = _bits(size)
     head, tail = bits[body[0]], bits[body[-1]]
     free = all_cells(size) ^ cells_of(size, body)
-    return reaches(head, tail, free | tail, size)
+    return is_reachable(head, tail, free | tail, size)
 
 
 def tail_distances(board: Board) -> dict[Move, int]:
-    """Steps from the head to the tail after each legal move that leaves the tail within reach, in board order."""
+    """Return the steps from the head to the tail after each legal move that keeps it reachable, in board order."""
     distances = {}
     size = board.size
     for move, (head, tail, free) in _after_moves(board).items():
@@ -174,16 +177,16 @@ def tail_distances(board: Board) -> dict[Move, int]:
     return distances
 
 
-def rooms(board: Board) -> dict[Move, int]:
-    """How many free cells the head can reach after each legal move, in board order; the apple's cell counts."""
+def reachable_space(board: Board) -> dict[Move, int]:
+    """Return the number of free cells, including the apple's, reachable after each legal move, in board order."""
     size = board.size
     return {move: (flood(head, free, size) ^ head).bit_count() for move, (head, _, free) in _after_moves(board).items()}
 
 
 def apple_distances(board: Board) -> dict[Move, int]:
-    """Steps to the apple after each legal move that leaves it within reach, in board order; 0 for the move that eats.
+    """Return the steps to the apple after each legal move that keeps it reachable, in board order.
 
-    The body lies as it does after the move, and all of it is wall.
+    0 for the move that eats the apple. The whole body after the move is a wall.
     """
     if board.apple is None:
         return {}
@@ -198,7 +201,7 @@ def apple_distances(board: Board) -> dict[Move, int]:
 
 
 def _after_moves(board: Board) -> dict[Move, tuple[Cells, Cells, Cells]]:
-    """Head, tail and free cells after each legal move, in board order."""
+    """Return head, tail and free cells after each legal move, in board order."""
     size = board.size
     bits = _bits(size)
     body = board.body
@@ -206,7 +209,7 @@ def _after_moves(board: Board) -> dict[Move, tuple[Cells, Cells, Cells]]:
     before_tail = bits[body[-2]] if len(body) > 1 else None
     apple = 0 if board.apple is None else bits[board.apple]
     free = free_cells(board)
-    # A snake of two reverses into its neck, which is also its tail.
+    # For a snake of length 2, the tail is also the neck.
     enterable = free if len(body) == 2 else free | tail
     after = {}
     for move in Move:

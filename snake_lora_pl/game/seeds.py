@@ -1,48 +1,51 @@
-"""Which game has which seed: no game that a player is judged by was ever in a data set.
+"""Seeds of games: the ranges for data sets and for evaluation are disjoint.
 
-Data set 7 owns the seeds 7,000,000 to 7,999,999, so no two data sets share a game and a row's seed can be read by eye.
-Data sets end at ``FIRST_PLAY_SEED``; from there on the games are for playing, a million to a seed again.
+The data set of seed 7 uses the game seeds 7,000,000 to 7,999,999, so no two data sets share a game and a row's game
+seed shows its data set. Game seeds from ``FIRST_PLAY_SEED`` on are for evaluation, again a million to a seed.
 """
 
 from __future__ import annotations
 
 GAMES_PER_SEED = 1_000_000
 
-# Room for a thousand million data sets; and some thousand million more of games to play fit into a float's 53 bits,
-# which is what readers of JSON elsewhere have for a number.
+# With this bound, all game seeds of data sets and of evaluation fit into the 53 bits of a JSON number.
 NUM_DATA_SEEDS = 10**9
 FIRST_PLAY_SEED = NUM_DATA_SEEDS * GAMES_PER_SEED
 
 
 def data_seed(seed: int, game: int) -> int:
-    """The seed of one game of the data set of a seed.
-
-    Raises:
-        ValueError: If the seed or the number of the game is out of range.
-    """
-    if not 0 <= seed < NUM_DATA_SEEDS:
-        raise ValueError(f"seed must lie between 0 and {NUM_DATA_SEEDS - 1:,} (found: {seed})")
-    return _seed(seed, game)
-
-
-def play_seeds(num_games: int, seed: int = 0) -> list[int]:
-    """The seeds of games to judge players by; no data set has any of them.
+    """Return the seed of one game of a data set.
 
     Args:
-        num_games: How many; a longer list begins with the shorter one.
-        seed: Which list, for other games.
+        seed: Seed of the data set.
+        game: Index of the game in the data set.
 
     Raises:
         ValueError: If a value is out of range.
     """
-    if not 1 <= num_games <= GAMES_PER_SEED:
-        raise ValueError(f"the number of games must lie between 1 and {GAMES_PER_SEED:,} (found: {num_games})")
-    if not 0 <= seed < NUM_DATA_SEEDS:
-        raise ValueError(f"seed must lie between 0 and {NUM_DATA_SEEDS - 1:,} (found: {seed})")
-    return [FIRST_PLAY_SEED + _seed(seed, game) for game in range(num_games)]
-
-
-def _seed(seed: int, game: int) -> int:
+    _check_seed(seed)
     if not 0 <= game < GAMES_PER_SEED:
-        raise ValueError(f"the number of a game must lie between 0 and {GAMES_PER_SEED - 1:,} (found: {game})")
+        raise ValueError(f"the index of a game must be between 0 and {GAMES_PER_SEED - 1:,} (found: {game})")
     return seed * GAMES_PER_SEED + game
+
+
+def play_seeds(num_games: int, seed: int = 0) -> list[int]:
+    """Return seeds of games for evaluation; no data set uses them.
+
+    Args:
+        num_games: Number of seeds. A longer list begins with the shorter one.
+        seed: Selects another list of games.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    _check_seed(seed)
+    if not 1 <= num_games <= GAMES_PER_SEED:
+        raise ValueError(f"the number of games must be between 1 and {GAMES_PER_SEED:,} (found: {num_games})")
+    first = FIRST_PLAY_SEED + seed * GAMES_PER_SEED
+    return list(range(first, first + num_games))
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < NUM_DATA_SEEDS:
+        raise ValueError(f"seed must be between 0 and {NUM_DATA_SEEDS - 1:,} (found: {seed})")

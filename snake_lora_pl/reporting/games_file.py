@@ -55,7 +55,7 @@ def _frames(game: PlayedGame) -> Iterator[dict[str, Any]]:
 def _judged(frame: Frame, judgment: Judgment) -> dict[str, Any]:
     return {
         "move": None if frame.move is None else frame.move.name,
-        "words": frame.words,
+        "words": frame.completion,
         "teacher": judgment.teacher_move.name,
         "optimal": [move.name for move in judgment.optimal_moves],
         "fatal": judgment.is_fatal,

@@ -69,7 +69,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
         three = best_median_worst(result.games, lambda game: (game.num_apples, game.num_steps, game.seed))
         for which, game in three.items():
             head = f"{game.num_apples} apples in {game.num_steps} steps, {game.end.value}"
-            words = "\n".join(f"{i}. {frame.words}" for i, frame in enumerate(game.recording.frames))
+            words = "\n".join(f"{i}. {frame.completion}" for i, frame in enumerate(game.recording.frames))
             self.experiment.add_text(f"{prefix}/{which}", f"{head}\n\n{_verbatim(words)}", step)
 
     @rank_zero_only

@@ -19,7 +19,7 @@ def plain_game(teacher_name: str, seed: int, size: int) -> Game:
     game = Game(size, seed, max_steps_without_apple=starvation_cap(size))
     teacher = get_teacher(teacher_name, seed)
     while game.end is None:
-        game.play(teacher(game.board) or game.board.doomed_move())
+        game.play(teacher(game.board) or game.board.fallback_move())
     return game
 
 
@@ -39,7 +39,7 @@ def test_nonsense_ends_every_game_at_once_without_a_valid_answer() -> None:
         assert (game.end, game.num_steps, game.moves) == (End.NO_VALID_ANSWER, 0, [None])
         assert game.judgments[0].is_unparseable
         assert game.judgments[0].is_fatal
-        assert game.recording.frames[0].words == "42"
+        assert game.recording.frames[0].completion == "42"
 
 
 def test_each_round_asks_once_for_all_games_and_those_that_ended_leave_the_batch() -> None:

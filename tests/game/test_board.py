@@ -1,7 +1,6 @@
 import random
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import pytest
@@ -25,7 +24,7 @@ def play_at_random(game: Game, rng: random.Random, num_moves: int) -> None:
 
 
 @given(size=st.integers(2, 7), seed=st.integers(0, 2**40), num_moves=st.integers(0, 400))
-def test_a_snake_is_as_long_as_its_apples_never_overlaps_and_never_hides_the_apple(size, seed, num_moves):
+def test_game_invariants_hold_after_every_move(size, seed, num_moves):
     game = Game(size, seed)
     num_apples = 0
     for _ in range(num_moves):
@@ -40,18 +39,18 @@ def test_a_snake_is_as_long_as_its_apples_never_overlaps_and_never_hides_the_app
         assert len(set(board.body)) == board.length
         assert board.apple not in board.body
         assert (board.apple is None) == (game.end is End.WIN)
-        # A board that plays on is one that could be built from scratch.
+        # The board also passes the validation of the constructor.
         assert Board(board.size, board.body, board.apple) == board
 
 
 @given(boards())
-def test_legal_moves_are_those_that_end_nothing_in_board_order(board):
-    survivable = [m for m in (Move.UP, Move.RIGHT, Move.DOWN, Move.LEFT) if isinstance(board.after(m), Board)]
-    assert board.legal_moves() == survivable
+def test_legal_moves_are_the_moves_that_do_not_end_the_game(board):
+    expected = [m for m in (Move.UP, Move.RIGHT, Move.DOWN, Move.LEFT) if isinstance(board.after(m), Board)]
+    assert board.legal_moves() == expected
 
 
 @given(boards())
-def test_every_move_is_judged_as_the_rules_say(board):
+def test_every_move_follows_the_rules(board):
     for move in Move:
         target = (board.head[0] + move.dx, board.head[1] + move.dy)
         after = board.after(move)
@@ -67,23 +66,23 @@ def test_every_move_is_judged_as_the_rules_say(board):
             assert after.apple == (None if eats else board.apple)
 
 
-def test_coordinates_grow_to_the_right_and_upwards():
+def test_x_grows_to_the_right_and_y_upward():
     assert [(m.name, m.dx, m.dy) for m in Move] == [("UP", 0, 1), ("RIGHT", 1, 0), ("DOWN", 0, -1), ("LEFT", -1, 0)]
 
 
-def test_a_game_starts_in_the_middle_with_length_1_and_every_direction_open():
+def test_a_game_starts_in_the_middle_with_length_1_and_all_moves_legal():
     board = Game(10, seed=3).board
     assert board.body == ((5, 5),)
     assert board.legal_moves() == list(Move)
 
 
-def test_the_tail_cell_is_free_because_the_tail_leaves_it():
+def test_the_tail_cell_is_free():
     square = Board(3, ((0, 0), (1, 0), (1, 1), (0, 1)), (2, 2))
     assert square.legal_moves() == [Move.UP]
     assert square.after(Move.UP).body == ((0, 1), (0, 0), (1, 0), (1, 1))
 
 
-def test_a_snake_of_two_cannot_turn_into_its_tail_which_is_its_neck():
+def test_a_snake_of_length_2_cannot_reverse():
     board = Board(3, ((1, 1), (1, 0)), (2, 2))
     assert board.legal_moves() == [Move.UP, Move.RIGHT, Move.LEFT]
     assert board.after(Move.DOWN) is End.NO_VALID_ANSWER
@@ -102,16 +101,16 @@ def test_different_seeds_give_different_games():
     assert len({Game(10, seed).board.apple for seed in range(40)}) > 20
 
 
-def test_apples_do_not_change_from_one_version_of_the_project_to_the_next():
-    # Seeds name games in results that were reported: whoever changes this changes them all.
+def test_apples_of_a_seed_never_change():
+    # Reported results refer to games by seed; a change here invalidates them.
     assert [Game(10, seed).board.apple for seed in range(5)] == [(4, 8), (3, 1), (5, 9), (3, 2), (3, 2)]
 
 
-def test_the_apple_is_drawn_uniformly_over_the_free_cells():
+def test_apples_are_uniform_over_the_free_cells():
     num_games = 8_000
     counts = Counter(Game(3, seed).board.apple for seed in range(num_games))
     assert len(counts) == 8
-    # Binomial with p = 1/8: five standard deviations.
+    # Binomial with p = 1/8; the bound is five standard deviations.
     assert all(abs(count - num_games / 8) < 5 * (num_games * 7 / 64) ** 0.5 for count in counts.values())
 
 
@@ -126,7 +125,7 @@ def test_filling_the_board_wins(seed):
     assert game.board.legal_moves() == [CYCLE_2X2[game.num_steps % 4]], "only the tail's cell is left"
 
 
-def test_leaving_the_grid_ends_the_game_and_keeps_the_board_before_it():
+def test_leaving_the_grid_ends_the_game_and_keeps_the_last_board():
     game = Game(2, seed=0)
     board = game.board
     assert game.play(Move.UP) is End.WALL
@@ -134,16 +133,16 @@ def test_leaving_the_grid_ends_the_game_and_keeps_the_board_before_it():
     assert game.end is End.WALL
 
 
-def test_running_into_the_body_ends_the_game():
+def test_colliding_with_the_body_ends_the_game():
     hook = Board(4, ((1, 1), (1, 2), (2, 2), (2, 1), (2, 0)), (0, 0))
     assert hook.after(Move.RIGHT) is End.SELF
 
 
-def test_naming_no_move_ends_the_game():
+def test_no_move_ends_the_game():
     assert Game(10).play(None) is End.NO_VALID_ANSWER
 
 
-def test_limits_end_a_game_that_goes_nowhere():
+def test_limits_end_a_game_that_circles():
     game = Game(10, seed=0, max_steps_without_apple=6)
     circle = [Move.UP, Move.LEFT, Move.DOWN, Move.RIGHT]
     apples = {(5, 5), (5, 6), (4, 6), (4, 5)}
@@ -158,7 +157,7 @@ def test_limits_end_a_game_that_goes_nowhere():
     assert (game.end, game.num_steps) == (End.MAX_STEPS, 3)
 
 
-def test_an_apple_resets_the_hunger():
+def test_an_apple_resets_the_steps_without_an_apple():
     game = Game(2, seed=0, max_steps_without_apple=4)
     while game.end is None:
         before = game.num_apples
@@ -167,7 +166,7 @@ def test_an_apple_resets_the_hunger():
     assert game.end is End.WIN
 
 
-def test_upstreams_rules_end_a_game_where_no_path_leads_to_the_apple():
+def test_upstream_rules_end_a_game_without_a_path_to_the_apple():
     reasons = Counter()
     for seed in range(80):
         game = Game(6, seed, upstream_rules=True)
@@ -180,78 +179,67 @@ def test_upstreams_rules_end_a_game_where_no_path_leads_to_the_apple():
     assert min(reasons["apple under the head"], reasons["no path"]) >= 10
 
 
-def test_the_same_seed_draws_the_same_first_apple_under_either_rules():
+def test_the_first_apple_does_not_depend_on_the_rules():
     assert [Game(10, seed).board for seed in range(20)] == [
         Game(10, seed, upstream_rules=True).board for seed in range(20)
     ]
 
 
 @given(boards())
-def test_a_player_without_a_legal_move_dies_by_one_that_is_no_reversal(board):
+def test_the_fallback_move_never_reverses(board):
     if not board.legal_moves():
-        assert board.after(board.doomed_move()) in (End.WALL, End.SELF)
+        assert board.after(board.fallback_move()) in (End.WALL, End.SELF)
     else:
-        assert board.after(board.doomed_move()) is not End.NO_VALID_ANSWER
+        assert board.after(board.fallback_move()) is not End.NO_VALID_ANSWER
 
 
-def test_a_finished_game_takes_no_more_moves():
+def test_a_game_that_has_ended_accepts_no_more_moves():
     game = Game(10)
     game.play(None)
-    with pytest.raises(ValueError, match=r"the game is over \(NO_VALID_ANSWER\)"):
+    with pytest.raises(ValueError, match="NO_VALID_ANSWER"):
         game.play(Move.UP)
 
 
 @pytest.mark.parametrize(
     ("size", "body", "apple", "message"),
     [
-        (1, ((0, 0),), None, "at least 2 cells a side"),
-        (3, (), (0, 0), "at least a head"),
-        (3, ((3, 0),), (0, 0), r"\(3, 0\) lies outside the 3x3 grid"),
-        (3, ((0, 0),), (0, -1), r"\(0, -1\) lies outside the 3x3 grid"),
-        (3, ((0, 0), (0, 1), (0, 0)), (2, 2), "overlaps itself"),
-        (3, ((0, 0), (0, 1)), (0, 1), "lies under the snake"),
-        (3, ((0, 0), (1, 1)), (2, 2), r"torn between \(0, 0\) and \(1, 1\)"),
+        (1, ((0, 0),), None, "2.*1"),
+        (257, ((0, 0),), None, "256.*257"),
+        (3, (), (0, 0), "empty"),
+        (3, ((3, 0),), (0, 0), r"\(3, 0\).*3x3"),
+        (3, ((0, 0),), (0, -1), r"\(0, -1\).*3x3"),
+        (3, ((0, 0), (0, 1), (0, 0)), (2, 2), r"overlap.*\(0, 0\), \(0, 1\), \(0, 0\)"),
+        (3, ((0, 0), (0, 1)), (0, 1), r"apple \(0, 1\)"),
+        (3, ((0, 0), (1, 1)), (2, 2), r"\(0, 0\) and \(1, 1\)"),
     ],
 )
-def test_a_position_that_cannot_occur_is_refused(size, body, apple, message):
+def test_an_impossible_position_is_rejected(size, body, apple, message):
     with pytest.raises(ValueError, match=message):
         Board(size, body, apple)
 
 
-def test_a_negative_seed_is_refused_because_it_would_repeat_a_positive_one():
-    with pytest.raises(ValueError, match="must not be negative"):
+def test_a_negative_seed_is_rejected():
+    with pytest.raises(ValueError, match="-1"):
         Game(10, seed=-1)
 
 
-def test_the_game_imports_no_torch():
-    code = "import sys, snake_lora_pl.game; print(*[m for m in ('torch', 'numpy', 'lightning') if m in sys.modules])"
+def test_the_game_imports_only_the_standard_library():
+    code = "import sys; before = set(sys.modules); import snake_lora_pl.game; print(*(set(sys.modules) - before))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == ""
-
-
-@pytest.mark.slow
-def test_one_core_plays_100_000_random_moves_a_second():
-    num_moves, seed, start = 0, 0, time.process_time()
-    while num_moves < 200_000:
-        game = Game(10, seed)
-        seed += 1
-        while game.end is None:
-            moves = game.board.legal_moves()
-            game.play(moves[int(game.rng.random() * len(moves))] if moves else None)
-            num_moves += 1
-    assert num_moves / (time.process_time() - start) > 100_000
+    packages = {name.partition(".")[0] for name in result.stdout.split()}
+    assert packages - sys.stdlib_module_names == {"snake_lora_pl"}
 
 
 @given(boards())
-def test_head_and_trail_tell_the_body(board):
+def test_head_and_trail_determine_the_body(board):
     assert len(board.trail) == board.length - 1
     assert Board.from_trail(board.size, board.head, board.trail, board.apple) == board
 
 
 @pytest.mark.parametrize(
     ("trail", "message"),
-    [("UX", "no move begins with 'X'"), ("UD", "overlaps itself"), ("LLL", r"lies outside"), ("U", "under the snake")],
+    [("UX", "'X'"), ("UD", "overlap"), ("LLL", r"\(-1, 1\).*4x4"), ("U", r"apple \(1, 2\)")],
 )
-def test_a_trail_that_leads_nowhere_is_refused(trail, message):
+def test_an_invalid_trail_is_rejected(trail, message):
     with pytest.raises(ValueError, match=message):
         Board.from_trail(4, (1, 1), trail, (1, 2))

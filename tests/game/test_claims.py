@@ -26,7 +26,7 @@ SHARED_DIR = REPOSITORY_DIR.parent / "shared" / "data" / "heuristics_v0.04"
 
 BOARD = Board(4, ((1, 1), (1, 2), (2, 2)), (3, 0))
 METRICS = {"moving", "head", "valid_moves", "manhattan_distance", "apple_direction", "danger", "free_space"}
-FIELDS = {
+CLAIMS_BY_STYLE = {
     "bfs-512": METRICS | {"conclusion"},
     "bfs-1024": {"moving", "head", "path_length", "distance", "free_cells"},
     "bfs-2048": {"moving", "head", "path_length", "distance", "free_cells"},
@@ -37,17 +37,17 @@ FIELDS = {
 
 
 @given(boards(), st.sampled_from(list(Move)))
-def test_all_that_a_style_writes_is_read_and_is_true(board, move):
-    assert set(FIELDS) == set(STYLES)
-    for name, spoken_of in FIELDS.items():
+def test_every_claim_that_a_style_writes_is_parsed_and_true(board, move):
+    assert set(CLAIMS_BY_STYLE) == set(STYLES)
+    for name, expected in CLAIMS_BY_STYLE.items():
         checked = check_claims(board, move, get_style(name).write_completion(board, move))
-        assert set(checked) == spoken_of
+        assert set(checked) == expected
         checked.pop("conclusion", None)
         assert all(checked.values())
 
 
 @pytest.mark.parametrize("root", [SAMPLE_DIR, SHARED_DIR], ids=["sample", "shared"])
-def test_every_real_row_tells_the_truth(root):
+def test_every_claim_of_every_upstream_row_is_true(root):
     paths = sorted(root.glob("*/*/*.jsonl"))
     if not paths:
         pytest.skip(f"the upstream files are not at {root}")
@@ -56,11 +56,11 @@ def test_every_real_row_tells_the_truth(root):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             row = json.loads(line)
             checked = check_completion(reader.read(row["prompt"]), row["completion"])
-            assert set(checked) == FIELDS[path.parent.name]
+            assert set(checked) == CLAIMS_BY_STYLE[path.parent.name]
             assert all(checked.values()), f"{path}:{number}: {checked}"
 
 
-def test_claims_are_read_as_what_they_mean():
+def test_claims_are_parsed_into_their_values():
     assert read_claims(get_style("bfs-512").write_completion(BOARD, Move.DOWN)) == Claims(
         moving=Move.DOWN,
         head=(1, 1),
@@ -70,8 +70,8 @@ def test_claims_are_read_as_what_they_mean():
         danger=Danger(straight=False, left=False, right=False),
         free_space={Move.UP: 0, Move.RIGHT: 2, Move.DOWN: 1, Move.LEFT: 1},
     )
-    drawn = read_claims(get_style("bfs-1024").write_completion(BOARD, Move.DOWN))
-    assert drawn == Claims(moving=Move.DOWN, head=(1, 1), path_length=3, distance=3, free_cells=13)
+    claims = read_claims(get_style("bfs-1024").write_completion(BOARD, Move.DOWN))
+    assert claims == Claims(moving=Move.DOWN, head=(1, 1), path_length=3, distance=3, free_cells=13)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_claims_are_read_as_what_they_mean():
         ("{'up': 0, 'down': 1, 'left': 1", "{'up': 0, 'down': 1, 'south': 1", {"free_space"}),
     ],
 )
-def test_what_is_false_or_garbled_is_told_by_its_field(old, new, false):
+def test_false_and_malformed_claims_are_reported_by_name(old, new, false):
     completion = get_style("bfs-512").write_completion(BOARD, Move.DOWN)
     assert old in completion
     broken = completion.replace(old, new)
@@ -103,11 +103,11 @@ def test_what_is_false_or_garbled_is_told_by_its_field(old, new, false):
     assert {name for name, is_true in checked.items() if not is_true} == false
 
 
-def test_what_is_not_said_is_not_judged():
+def test_absent_claims_are_not_checked():
     assert check_completion(BOARD, "Conclusion: UP") == {}
     assert check_completion(BOARD, "") == {}
-    cut_off = get_style("bfs-512").write_completion(BOARD, Move.DOWN).partition("- Apple")[0]
-    assert set(check_completion(BOARD, cut_off)) == {
+    truncated = get_style("bfs-512").write_completion(BOARD, Move.DOWN).partition("- Apple")[0]
+    assert set(check_completion(BOARD, truncated)) == {
         "moving",
         "head",
         "valid_moves",
@@ -116,7 +116,7 @@ def test_what_is_not_said_is_not_judged():
     }
 
 
-def test_a_move_onto_the_tail_contradicts_the_valid_moves_that_the_format_names():
+def test_a_move_onto_the_tail_contradicts_the_valid_moves_of_the_format():
     board = Board(3, ((0, 0), (1, 0), (1, 1), (0, 1)), (2, 2))
     checked = check_completion(board, get_style("bfs-512").write_completion(board, Move.UP))
     assert checked["valid_moves"]
@@ -124,5 +124,5 @@ def test_a_move_onto_the_tail_contradicts_the_valid_moves_that_the_format_names(
 
 
 @given(st.text(alphabet="MovingUP from[1,2]\n- Valid moves:'Danger assessment={}Found(steps)"))
-def test_garbage_is_never_an_error(text):
+def test_arbitrary_text_is_never_an_error(text):
     assert isinstance(check_completion(BOARD, text), dict)

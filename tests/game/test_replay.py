@@ -14,21 +14,21 @@ from snake_lora_pl.game import Board, End, Game, Move, get_style, get_teacher
 from snake_lora_pl.game.replay import Frame, Recording, record, render_gif, render_html, show
 
 BOARD = Board(4, ((1, 1), (1, 2), (2, 2)), (3, 0))
-NASTY = "</script><script>alert(1)</script> & <b>'bold'</b> [red]__GAME__ __TITLE__ \u2028 Grüße"
+MARKUP = "</script><script>alert(1)</script> & <b>'bold'</b> [red]__GAME__ __TITLE__ \u2028 Grüße"
 
 
 def play(size: int = 5, seed: int = 1, title: str = "A game") -> Recording:
     teacher, style = get_teacher("bfs"), get_style("bfs-512")
 
     def choose(board: Board) -> tuple[Move, str]:
-        move = teacher(board) or board.doomed_move()
+        move = teacher(board) or board.fallback_move()
         return move, style.write_completion(board, move)
 
     return record(Game(size, seed, max_steps_without_apple=50), choose, title)
 
 
 class Page(HTMLParser):
-    """What a browser sees of a page: elements with their attributes, and the text of each kind of element."""
+    """Parsed HTML page: the elements with their attributes, and the texts by tag."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -58,60 +58,59 @@ class Page(HTMLParser):
         return json.loads(self.texts["script"][0])
 
 
-def test_a_recording_holds_every_position_and_the_last_one():
+def test_a_recording_contains_every_position():
     recording = play()
     game = Game(5, 1, max_steps_without_apple=50)
     for frame in recording.frames:
         assert frame.board == game.board
         if game.end is None and frame.move is not None:
-            assert f"Conclusion: The move is: {frame.move.name}" in frame.words
+            assert f"Conclusion: The move is: {frame.move.name}" in frame.completion
             game.play(frame.move)
     assert game.end is recording.end
     assert recording.num_apples(len(recording.frames) - 1) == game.num_apples
 
 
-def test_a_game_that_is_won_ends_with_the_full_board_and_one_that_is_lost_with_the_fatal_move():
+def test_the_last_frame_is_the_full_board_or_the_illegal_move():
     cycle = get_teacher("hamiltonian")
     won = record(Game(4, 0), lambda board: (cycle(board), ""))
-    assert (won.end, won.is_death) == (End.WIN, False)
+    assert (won.end, won.ended_by_illegal_move) == (End.WIN, False)
     assert won.frames[-1].board.length == 16
     assert won.frames[-1].move is None
     lost = record(Game(4, 0), lambda board: (Move.UP, "up"))
-    assert (lost.end, lost.is_death) == (End.WALL, True)
+    assert (lost.end, lost.ended_by_illegal_move) == (End.WALL, True)
     assert lost.frames[-1] == Frame(lost.frames[-1].board, Move.UP, "up")
     silent = record(Game(4, 0), lambda board: (None, "I do not know"))
-    assert [frame.words for frame in silent.frames] == ["I do not know"]
+    assert [frame.completion for frame in silent.frames] == ["I do not know"]
 
 
-def test_the_page_holds_the_whole_game():
+def test_the_page_contains_the_whole_game():
     recording = play()
     game = Page(render_html(recording)).game
     assert (game["size"], game["end"], game["title"]) == (5, recording.end.value, "A game")
     assert len(game["frames"]) == len(recording.frames)
-    for told, frame in zip(game["frames"], recording.frames, strict=True):
-        apple = None if told["apple"] is None else tuple(told["apple"])
-        assert Board.from_trail(5, tuple(told["head"]), told["trail"], apple) == frame.board
-        assert told["move"] == (None if frame.move is None else frame.move.name)
-        assert told["words"] == frame.words
+    for entry, frame in zip(game["frames"], recording.frames, strict=True):
+        apple = None if entry["apple"] is None else tuple(entry["apple"])
+        assert Board.from_trail(5, tuple(entry["head"]), entry["trail"], apple) == frame.board
+        assert entry["move"] == (None if frame.move is None else frame.move.name)
+        assert entry["completion"] == frame.completion
 
 
 @given(st.text())
-def test_whatever_a_player_says_stays_text(words):
-    page = Page(render_html(Recording((Frame(BOARD, Move.UP, words + NASTY),), None, words + NASTY)))
-    assert page.game["frames"][0]["words"] == words + NASTY
-    assert page.game["title"] == words + NASTY
+def test_titles_and_completions_stay_text(text):
+    page = Page(render_html(Recording((Frame(BOARD, Move.UP, text + MARKUP),), None, text + MARKUP)))
+    assert page.game["frames"][0]["completion"] == text + MARKUP
+    assert page.game["title"] == text + MARKUP
     assert sum(tag == "script" for tag, _ in page.elements) == 2
     assert "b" not in {tag for tag, _ in page.elements}
 
 
-def test_the_title_is_shown_as_it_is():
-    page = Page(render_html(Recording((Frame(BOARD),), None, NASTY)))
+def test_the_title_is_shown_unchanged():
+    page = Page(render_html(Recording((Frame(BOARD),), None, MARKUP)))
     title = "".join(page.texts["title"])
-    # Browsers, and the parser, read newlines and the like alike in both.
-    assert title == "".join(page.texts["h1"]) == NASTY
+    assert title == "".join(page.texts["h1"]) == MARKUP
 
 
-def test_the_page_needs_nothing_else():
+def test_the_page_is_self_contained():
     text = render_html(play())
     page = Page(text)
     assert not [attributes for _, attributes in page.elements if {"src", "href", "srcset"} & set(attributes)]
@@ -120,21 +119,33 @@ def test_the_page_needs_nothing_else():
     assert policy.startswith("default-src 'none'")
 
 
-def test_the_page_has_its_controls_and_they_have_names():
+def test_the_page_has_its_controls():
     text = render_html(play())
     page = Page(text)
-    assert page.ids >= {"first", "back", "play", "forward", "last", "seek", "speed", "theme", "board", "words", "move"}
+    assert page.ids >= {
+        "first",
+        "back",
+        "play",
+        "forward",
+        "last",
+        "seek",
+        "speed",
+        "theme",
+        "board",
+        "completion",
+        "move",
+    }
     for key in ('" "', "ArrowLeft", "ArrowRight", "Home", "End", '"+"', '"-"'):
         assert f"{key}:" in text
     assert "prefers-color-scheme: dark" in text
     assert ':root[data-theme="dark"]' in text
-    # The script names no element that is not there.
+    # Every element that the script refers to exists.
     script = page.texts["script"][1]
     named = {part.partition('"')[0] for part in script.split('byId("')[1:]}
     assert named <= page.ids
 
 
-def test_the_gif_shows_every_position_and_rests_on_the_last():
+def test_the_gif_shows_every_position_and_holds_the_last():
     recording = play()
     image = Image.open(io.BytesIO(render_gif(recording, cell_px=12, frames_per_second=10)))
     assert image.size == (5 * 12, 5 * 12 + 16)
@@ -143,31 +154,31 @@ def test_the_gif_shows_every_position_and_rests_on_the_last():
         image.seek(index)
         durations.append(image.info["duration"])
         frames.append(image.convert("RGB").copy())
-    # Pillow joins frames that look alike.
+    # Pillow merges identical frames.
     assert sum(durations) == 100 * (len(recording.frames) - 1) + 2_000
     assert image.info["loop"] == 0
-    reds = [index for index, frame in enumerate(frames) if has_colour(frame, (248, 83, 83))]
+    reds = [index for index, frame in enumerate(frames) if has_color(frame, (248, 83, 83))]
     assert reds == list(range(len(frames)))
 
 
-def has_colour(frame: Image.Image, color: tuple[int, int, int]) -> bool:
+def has_color(frame: Image.Image, color: tuple[int, int, int]) -> bool:
     return color in {found for _, found in frame.getcolors(maxcolors=10_000)}
 
 
-def test_the_gif_shows_head_and_apple_where_they_are():
+def test_the_gif_shows_head_body_and_apple_at_their_cells():
     frame = Image.open(io.BytesIO(render_gif(Recording((Frame(BOARD),)), cell_px=20))).convert("RGB")
 
-    def colour_at(x: int, y: int) -> tuple[int, ...]:
-        # Off the middle, where the eyes are not.
+    def color_at(x: int, y: int) -> tuple[int, ...]:
+        # Below the center, to avoid the eyes.
         return frame.getpixel((x * 20 + 10, (3 - y) * 20 + 14))
 
-    assert colour_at(*BOARD.head) == (74, 222, 128)
-    assert colour_at(*BOARD.apple) == (248, 83, 83)
-    assert colour_at(1, 2) == colour_at(2, 2) == (34, 160, 93)
-    assert colour_at(0, 0) not in {colour_at(*BOARD.head), colour_at(*BOARD.apple), colour_at(1, 2)}
+    assert color_at(*BOARD.head) == (74, 222, 128)
+    assert color_at(*BOARD.apple) == (248, 83, 83)
+    assert color_at(1, 2) == color_at(2, 2) == (34, 160, 93)
+    assert color_at(0, 0) not in {color_at(*BOARD.head), color_at(*BOARD.apple), color_at(1, 2)}
 
 
-def test_a_long_game_is_thinned_to_the_frames_allowed():
+def test_a_long_game_is_reduced_to_max_frames():
     cycle = get_teacher("hamiltonian")
     recording = record(Game(6, 0), lambda board: (cycle(board), ""))
     assert len(recording.frames) > 200
@@ -176,20 +187,22 @@ def test_a_long_game_is_thinned_to_the_frames_allowed():
 
 
 def test_the_terminal_plays_frame_by_frame(monkeypatch):
-    naps = []
-    monkeypatch.setattr("time.sleep", naps.append)
+    delays = []
+    monkeypatch.setattr("time.sleep", delays.append)
     recording = play()
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160, height=40)
     show(recording, console, frames_per_second=20)
-    assert naps == [1 / 20] * (len(recording.frames) - 1)
-    assert f"step 0 of {len(naps)}" in out.getvalue()
+    assert delays == [1 / 20] * (len(recording.frames) - 1)
+    assert f"step 0 of {len(delays)}" in out.getvalue()
     assert recording.end.value in out.getvalue()
 
 
-def test_a_log_gets_the_last_position_alone():
+def test_output_that_is_not_a_terminal_gets_only_the_last_position():
     out = io.StringIO()
-    show(Recording((Frame(BOARD), Frame(BOARD, Move.UP, NASTY)), End.SELF, "[bold]title"), Console(file=out, width=200))
+    show(
+        Recording((Frame(BOARD), Frame(BOARD, Move.UP, MARKUP)), End.SELF, "[bold]title"), Console(file=out, width=200)
+    )
     text = out.getvalue()
     assert text.count("step") == 1
     assert "step 1 of 1, apples 2, UP, SELF" in text
@@ -200,30 +213,30 @@ def test_a_log_gets_the_last_position_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cell_px": 3}, "cell_px must be at least 4"),
-        ({"frames_per_second": 0}, "frames_per_second must lie between 0 and 50"),
-        ({"frames_per_second": 51}, "frames_per_second must lie between 0 and 50"),
-        ({"max_frames": 1}, "max_frames must be at least 2"),
+        ({"cell_px": 3}, "cell_px.*4.*3"),
+        ({"frames_per_second": 0}, "frames_per_second.*50.*0"),
+        ({"frames_per_second": 51}, "frames_per_second.*50.*51"),
+        ({"max_frames": 1}, "max_frames.*2.*1"),
     ],
 )
-def test_a_gif_that_cannot_be_is_refused(options, message):
+def test_gif_options_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         render_gif(play(), **options)
 
 
-def test_a_terminal_needs_a_speed():
-    with pytest.raises(ValueError, match="must be positive"):
+def test_a_replay_speed_must_be_positive():
+    with pytest.raises(ValueError, match="frames_per_second.*0"):
         show(play(), frames_per_second=0)
 
 
-def test_a_recording_has_positions_of_one_size():
-    with pytest.raises(ValueError, match="at least one position"):
+def test_a_recording_requires_positions_of_one_size():
+    with pytest.raises(ValueError, match="position"):
         Recording(())
-    with pytest.raises(ValueError, match="different sizes"):
+    with pytest.raises(ValueError, match=r"4, 5"):
         Recording((Frame(BOARD), Frame(Board(5, ((1, 1),), (0, 0)))))
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed():
+def test_pillow_and_rich_are_imported_on_first_use():
     code = "import sys, snake_lora_pl.game.replay; print(*[m for m in ('PIL', 'rich', 'torch') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

@@ -9,19 +9,19 @@ moves = st.sampled_from(list(Move))
 
 
 @given(boards(), moves, symmetries)
-def test_playing_and_turning_give_the_same_in_either_order(board, move, symmetry):
+def test_moves_and_symmetries_commute(board, move, symmetry):
     after = board.after(move)
-    turned_after = symmetry.board(board).after(symmetry.move(move))
-    assert turned_after == (symmetry.board(after) if isinstance(after, Board) else after)
+    transformed = symmetry.board(board).after(symmetry.move(move))
+    assert transformed == (symmetry.board(after) if isinstance(after, Board) else after)
 
 
 @given(boards(), moves, symmetries)
-def test_the_inverse_brings_board_and_move_back(board, move, symmetry):
+def test_the_inverse_restores_board_and_move(board, move, symmetry):
     assert symmetry.inverse.board(symmetry.board(board)) == board
     assert symmetry.inverse.move(symmetry.move(move)) is move
 
 
-def test_the_eight_symmetries_differ_and_the_first_changes_nothing():
+def test_the_eight_symmetries_differ_and_the_first_is_the_identity():
     board = Board(4, ((0, 0), (1, 0)), (3, 1))
     assert len({symmetry.board(board) for symmetry in SYMMETRIES}) == len(SYMMETRIES) == 8
     assert SYMMETRIES[0].board(board) == board
@@ -29,5 +29,5 @@ def test_the_eight_symmetries_differ_and_the_first_changes_nothing():
 
 
 @given(boards(), symmetries, symmetries)
-def test_one_symmetry_after_another_is_a_third(board, first, second):
+def test_symmetries_are_closed_under_composition(board, first, second):
     assert second.board(first.board(board)) in [symmetry.board(board) for symmetry in SYMMETRIES]

@@ -1,5 +1,4 @@
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from snake_lora_pl.game import (
     register_style,
     starts_new_game,
 )
-from snake_lora_pl.game.text.drawn import read_drawing
+from snake_lora_pl.game.text.ascii_board import read_ascii_board
 from tests.game.board_strategies import boards
 
 REPOSITORY_DIR = Path(__file__).parents[2]
@@ -30,9 +29,9 @@ SAMPLE_DIR = REPOSITORY_DIR / "tests" / "data" / "heuristics_v0.04"
 SHARED_DIR = REPOSITORY_DIR.parent / "shared" / "data" / "heuristics_v0.04"
 BFS_512 = get_style("bfs-512")
 COMPACT = get_style("compact")
-DRAWN_STYLES = ["bfs-1024", "bfs-2048", "bfs-4096", "bfs-safe-greedy-4096"]
+ASCII_STYLES = ["bfs-1024", "bfs-2048", "bfs-4096", "bfs-safe-greedy-4096"]
 
-real_files = pytest.mark.parametrize("root", [SAMPLE_DIR, SHARED_DIR], ids=["sample", "shared"])
+upstream_files = pytest.mark.parametrize("root", [SAMPLE_DIR, SHARED_DIR], ids=["sample", "shared"])
 
 
 def paths_under(root: Path, pattern: str) -> list[Path]:
@@ -53,8 +52,8 @@ def find_game_starts(path: Path) -> list[int]:
     return starts
 
 
-@real_files
-def test_every_real_bfs_512_row_is_written_again_byte_for_byte(root):
+@upstream_files
+def test_every_upstream_bfs_512_row_is_reproduced_byte_for_byte(root):
     teacher = get_teacher("bfs")
     for path in paths_under(root, "*/bfs-512/*.jsonl"):
         lines = path.read_bytes().split(b"\n")
@@ -66,10 +65,10 @@ def test_every_real_bfs_512_row_is_written_again_byte_for_byte(root):
             assert json.dumps(row).encode() == line, f"{path}:{number}"
 
 
-@real_files
-@pytest.mark.parametrize("name", DRAWN_STYLES)
-def test_every_real_row_with_a_drawn_board_is_written_again_byte_for_byte(root, name):
-    # Played from the first row on: the body's order, which drawings lack, follows from the heads of the rows before.
+@upstream_files
+@pytest.mark.parametrize("name", ASCII_STYLES)
+def test_every_upstream_row_with_an_ascii_board_is_reproduced_byte_for_byte(root, name):
+    # The order of the body, which ASCII boards lack, follows from the preceding rows.
     teacher, style = get_teacher("bfs"), get_style(name)
     for path in paths_under(root, f"*/{name}/*.jsonl"):
         lines = path.read_bytes().split(b"\n")
@@ -84,84 +83,84 @@ def test_every_real_row_with_a_drawn_board_is_written_again_byte_for_byte(root, 
             assert json.dumps(row).encode() == line, f"{path}:{number}"
 
 
-@real_files
-def test_no_real_file_and_no_real_row_is_passed_over(root):
+@upstream_files
+def test_the_upstream_files_cover_every_style(root):
     names = {path.parent.name for path in paths_under(root, "*/*/*.jsonl")}
-    assert names == {"bfs-512", *DRAWN_STYLES}
+    assert names == {"bfs-512", *ASCII_STYLES}
 
 
-@real_files
-def test_a_drawing_alone_tells_the_board_where_the_body_can_lie_in_one_way_only(root):
-    num_told, num_rows = 0, 0
-    for path in (path for path in paths_under(root, "*/*/*.jsonl") if path.parent.name in DRAWN_STYLES):
+@upstream_files
+def test_most_ascii_boards_are_unambiguous_without_the_preceding_row(root):
+    num_parsed, num_rows = 0, 0
+    for path in (path for path in paths_under(root, "*/*/*.jsonl") if path.parent.name in ASCII_STYLES):
         reader = BoardReader()
         for line in path.read_text(encoding="utf-8").splitlines():
             prompt = json.loads(line)["prompt"]
-            board, told = reader.read(prompt), read_board(prompt)
+            board, parsed = reader.read(prompt), read_board(prompt)
             num_rows += 1
-            num_told += told is not None
-            assert told in (board, None)
-    assert num_told > 0.8 * num_rows
+            num_parsed += parsed is not None
+            assert parsed in (board, None)
+    assert num_parsed > 0.8 * num_rows
 
 
 @given(boards(max_size=6))
-def test_a_drawing_is_never_read_as_another_board(board):
+def test_an_ascii_board_is_never_parsed_as_another_board(board):
     prompt = get_style("bfs-1024").write_prompt(board)
-    drawing = read_drawing(prompt)
-    assert (drawing.size, drawing.head, drawing.apple) == (board.size, board.head, board.apple)
-    assert drawing.body == set(board.body)
+    ascii_board = read_ascii_board(prompt)
+    assert (ascii_board.size, ascii_board.head, ascii_board.apple) == (board.size, board.head, board.apple)
+    assert ascii_board.body == set(board.body)
     assert read_board(prompt) in (board, None)
     assert read_state(prompt) == PromptState(board.size, board.head, board.length)
 
 
-def test_a_body_that_can_lie_in_two_ways_is_told_by_the_row_before_alone():
+def test_the_preceding_row_resolves_an_ambiguous_body():
     square = Board(3, ((0, 0), (1, 0), (1, 1), (0, 1)), (2, 2))
     prompt = get_style("bfs-4096").write_prompt(square)
-    with pytest.raises(ValueError, match="can lie in several ways"):
+    with pytest.raises(ValueError, match="several"):
         get_style("bfs-4096").read_prompt(prompt)
     assert read_board(prompt) is None
     before = Board(3, ((1, 0), (1, 1), (0, 1), (0, 2)), (2, 2))
     reader = BoardReader()
     assert reader.read(get_style("bfs-512").write_prompt(before)) == before
     assert reader.read(prompt) == square
-    # Nothing is known after a row that tells nothing.
+    # A row without a board resets the reader.
     assert reader.read("Hello") is None
     assert reader.read(prompt) is None
 
 
-def test_a_tangle_is_refused_in_time():
-    corridors = [(x, y) for y in range(13) for x in (range(13) if y % 2 == 0 else range(12, -1, -1))]
-    tangle = Board(14, tuple(corridors[84:] + corridors[:0]), (13, 13))
-    start = time.process_time()
-    assert read_board(get_style("bfs-1024").write_prompt(tangle)) in (tangle, None)
-    assert time.process_time() - start < 5
+def test_the_search_for_the_order_of_a_dense_body_is_bounded():
+    rows = [(x, y) for y in range(13) for x in (range(13) if y % 2 == 0 else range(12, -1, -1))]
+    prompt = get_style("bfs-1024").write_prompt(Board(14, tuple(rows[84:]), (13, 13)))
+    with pytest.raises(ValueError, match="85 cells"):
+        read_ascii_board(prompt).board()
+    assert read_board(prompt) is None
 
 
-@pytest.mark.parametrize("name", DRAWN_STYLES)
-def test_moves_off_the_shortest_path_are_not_praised(name):
+@pytest.mark.parametrize("name", ASCII_STYLES)
+def test_the_rationale_depends_on_whether_the_move_is_on_a_shortest_path(name):
     style = get_style(name)
-    towards = Board(5, ((2, 2),), (2, 4))
-    assert "hortest path to apple\n" in style.write_completion(towards, Move.UP)
-    assert "Rationale: No step of a shortest path\n" in style.write_completion(towards, Move.LEFT)
-    walled_off = Board(3, ((0, 1), (1, 1), (1, 0)), (0, 0))
-    assert "(1 steps)" in style.write_completion(walled_off, Move.DOWN)
-    far = Board(3, ((1, 2), (0, 2), (0, 1), (1, 1), (1, 0)), (0, 0))
-    assert ": Found no path to apple\n" in style.write_completion(far, Move.RIGHT)
+    straight = Board(5, ((2, 2),), (2, 4))
+    assert "hortest path to apple\n" in style.write_completion(straight, Move.UP)
+    assert "Rationale: No step of a shortest path\n" in style.write_completion(straight, Move.LEFT)
+    adjacent = Board(3, ((0, 1), (1, 1), (1, 0)), (0, 0))
+    assert "(1 steps)" in style.write_completion(adjacent, Move.DOWN)
+    blocked = Board(3, ((1, 2), (0, 2), (0, 1), (1, 1), (1, 0)), (0, 0))
+    assert ": Found no path to apple\n" in style.write_completion(blocked, Move.RIGHT)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("S H .", "S H S", "does not show the head, apple and length"),
-        ("Head: [1, 1]", "Head: [1, 2]", "does not show the head, apple and length"),
-        ("Length: 3", "Length: 4", "does not show the head, apple and length"),
-        ("S H .\n", "S H\n", "is not 3x3"),
-        ("Choose", ". . .\nChoose", "is not 3x3"),
-        ("Board", "Bored", "no drawn board"),
-        ("S H .\nS . .", "S H .\n. S .", "can lie in no way"),
+        ("S H .", "S H S", "contradicts"),
+        ("Head: [1, 1]", "Head: [1, 2]", "contradicts"),
+        ("Length: 3", "Length: 4", "contradicts"),
+        ("S H .\n", "S H\n", "3x3"),
+        ("Choose", ". . .\nChoose", "3x3"),
+        ("Board", "Bored", "Snake on 3x3"),
+        ("S H .\nS . .", "S H .\n. S .", "no order"),
     ],
 )
-def test_a_drawing_that_contradicts_itself_is_refused(old, new, message):
+def test_an_inconsistent_ascii_board_is_rejected(old, new, message):
     prompt = get_style("bfs-1024").write_prompt(Board(3, ((1, 1), (0, 1), (0, 0)), (2, 2)))
     assert old in prompt
     broken = prompt.replace(old, new)
@@ -170,7 +169,7 @@ def test_a_drawing_that_contradicts_itself_is_refused(old, new, message):
     assert read_board(broken) is None
 
 
-def test_compact_says_what_lies_in_each_direction():
+def test_compact_describes_each_move():
     board = Board(4, ((1, 0), (1, 1), (0, 1), (0, 2), (1, 2), (2, 2), (3, 2)), (0, 0))
     assert COMPACT.write_prompt(board) == (
         "Snake4;1,0;0,0;ULURRR\nUP body\nRIGHT tail 2\nDOWN wall\nLEFT trap 0\napple LEFT 1"
@@ -178,8 +177,8 @@ def test_compact_says_what_lies_in_each_direction():
     assert COMPACT.write_completion(board, Move.RIGHT) == "RIGHT"
 
 
-@real_files
-def test_state_and_move_are_read_from_every_row_of_every_real_style(root):
+@upstream_files
+def test_state_and_move_are_parsed_from_every_upstream_row(root):
     for path in paths_under(root, "*/*/*.jsonl"):
         size = int(path.parent.parent.name.removeprefix("grid-size-"))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -188,16 +187,16 @@ def test_state_and_move_are_read_from_every_row_of_every_real_style(root):
             state = read_state(row["prompt"])
             assert state.grid_size == read_grid_size(row["prompt"]) == size, where
             assert read_move(row["completion"]).name == row["completion"].split()[-1], where
-            # The words of every style name the head again, and the drawn boards show it.
+            # Every completion repeats the head, and ASCII boards show it.
             assert f" from [{state.head[0]}, {state.head[1]}]\n" in row["completion"], where
             if "Board:\n" in row["prompt"]:
-                drawn = row["prompt"].split("Board:\n")[1].splitlines()[:size][::-1]
-                assert drawn[state.head[1]].split()[state.head[0]] == "H", where
-                assert " ".join(drawn).count("S") + 1 == state.length, where
+                cells = row["prompt"].split("Board:\n")[1].splitlines()[:size][::-1]
+                assert cells[state.head[1]].split()[state.head[0]] == "H", where
+                assert " ".join(cells).count("S") + 1 == state.length, where
 
 
-@real_files
-def test_games_are_found_where_they_begin(root):
+@upstream_files
+def test_game_boundaries_are_found(root):
     (path,) = paths_under(root, "grid-size-10/bfs-512/*.jsonl")
     starts = find_game_starts(path)
     if root == SAMPLE_DIR:
@@ -208,7 +207,7 @@ def test_games_are_found_where_they_begin(root):
 
 
 @given(boards(max_size=12), st.sampled_from(["bfs-512", "compact"]))
-def test_a_written_board_is_read_back_wherever_it_stands(board, name):
+def test_a_written_board_is_parsed_from_any_surrounding_text(board, name):
     prompt = get_style(name).write_prompt(board)
     assert get_style(name).read_prompt(prompt) == board
     for text in (prompt, f"### Instruction:\n{prompt}\n\n### Response:\n", f"<|im_start|>user\n{prompt}<|im_end|>\n"):
@@ -217,21 +216,21 @@ def test_a_written_board_is_read_back_wherever_it_stands(board, name):
 
 
 @given(boards(), st.sampled_from(list(Move)))
-def test_a_written_move_is_read_back_whatever_it_is(board, move):
+def test_a_written_move_is_parsed(board, move):
     for style in STYLES.values():
         assert read_move(style.write_completion(board, move)) is move
 
 
-def test_a_move_onto_the_tail_is_told_as_the_format_sees_it():
-    # Legal, though bfs-512 takes the tail for a wall: the words then contradict the move.
+def test_metrics_treat_the_tail_as_body():
+    # The move is legal, but bfs-512 counts the tail as body, so the completion contradicts the move.
     board = Board(3, ((0, 0), (1, 0), (1, 1), (0, 1)), (2, 2))
     completion = BFS_512.write_completion(board, Move.UP)
     assert "- Valid moves: []\n" in completion
     assert "- Danger assessment: {'straight': 1, 'left': 1, 'right': 0}\n" in completion
 
 
-def test_danger_on_either_side_means_walls_and_not_the_body():
-    # Going UP along the left wall, with its own body on the right.
+def test_danger_to_the_sides_considers_walls_only():
+    # The snake moves UP along the left wall, with its body on the right.
     board = Board(4, ((0, 1), (0, 0), (1, 0), (1, 1), (1, 2)), (3, 3))
     completion = BFS_512.write_completion(board, Move.UP)
     assert "- Danger assessment: {'straight': 0, 'left': 1, 'right': 0}\n" in completion
@@ -259,12 +258,12 @@ def test_danger_on_either_side_means_walls_and_not_the_body():
         ("Moving UP from [5, 5]\n\nMetrics:\n- Valid moves: ['UP']", None),
     ],
 )
-def test_a_move_is_read_from_the_last_conclusion_alone(completion, move):
+def test_a_move_is_parsed_from_the_last_conclusion_only(completion, move):
     assert read_move(completion) is move
 
 
 @given(st.text())
-def test_garbage_is_read_as_nothing(text):
+def test_arbitrary_text_is_parsed_as_none(text):
     assert read_move(text) is None
     assert read_board(text) is None
     assert read_state(text) is None
@@ -272,7 +271,7 @@ def test_garbage_is_read_as_nothing(text):
 
 
 @pytest.mark.parametrize("name", sorted(STYLES))
-def test_the_move_announced_is_the_one_concluded_with(name: str) -> None:
+def test_the_announced_move_is_the_concluded_move(name: str) -> None:
     board = Board(5, ((2, 0), (1, 0)), (2, 3))
     for move in (Move.UP, Move.RIGHT):
         completion = get_style(name).write_completion(board, move)
@@ -281,21 +280,21 @@ def test_the_move_announced_is_the_one_concluded_with(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "UP", "Conclusion: UP", "I am Moving UP", "Moving UPWARDS", "moving UP"])
-def test_nothing_else_is_an_announcement(text: str) -> None:
+def test_other_text_is_not_an_announcement(text: str) -> None:
     assert read_announced_move(text) is None
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("length: 3", "length: 4", "says length 4 but lists 2 cells"),
-        ("[[1, 0], [0, 0]]", "[[1, 0], [0, 1]]", "is torn between"),
-        ("Apple position: (2, 2)", "Apple position: (0, 0)", "lies under the snake"),
-        ("You are playing", "We are playing", "no bfs-512 prompt in the text: 'We are playing Snake"),
-        ("(1, 1)", f"({'1' * 5000}, 1)", "no bfs-512 prompt"),
+        ("length: 3", "length: 4", "4.*2"),
+        ("[[1, 0], [0, 0]]", "[[1, 0], [0, 1]]", r"\(1, 0\) and \(0, 1\)"),
+        ("Apple position: (2, 2)", "Apple position: (0, 0)", r"apple \(0, 0\)"),
+        ("You are playing", "We are playing", "bfs-512.*'We are playing Snake"),
+        ("(1, 1)", f"({'1' * 5000}, 1)", "bfs-512"),
     ],
 )
-def test_a_prompt_that_describes_no_position_is_refused_by_its_style_and_read_as_no_board(old, new, message):
+def test_an_invalid_prompt_is_rejected_by_its_style_and_parsed_as_no_board(old, new, message):
     prompt = BFS_512.write_prompt(Board(3, ((1, 1), (1, 0), (0, 0)), (2, 2)))
     assert old in prompt
     broken = prompt.replace(old, new)
@@ -316,29 +315,29 @@ def test_a_prompt_that_describes_no_position_is_refused_by_its_style_and_read_as
         (None, PromptState(10, (7, 6), 3), True),
     ],
 )
-def test_a_game_goes_on_where_the_last_move_led(move, state, expected):
+def test_a_game_continues_at_the_target_of_the_last_move(move, state, expected):
     assert starts_new_game(PromptState(10, (5, 5), 3), move, state) is expected
 
 
-def test_the_first_row_begins_a_game():
+def test_the_first_row_starts_a_game():
     assert starts_new_game(None, None, PromptState(10, (5, 5), 1))
 
 
-def test_a_full_board_cannot_be_written():
+def test_a_board_without_an_apple_cannot_be_written():
     board = Board(2, ((0, 0), (0, 1), (1, 1), (1, 0)), None)
     for style in STYLES.values():
-        with pytest.raises(ValueError, match="without an apple"):
+        with pytest.raises(ValueError, match="apple"):
             style.write_prompt(board)
-    for name in ("bfs-512", *DRAWN_STYLES):
-        with pytest.raises(ValueError, match="without an apple"):
+    for name in ("bfs-512", *ASCII_STYLES):
+        with pytest.raises(ValueError, match="apple"):
             get_style(name).write_completion(board, Move.RIGHT)
 
 
-def test_an_unknown_style_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown style 'bfs512'; known styles: .*compact. Did you mean 'bfs-512'\?"):
+def test_an_unknown_style_is_rejected_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"'bfs512'.*compact.*'bfs-512'"):
         get_style("bfs512")
 
 
-def test_a_style_is_registered_under_its_name_once():
-    with pytest.raises(ValueError, match="'bfs-512' is registered already"):
+def test_a_style_name_can_be_registered_only_once():
+    with pytest.raises(ValueError, match="'bfs-512'"):
         register_style(BFS_512)

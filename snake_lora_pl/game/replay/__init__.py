@@ -1,4 +1,4 @@
-"""Games to look at: in a terminal, as a GIF, as a page that plays them. Rich and Pillow are imported where needed."""
+"""Replays of recorded games: in a terminal, as a GIF and as an HTML page. Rich and Pillow are imported on first use."""
 
 from snake_lora_pl.game.replay.gif import render_gif
 from snake_lora_pl.game.replay.html import board_script, json_for_script, render_html

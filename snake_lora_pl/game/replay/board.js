@@ -1,7 +1,7 @@
-// Draws a position of a recorded game on a canvas. Stands in every page that shows games; colors are the page's custom
-// properties: --tile-a, --tile-b, --snake, --snake-tail, --head, --apple, --leaf, --dead, --arrow and --eye, as #rrggbb.
+// Draws a position of a recorded game on a canvas. Included in every page that shows games. The page defines the colors as
+// custom properties in #rrggbb: --tile-a, --tile-b, --snake, --snake-tail, --head, --apple, --leaf, --lost, --arrow, --eye.
 const STEPS = {U: [0, 1], R: [1, 0], D: [0, -1], L: [-1, 0]};
-const DEATHS = ["WALL", "SELF", "NO_VALID_ANSWER"];
+const ILLEGAL_MOVE_ENDS = ["WALL", "SELF", "NO_VALID_ANSWER"];
 
 function bodyOf(frame) {
   const body = [frame.head];
@@ -23,7 +23,7 @@ function drawBoard(canvas, game, index) {
   const color = (name) => styles.getPropertyValue(name).trim();
   const cell = side / game.size;
   const middle = ([x, y]) => [(x + 0.5) * cell, (game.size - y - 0.5) * cell];
-  const isDead = index === game.frames.length - 1 && DEATHS.includes(game.end);
+  const isLost = index === game.frames.length - 1 && ILLEGAL_MOVE_ENDS.includes(game.end);
 
   for (let x = 0; x < game.size; x++) {
     for (let y = 0; y < game.size; y++) {
@@ -46,9 +46,9 @@ function drawBoard(canvas, game, index) {
   const body = bodyOf(frame).map(middle);
   pen.lineCap = pen.lineJoin = "round";
   for (let i = body.length - 1; i > 0; i--) {
-    // Thinner and paler towards the tail, so that it is seen where the body leads.
+    // Thinner and paler toward the tail, so that the direction of the body is visible.
     const share = i / Math.max(body.length - 1, 1);
-    pen.strokeStyle = isDead ? color("--dead") : mix(color("--snake"), color("--snake-tail"), share);
+    pen.strokeStyle = isLost ? color("--lost") : mix(color("--snake"), color("--snake-tail"), share);
     pen.lineWidth = cell * (0.74 - 0.24 * share);
     pen.beginPath();
     pen.moveTo(...body[i]);
@@ -56,7 +56,7 @@ function drawBoard(canvas, game, index) {
     pen.stroke();
   }
   const [headX, headY] = body[0];
-  pen.fillStyle = isDead ? color("--dead") : color("--head");
+  pen.fillStyle = isLost ? color("--lost") : color("--head");
   pen.beginPath();
   pen.arc(headX, headY, cell * 0.41, 0, 2 * Math.PI);
   pen.fill();

@@ -1,4 +1,4 @@
-"""A recorded game as one HTML page that needs nothing else."""
+"""Replay of a recorded game as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ _PLACEHOLDER = re.compile(r"__(TITLE|GAME|BOARD)__")
 
 
 def render_html(recording: Recording) -> str:
-    """A page that plays a game: step, pause, speed, keys, and the player's words beside the board.
+    """Render a page that plays a game, with controls, keyboard shortcuts and the player's completion for each move.
 
-    The page loads nothing and runs no code but its own; whatever the words hold is shown as text.
-
-    Args:
-        recording: The game.
-
-    Returns:
-        The page.
+    The page loads no other resources. Titles and completions are untrusted input and are shown as text only.
     """
     game = {
         "title": recording.title,
@@ -33,23 +27,23 @@ def render_html(recording: Recording) -> str:
                 "trail": frame.board.trail,
                 "apple": frame.board.apple,
                 "move": None if frame.move is None else frame.move.name,
-                "words": frame.words,
+                "completion": frame.completion,
             }
             for frame in recording.frames
         ],
     }
     values = {"TITLE": html.escape(recording.title), "GAME": json_for_script(game), "BOARD": board_script()}
     template = resources.files(__package__).joinpath("player.html").read_text(encoding="utf-8")
-    # In one pass: a title or words that look like a placeholder stay what they are.
+    # In one pass, so that placeholders in a title or a completion are not replaced.
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def board_script() -> str:
-    """JavaScript that draws a position on a canvas: ``drawBoard(canvas, game, index)``."""
+    """Return the JavaScript function that draws a position on a canvas: ``drawBoard(canvas, game, index)``."""
     return resources.files(__package__).joinpath("board.js").read_text(encoding="utf-8").strip()
 
 
 def json_for_script(value: object) -> str:
-    """JSON that cannot end the element it stands in, nor begin another."""
+    """Return JSON that can be embedded in a ``<script>`` element: it contains no ``<``, ``>`` or ``&``."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

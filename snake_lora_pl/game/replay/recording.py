@@ -1,4 +1,4 @@
-"""A game as it was played: every position, the move chosen there and the words that went with it."""
+"""Recording of a played game: every position with the move and the completion chosen there."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from snake_lora_pl.game.game import Game
 
 
 class Frame(NamedTuple):
-    """One position.
+    """One position of a game.
 
     Attributes:
-        board: What the player saw.
-        move: What it chose; None where it named no move, and on the last position of a game that outlived it.
-        words: What it said.
+        board: The position.
+        move: The player's move; None if it named none, and on the final position after the last move.
+        completion: The player's completion.
     """
 
     board: Board
     move: Move | None = None
-    words: str = ""
+    completion: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Recording:
     """A game from its first position to its last.
 
     Attributes:
-        frames: The positions in turn, at least one.
-        end: Why the game was over; None where it was broken off.
-        title: What to call it.
+        frames: The positions in order, at least one.
+        end: Why the game ended; None if it was interrupted.
+        title: Title to display.
 
     Raises:
         ValueError: If there is no position, or positions differ in size.
@@ -42,11 +42,12 @@ class Recording:
     title: str = "Snake"
 
     def __post_init__(self) -> None:
-        """Check the positions."""
+        """Validate the positions."""
         if not self.frames:
-            raise ValueError("a recording has at least one position")
-        if len({frame.board.size for frame in self.frames}) > 1:
-            raise ValueError("the positions of a recording lie on boards of different sizes")
+            raise ValueError("a recording must have at least one position (found: none)")
+        sizes = sorted({frame.board.size for frame in self.frames})
+        if len(sizes) > 1:
+            raise ValueError(f"the positions of a recording must have one grid size (found: {sizes})")
 
     @property
     def size(self) -> int:
@@ -54,28 +55,28 @@ class Recording:
         return self.frames[0].board.size
 
     @property
-    def is_death(self) -> bool:
-        """Whether the snake died, so that the last position is the one that its last move ended."""
+    def ended_by_illegal_move(self) -> bool:
+        """True if the last move was not legal, so that the last frame is the position before it."""
         return self.end in (End.WALL, End.SELF, End.NO_VALID_ANSWER)
 
     def num_apples(self, index: int) -> int:
-        """Apples eaten before a position."""
+        """Return the number of apples that the snake ate before a position."""
         return self.frames[index].board.length - 1
 
 
 def record(game: Game, choose: Callable[[Board], tuple[Move | None, str]], title: str = "Snake") -> Recording:
-    """Play a game to its end and keep all of it.
+    """Play a game to its end and record it.
 
     Args:
-        game: A game that is not over.
-        choose: The player: from a board to its move, None for no move, and its words.
-        title: What to call the recording.
+        game: A game that has not ended.
+        choose: The player: a function from a board to its move, or None for no move, and its completion.
+        title: Title of the recording.
     """
     frames = [Frame(game.board)]
     while game.end is None:
         board = game.board
-        move, words = choose(board)
-        frames[-1] = Frame(board, move, words)
+        move, completion = choose(board)
+        frames[-1] = Frame(board, move, completion)
         game.play(move)
         if game.board is not board:
             frames.append(Frame(game.board))

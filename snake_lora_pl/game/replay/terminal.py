@@ -1,4 +1,4 @@
-"""A recorded game in a terminal."""
+"""Replay of a recorded game in a terminal."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BODY = "▓▓"
 
 
 def show(recording: Recording, console: Console | None = None, frames_per_second: float = 8.0) -> None:
-    """Play a recording in a terminal; where the output is no terminal, print its last position alone.
+    """Play a recording in a terminal, or print only its last position if the output is not a terminal.
 
     Args:
         recording: The game.
-        console: Where to; standard output if None.
-        frames_per_second: Speed.
+        console: Console to print to; standard output if None.
+        frames_per_second: Playback speed.
 
     Raises:
         ValueError: If the speed is not positive.
@@ -53,22 +53,22 @@ def _render(recording: Recording, index: int) -> RenderableType:
     frame = recording.frames[index]
     board = frame.board
     grid = Text(no_wrap=True)
-    signs = dict.fromkeys(board.body, (_BODY, "green")) | {board.head: (_HEAD, "bright_green")}
+    symbols = dict.fromkeys(board.body, (_BODY, "green")) | {board.head: (_HEAD, "bright_green")}
     if board.apple is not None:
-        signs[board.apple] = (_APPLE, "bright_red")
+        symbols[board.apple] = (_APPLE, "bright_red")
     for y in range(board.size - 1, -1, -1):
         for x in range(board.size):
-            grid.append(*signs.get((x, y), (_EMPTY, "dim")))
+            grid.append(*symbols.get((x, y), (_EMPTY, "dim")))
         if y:
             grid.append("\n")
     last = len(recording.frames) - 1
-    facts = [f"step {index} of {last}", f"apples {recording.num_apples(index)}"]
+    status = [f"step {index} of {last}", f"apples {recording.num_apples(index)}"]
     if frame.move is not None:
-        facts.append(frame.move.name)
+        status.append(frame.move.name)
     if index == last and recording.end is not None:
-        facts.append(recording.end.value)
-    # Text, not strings: words of a model may look like markup.
-    picture = Group(Text(recording.title), Panel(grid, expand=False), Text(", ".join(facts)))
+        status.append(recording.end.value)
+    # Text objects, because Rich would parse markup in strings, and completions may contain it.
+    picture = Group(Text(recording.title), Panel(grid, expand=False), Text(", ".join(status)))
     table = Table.grid(padding=(0, 2))
-    table.add_row(picture, Text(frame.words))
+    table.add_row(picture, Text(frame.completion))
     return table

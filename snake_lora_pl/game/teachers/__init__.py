@@ -1,11 +1,13 @@
-"""Players that search: each is a function from a board to a move. Knows nothing of text or models.
+"""Teachers: path-finding players that write the training data, each a function from a board to a move.
 
-A teacher looks at the board alone, so any position can be put to it, also one that it would not have reached itself.
-It answers None where no legal move is left. ``random_legal`` has a seed beside; it alone gives two answers to one
-position.
+A teacher depends on the board alone, so it can be asked about any position, including those it would not reach itself.
+It returns None if there is no legal move. Only ``random_legal`` draws random numbers and takes a seed.
+
+To add a teacher, decorate a function with ``register_teacher("name")`` and import its module.
 """
 
 from snake_lora_pl.game.teachers.hamiltonian import hamiltonian, hamiltonian_shortcuts
+from snake_lora_pl.game.teachers.pathfinding import astar, bfs, greedy
 from snake_lora_pl.game.teachers.random_legal import random_legal
 from snake_lora_pl.game.teachers.registry import (
     TEACHERS,
@@ -17,7 +19,6 @@ from snake_lora_pl.game.teachers.registry import (
     register_teacher,
 )
 from snake_lora_pl.game.teachers.safe_greedy import safe_greedy
-from snake_lora_pl.game.teachers.towards_apple import astar, bfs, greedy
 
 __all__ = [
     "TEACHERS",

@@ -1,4 +1,4 @@
-"""The player to be better than."""
+"""The random policy, a baseline for players."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from snake_lora_pl.game.teachers.registry import Teacher, register_seeded_teache
 
 @register_seeded_teacher("random_legal")
 def random_legal(seed: int) -> Teacher:
-    """A teacher that draws uniformly among the legal moves; the same seed draws the same for the same boards."""
-    # Not the seed itself: a game of the same seed draws its apples from that.
+    """Return a teacher that draws uniformly from the legal moves; the same seed gives the same sequence of draws."""
+    # A string seed, because a game of the same integer seed draws its apples from that.
     rng = random.Random(f"random_legal {seed}")
 
     def draw(board: Board) -> Move | None:

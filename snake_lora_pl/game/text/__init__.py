@@ -1,15 +1,14 @@
-"""Boards and moves as text. Every format that a prompt or a completion can have is written and read here alone.
+"""Prompts and completions: every text format of boards and moves is written and read in this package only.
 
-A style writes a board as a prompt and a move as a completion that explains it. The readers take any text that contains
-a prompt, so that templates around it do not matter. Importing this package registers the styles there are.
+A style writes a board as a prompt and a move as a completion that explains it. ``parsing`` reads the move from a
+completion, and the board from any text that contains a prompt, so the template around the prompt does not matter.
 """
 
-# Importing a style's module registers it; in this order they are looked for in a text.
+from snake_lora_pl.game.text.ascii_board import ASCII_BOARD_STYLES, AsciiBoardStyle
 from snake_lora_pl.game.text.bfs_512 import Bfs512
 from snake_lora_pl.game.text.claims import CLAIM_NAMES, Claims, check_claims, check_completion, read_claims
 from snake_lora_pl.game.text.compact import Compact
-from snake_lora_pl.game.text.drawn import DrawnStyle
-from snake_lora_pl.game.text.reading import (
+from snake_lora_pl.game.text.parsing import (
     BoardReader,
     read_announced_move,
     read_board,
@@ -23,11 +22,11 @@ from snake_lora_pl.game.text.style import STYLES, PromptState, Style, get_style,
 __all__ = [
     "CLAIM_NAMES",
     "STYLES",
+    "AsciiBoardStyle",
     "Bfs512",
     "BoardReader",
     "Claims",
     "Compact",
-    "DrawnStyle",
     "PromptState",
     "Style",
     "check_claims",
@@ -42,3 +41,7 @@ __all__ = [
     "register_style",
     "starts_new_game",
 ]
+
+# Texts are searched for prompts of the styles in this order.
+for _style in (Bfs512(), *ASCII_BOARD_STYLES, Compact()):
+    register_style(_style)

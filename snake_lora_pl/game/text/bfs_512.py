@@ -1,12 +1,12 @@
-"""``bfs-512`` of the ``heuristics-v0.04`` files: coordinates, and a completion that reasons in metrics."""
+"""The style ``bfs-512`` of the ``heuristics-v0.04`` files: coordinates in the prompt, metrics in the completion."""
 
 from __future__ import annotations
 
 import re
 
 from snake_lora_pl.game.board import Board, Move
-from snake_lora_pl.game.text.metrics import measure, write_metrics
-from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of, register_style
+from snake_lora_pl.game.text.metrics import FILE_ORDER, measure, write_metrics
+from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of
 
 _PROMPT = """\
 You are playing Snake on a {size}x{size} grid. \
@@ -28,12 +28,12 @@ Choose from: UP, DOWN, LEFT, RIGHT"""
 
 
 def _pattern_of(template: str) -> re.Pattern[str]:
-    """The expression that reads what ``template.format`` wrote: a named group for each field."""
+    """Return the pattern that matches the output of ``template.format``, with a named group for each field."""
     pattern = re.escape(template)
     for field in dict.fromkeys(re.findall(r"{(\w+)}", template)):
-        hole = rf"\{{{field}\}}"
+        placeholder = rf"\{{{field}\}}"
         content = r"[\d, \[\]]*" if field == "rest" else NUMBER
-        pattern = pattern.replace(hole, f"(?P<{field}>{content})", 1).replace(hole, f"(?P={field})")
+        pattern = pattern.replace(placeholder, f"(?P<{field}>{content})", 1).replace(placeholder, f"(?P={field})")
     return re.compile(pattern, re.ASCII)
 
 
@@ -42,12 +42,12 @@ _CELL_PATTERN = re.compile(rf"\[({NUMBER}), ({NUMBER})\]", re.ASCII)
 
 
 class Bfs512:
-    """Coordinates in the prompt, the body's from neck to tail; metrics in the completion."""
+    """Prompts that list the coordinates of head, apple and body; completions that state the metrics of the position."""
 
     name = "bfs-512"
 
     def write_prompt(self, board: Board) -> str:
-        """The board as a prompt.
+        """Return the prompt that describes a board.
 
         Raises:
             ValueError: If the board has no apple.
@@ -65,49 +65,41 @@ class Bfs512:
         )
 
     def write_completion(self, board: Board, move: Move) -> str:
-        """The metrics of the position and the move as the conclusion.
+        """Return the metrics of the position, followed by the move as the conclusion.
 
         Raises:
             ValueError: If the board has no apple.
         """
         metrics = measure(board, move)
-        space = metrics.free_space
-        free_space = (
-            f"{{'up': {space[Move.UP]}, 'down': {space[Move.DOWN]}, "
-            f"'left': {space[Move.LEFT]}, 'right': {space[Move.RIGHT]}}}"
-        )
-        x, y = board.head
+        free_space = {side.name.lower(): metrics.free_space[side] for side in FILE_ORDER}
         return (
-            f"Moving {move.name} from [{x}, {y}]\n"
+            f"Moving {move.name} from {list(board.head)}\n"
             "\n"
-            f"{write_metrics(metrics, 'Manhattan distance to apple', free_space)}"
+            f"{write_metrics(metrics, 'Manhattan distance to apple', str(free_space))}"
             "\n"
             f"Conclusion: The move is: {move.name}"
         )
 
     def read_prompt(self, text: str) -> Board:
-        """The board of a prompt of this style, wherever it stands in the text.
+        """Return the board of a prompt of this style, anywhere in the text.
 
         Raises:
-            ValueError: If the text holds no such prompt, or one whose position cannot occur.
+            ValueError: If the text contains no such prompt, or its position is invalid.
         """
         match = _PATTERN.search(text)
         if match is None:
-            raise ValueError(f"no {self.name} prompt in the text: {text[:80]!r}")
+            raise ValueError(f"the text contains no {self.name} prompt: {text[:80]!r}")
         rest = tuple((int(x), int(y)) for x, y in _CELL_PATTERN.findall(match["rest"]))
         length = int(match["length"])
         if length != len(rest) + 1:
-            raise ValueError(f"the prompt says length {length} but lists {len(rest)} cells behind the head")
+            raise ValueError(f"the prompt states length {length} but lists {len(rest)} body cells after the head")
         head = (int(match["head_x"]), int(match["head_y"]))
         return Board(int(match["size"]), (head, *rest), (int(match["apple_x"]), int(match["apple_y"])))
 
     def read_state(self, text: str) -> PromptState | None:
-        """Grid size, head and length of a prompt of this style; None where the text holds none."""
+        """Return grid size, head and length of a prompt of this style; None if the text contains none."""
         match = _PATTERN.search(text)
         if match is None:
             return None
         head = (int(match["head_x"]), int(match["head_y"]))
         return PromptState(int(match["size"]), head, int(match["length"]))
-
-
-register_style(Bfs512())

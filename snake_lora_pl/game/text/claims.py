@@ -1,6 +1,6 @@
-"""What a completion claims about its position, and whether it is so: a move may be right for wrong reasons.
+"""Claims of a completion about its position, and whether they are true: a move can be right for wrong reasons.
 
-The meaning of each claim is that of the ``heuristics-v0.04`` files (see ``metrics``), in whichever style it is written.
+The meaning of each claim is that of the ``heuristics-v0.04`` files (see ``metrics``), whatever the completion's style.
 A bare move claims nothing.
 """
 
@@ -8,41 +8,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from snake_lora_pl.game.board import Board, Cell, Move
 from snake_lora_pl.game.search import apple_distance
 from snake_lora_pl.game.text.metrics import Danger, measure
-from snake_lora_pl.game.text.reading import read_move
+from snake_lora_pl.game.text.parsing import read_move
 from snake_lora_pl.game.text.style import NUMBER
 
-_NAMES = {move.name: move for move in Move} | {move.name.lower(): move for move in Move}
+_MOVE_BY_NAME = {move.name: move for move in Move} | {move.name.lower(): move for move in Move}
 _MOVING_PATTERN = re.compile(
     rf"^Moving (UP|RIGHT|DOWN|LEFT) from \[({NUMBER}), ({NUMBER})\][ \t\r]*$", re.MULTILINE | re.ASCII
 )
 _MOVING_START_PATTERN = re.compile(r"^Moving\b", re.MULTILINE)
-# A bound on a name's length: from every letter of a word of millions the search would run to its end.
+# The name's length is bounded, because an unbounded search restarts at every letter of a word of millions.
 _PAIR_PATTERN = re.compile(rf"['\"]?(\w{{1,20}})['\"]?\s*[:=]\s*({NUMBER})", re.ASCII)
 _NAME_PATTERN = re.compile(r"['\"](\w+)['\"]", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a completion says; None for what it does not speak of, or not so that it could be understood.
+    """Claims of a completion; None for a claim that is absent or malformed.
 
     Attributes:
-        moving: The move it announces before its reasons.
-        head: Where it says that the head is.
+        moving: The move announced before the rationale.
+        head: The head's cell.
         valid_moves: See ``Metrics``.
         manhattan_distance: See ``Metrics``.
         apple_direction: See ``Metrics``.
-        danger: See ``Metrics``; relative to the move announced.
+        danger: See ``Metrics``; relative to the announced move.
         free_space: See ``Metrics``.
-        path_length: Steps of the path it says it found; 0 for none.
-        distance: The Manhattan distance under the name that drawn styles give it beside the free cells.
-        free_cells: Cells without snake.
-        garbled: Names of the fields that it speaks of, yet not so that it could be understood.
+        path_length: Steps of the path found; 0 for no path.
+        distance: The Manhattan distance, under its label in ASCII board styles.
+        free_cells: Number of cells without snake.
+        malformed: Names of the claims that are present but cannot be parsed.
     """
 
     moving: Move | None = None
@@ -55,77 +55,77 @@ class Claims:
     path_length: int | None = None
     distance: int | None = None
     free_cells: int | None = None
-    garbled: frozenset[str] = field(default=frozenset())
+    malformed: frozenset[str] = frozenset()
 
 
-CLAIM_NAMES = (*(claim.name for claim in fields(Claims) if claim.name != "garbled"), "conclusion")
-"""Everything that ``check_claims`` can judge."""
+CLAIM_NAMES = (*(claim.name for claim in fields(Claims) if claim.name != "malformed"), "conclusion")
+"""Names of the results of ``check_claims``."""
 
 
 def read_claims(completion: str) -> Claims:
-    """Everything that a completion claims, whatever its style."""
-    said: dict[str, Any] = {}
-    garbled = set()
+    """Return the claims of a completion, whatever its style."""
+    values: dict[str, Any] = {}
+    malformed = set()
     if match := _MOVING_PATTERN.search(completion):
-        said["moving"] = Move[match[1]]
-        said["head"] = (int(match[2]), int(match[3]))
+        values["moving"] = Move[match[1]]
+        values["head"] = (int(match[2]), int(match[3]))
     elif _MOVING_START_PATTERN.search(completion):
-        garbled |= {"moving", "head"}
+        malformed |= {"moving", "head"}
     for name, (pattern, read) in _READERS.items():
         if match := pattern.search(completion):
             try:
-                said[name] = read(match[1].strip())
+                values[name] = read(match[1].strip())
             except (ValueError, KeyError):
-                garbled.add(name)
-    return Claims(**said, garbled=frozenset(garbled))
+                malformed.add(name)
+    return Claims(**values, malformed=frozenset(malformed))
 
 
 def check_claims(board: Board, move: Move | None, completion: str) -> dict[str, bool]:
-    """Whether each thing that a completion claims is so.
+    """Return whether each claim of a completion is true.
 
     Args:
-        board: The position it speaks of.
-        move: The move it concludes with, as ``read_move`` reads it; None where it concludes with none.
-        completion: What was said.
+        board: The position.
+        move: The move that the completion concludes with, as returned by ``read_move``.
+        completion: The completion.
 
     Returns:
-        For each field of ``Claims`` that is spoken of: whether it is true. ``moving`` is true where the move announced
-        is the one concluded with. ``conclusion``, where valid moves are spoken of, is true if the conclusion is among
-        them.
+        For each claim that is present: whether it is true; a malformed one is not. ``moving`` is true if the announced
+        move is the concluded one. ``conclusion``, present if valid moves are claimed, is true if the concluded move is
+        one of them.
 
     Raises:
         ValueError: If the board has no apple.
     """
     claims = read_claims(completion)
     chosen = claims.moving or move
-    truth: dict[str, Any] = {
+    # Only danger depends on the move; without a move, it counts as false below.
+    metrics = measure(board, chosen or Move.UP)
+    truth: dict[str, Any] = metrics._asdict() | {
         "moving": move,
         "head": board.head,
+        "valid_moves": frozenset(metrics.valid_moves),
         "path_length": apple_distance(board) or 0,
+        "distance": metrics.manhattan_distance,
         "free_cells": board.size**2 - board.length,
     }
-    # What is dangerous depends on the move; the rest does not.
-    truth |= measure(board, chosen or Move.UP)._asdict()
-    truth["valid_moves"] = frozenset(truth["valid_moves"])
-    truth["distance"] = truth["manhattan_distance"]
     checked = {}
     for claim in fields(Claims):
-        said = getattr(claims, claim.name)
-        if claim.name in claims.garbled:
+        value = getattr(claims, claim.name)
+        if claim.name in claims.malformed:
             checked[claim.name] = False
-        elif claim.name in truth and said is not None:
-            checked[claim.name] = said == truth[claim.name] and (claim.name != "danger" or chosen is not None)
+        elif claim.name in truth and value is not None:
+            checked[claim.name] = value == truth[claim.name] and (claim.name != "danger" or chosen is not None)
     if claims.valid_moves is not None:
         checked["conclusion"] = move in claims.valid_moves
     return checked
 
 
 def check_completion(board: Board, completion: str) -> dict[str, bool]:
-    """``check_claims`` of the move that the completion itself concludes with."""
+    """Return ``check_claims`` for the move that the completion concludes with."""
     return check_claims(board, read_move(completion), completion)
 
 
-def _line(label: str) -> re.Pattern[str]:
+def _line_pattern(label: str) -> re.Pattern[str]:
     return re.compile(rf"^(?:- )?{label}: (.*)$", re.MULTILINE)
 
 
@@ -138,7 +138,7 @@ def _read_number(text: str) -> int:
 def _read_moves(text: str) -> frozenset[Move]:
     if not (text.startswith("[") and text.endswith("]")):
         raise ValueError(text)
-    return frozenset(_NAMES[name] for name in _NAME_PATTERN.findall(text))
+    return frozenset(_MOVE_BY_NAME[name] for name in _NAME_PATTERN.findall(text))
 
 
 def _read_pairs(text: str) -> dict[str, int]:
@@ -149,7 +149,7 @@ def _read_pairs(text: str) -> dict[str, int]:
 
 
 def _read_directions(text: str) -> frozenset[Move]:
-    return frozenset(_NAMES[name] for name, lies_there in _read_pairs(text).items() if lies_there)
+    return frozenset(_MOVE_BY_NAME[name] for name, is_toward in _read_pairs(text).items() if is_toward)
 
 
 def _read_danger(text: str) -> Danger:
@@ -158,7 +158,7 @@ def _read_danger(text: str) -> Danger:
 
 
 def _read_free_space(text: str) -> dict[Move, int]:
-    return {_NAMES[name]: number for name, number in _read_pairs(text).items()}
+    return {_MOVE_BY_NAME[name]: number for name, number in _read_pairs(text).items()}
 
 
 def _read_path_length(text: str) -> int:
@@ -169,11 +169,11 @@ def _read_path_length(text: str) -> int:
 
 
 _READERS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
-    "valid_moves": (_line("Valid moves"), _read_moves),
-    "manhattan_distance": (_line("Manhattan distance(?: to apple)?"), _read_number),
-    "apple_direction": (_line("Apple direction"), _read_directions),
-    "danger": (_line("Danger assessment"), _read_danger),
-    "free_space": (_line("Free space"), _read_free_space),
+    "valid_moves": (_line_pattern("Valid moves"), _read_moves),
+    "manhattan_distance": (_line_pattern("Manhattan distance(?: to apple)?"), _read_number),
+    "apple_direction": (_line_pattern("Apple direction"), _read_directions),
+    "danger": (_line_pattern("Danger assessment"), _read_danger),
+    "free_space": (_line_pattern("Free space"), _read_free_space),
     "distance": (re.compile(r"^Distance: ([^,\n]*)", re.MULTILINE), _read_number),
     "path_length": (re.compile(r"^[A-Z-]+: Found (.*)$", re.MULTILINE), _read_path_length),
     "free_cells": (re.compile(r"\bFree cells: (.*)$", re.MULTILINE), _read_number),

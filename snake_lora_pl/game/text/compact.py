@@ -1,8 +1,6 @@
-"""``compact``: a style of our own, made to learn from in few tokens.
+"""The style ``compact``: a short prompt with the features of each move, and the bare move as the completion.
 
-The prompt is the position in one line, then a line for each direction that says what the snake senses there. The
-completion is the move and nothing else. With the tokenizers of Llama and SmolLM2 that is one token, so the answer
-decides itself at once, and four of them can be compared in one forward pass.
+With the tokenizers of Llama and SmolLM2 the completion is a single token, so one forward pass compares all four moves.
 """
 
 from __future__ import annotations
@@ -10,8 +8,8 @@ from __future__ import annotations
 import re
 
 from snake_lora_pl.game.board import Board, Move
-from snake_lora_pl.game.senses import Sense, sense
-from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of, register_style
+from snake_lora_pl.game.features import MoveFeatures, move_features
+from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of
 
 _PATTERN = re.compile(
     rf"Snake(?P<size>{NUMBER});(?P<head_x>{NUMBER}),(?P<head_y>{NUMBER});"
@@ -21,73 +19,71 @@ _PATTERN = re.compile(
 
 
 class Compact:
-    """The position in one line, what each direction holds in a word and a number, the way to the apple; the bare move.
+    """Prompts with the position, the features of each move and the offset of the apple; bare moves as completions.
 
-    The first line is ``Snake{size};{head};{apple};{trail}``, the last part being ``Board.trail``. Then a line for each
-    direction, the first of these that fits:
+    The first line is ``Snake{size};{head};{apple};{trail}``, where the last part is ``Board.trail``. Then follows one
+    line for each move, with the first of these that applies:
 
-    - ``wall`` or ``body``: the move is deadly or none at all;
-    - ``trap N``: the tail is cut off after it, and N free cells are left;
-    - ``bait N``: a shortest path to the apple leads there, but eating would shut the snake in; N steps to the tail;
-    - ``apple N``: N steps from there to the apple through free cells, 0 where the move eats;
+    - ``wall`` or ``body``: the move is not legal;
+    - ``trap N``: the tail is unreachable after the move, and N free cells are reachable;
+    - ``bait N``: the move begins a shortest path to the apple, but the tail is unreachable after eating; N steps to the
+      tail;
+    - ``apple N``: N steps to the apple through free cells after the move, 0 if the move eats it;
     - ``tail N``: no path leads to the apple; N steps to the tail.
 
-    The last line says where the apple lies from the head, one axis after the other as BFS tries them: ``apple DOWN 2
-    LEFT 5``. It comes last because what stands nearest to the answer is learnt first.
+    The last line is the offset of the apple from the head, in the order in which BFS tries the axes: ``apple DOWN 2
+    LEFT 5``. It comes last because models learn first from the text nearest to the completion.
     """
 
     name = "compact"
 
     def write_prompt(self, board: Board) -> str:
-        """The board as a prompt.
+        """Return the prompt that describes a board.
 
         Raises:
             ValueError: If the board has no apple.
         """
         apple_x, apple_y = apple_of(board)
         head_x, head_y = board.head
-        across, up = apple_x - head_x, apple_y - head_y
-        ways = [(Move.UP if up > 0 else Move.DOWN, abs(up)), (Move.LEFT if across < 0 else Move.RIGHT, abs(across))]
+        dx, dy = apple_x - head_x, apple_y - head_y
+        offsets = [(Move.UP if dy > 0 else Move.DOWN, abs(dy)), (Move.LEFT if dx < 0 else Move.RIGHT, abs(dx))]
         lines = [f"Snake{board.size};{head_x},{head_y};{apple_x},{apple_y};{board.trail}"]
-        lines += [f"{move.name} {_describe(sensed)}" for move, sensed in sense(board).items()]
-        lines += [" ".join(["apple", *(f"{move.name} {steps}" for move, steps in ways if steps)])]
+        lines += [f"{move.name} {_describe(features)}" for move, features in move_features(board).items()]
+        lines += [" ".join(["apple", *(f"{move.name} {steps}" for move, steps in offsets if steps)])]
         return "\n".join(lines)
 
     def write_completion(self, board: Board, move: Move) -> str:
-        """The move."""
+        """Return the name of the move."""
         return move.name
 
     def read_prompt(self, text: str) -> Board:
-        """The board of a prompt of this style, wherever it stands in the text; what is sensed is not looked at.
+        """Return the board of a prompt of this style, anywhere in the text. Only the first line is read.
 
         Raises:
-            ValueError: If the text holds no such prompt, or one whose position cannot occur.
+            ValueError: If the text contains no such prompt, or its position is invalid.
         """
         match = _PATTERN.search(text)
         if match is None:
-            raise ValueError(f"no {self.name} prompt in the text: {text[:80]!r}")
+            raise ValueError(f"the text contains no {self.name} prompt: {text[:80]!r}")
         head = (int(match["head_x"]), int(match["head_y"]))
         apple = (int(match["apple_x"]), int(match["apple_y"]))
         return Board.from_trail(int(match["size"]), head, match["trail"], apple)
 
     def read_state(self, text: str) -> PromptState | None:
-        """Grid size, head and length of a prompt of this style; None where the text holds none."""
+        """Return grid size, head and length of a prompt of this style; None if the text contains none."""
         match = _PATTERN.search(text)
         if match is None:
             return None
         return PromptState(int(match["size"]), (int(match["head_x"]), int(match["head_y"])), len(match["trail"]) + 1)
 
 
-def _describe(sensed: Sense) -> str:
-    if sensed.obstacle is not None:
-        return sensed.obstacle
-    if sensed.tail_distance is None:
-        return f"trap {sensed.room}"
-    if sensed.is_bait:
-        return f"bait {sensed.tail_distance}"
-    if sensed.apple_distance is not None:
-        return f"apple {sensed.apple_distance}"
-    return f"tail {sensed.tail_distance}"
-
-
-register_style(Compact())
+def _describe(features: MoveFeatures) -> str:
+    if features.obstacle is not None:
+        return features.obstacle
+    if features.tail_distance is None:
+        return f"trap {features.num_reachable}"
+    if features.is_bait:
+        return f"bait {features.tail_distance}"
+    if features.apple_distance is not None:
+        return f"apple {features.apple_distance}"
+    return f"tail {features.tail_distance}"

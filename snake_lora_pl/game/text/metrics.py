@@ -1,6 +1,6 @@
-"""The metrics that completions of the ``heuristics-v0.04`` files reason with.
+"""Metrics of a position and a move, as defined by the completions of the ``heuristics-v0.04`` files.
 
-What they mean is what the upstream program wrote, its peculiarities included.
+The definitions follow the upstream program, including its peculiarities.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text.style import apple_of
 
-# The order in which the files name directions, but for valid moves and drawn boards' free space.
-_NAMED_ORDER = (Move.UP, Move.DOWN, Move.LEFT, Move.RIGHT)
+# The order in which the files list directions, except for valid moves.
+FILE_ORDER = (Move.UP, Move.DOWN, Move.LEFT, Move.RIGHT)
 
 
 class Danger(NamedTuple):
-    """Whether the cells around the head are deadly, relative to a chosen move."""
+    """Flags of the cells ahead, to the left and to the right of a chosen move that end the game."""
 
     straight: bool
     left: bool
@@ -23,15 +23,16 @@ class Danger(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What the files say of a position and a move.
+    """Metrics of a position and a move.
 
     Attributes:
-        valid_moves: Moves onto cells of the grid without body. The tail's cell counts as body; reversal is not looked
-            at, for the neck is body anyway. In the order UP, RIGHT, DOWN, LEFT.
-        manhattan_distance: Steps from head to apple as the crow flies.
-        apple_direction: Where the apple lies: at most one direction of each axis.
-        danger: Straight is the chosen move's own cell, wall or body; left and right look at walls only.
-        free_space: Cells from the head straight on until edge or body, for each direction.
+        valid_moves: Moves to cells of the grid without body, in board order. The tail's cell counts as body. Reversal
+            needs no check, because the neck is body.
+        manhattan_distance: Manhattan distance from the head to the apple.
+        apple_direction: Directions of the apple from the head: at most one for each axis.
+        danger: ``straight`` is whether the chosen move's cell is wall or body; ``left`` and ``right`` consider walls
+            only.
+        free_space: For each direction, the cells straight ahead of the head up to the edge or the body.
     """
 
     valid_moves: tuple[Move, ...]
@@ -42,30 +43,30 @@ class Metrics(NamedTuple):
 
 
 def measure(board: Board, move: Move) -> Metrics:
-    """The metrics of a position and a chosen move.
+    """Return the metrics of a position and a chosen move.
 
     Raises:
         ValueError: If the board has no apple.
     """
     apple_x, apple_y = apple_of(board)
     x, y = board.head
-    runs = {direction: straight_run(board, direction) for direction in Move}
-    signs = {Move.UP: apple_y > y, Move.RIGHT: apple_x > x, Move.DOWN: apple_y < y, Move.LEFT: apple_x < x}
+    free_space = {direction: straight_run(board, direction) for direction in Move}
+    is_toward = {Move.UP: apple_y > y, Move.RIGHT: apple_x > x, Move.DOWN: apple_y < y, Move.LEFT: apple_x < x}
     return Metrics(
-        valid_moves=tuple(direction for direction, run in runs.items() if run),
+        valid_moves=tuple(direction for direction, num_cells in free_space.items() if num_cells),
         manhattan_distance=abs(apple_x - x) + abs(apple_y - y),
-        apple_direction=frozenset(direction for direction, lies_there in signs.items() if lies_there),
+        apple_direction=frozenset(direction for direction in Move if is_toward[direction]),
         danger=Danger(
-            straight=runs[move] == 0,
+            straight=free_space[move] == 0,
             left=not board.contains((x - move.dy, y + move.dx)),
             right=not board.contains((x + move.dy, y - move.dx)),
         ),
-        free_space=runs,
+        free_space=free_space,
     )
 
 
 def straight_run(board: Board, direction: Move) -> int:
-    """Cells from the head, straight on, until the edge or the body."""
+    """Return the number of cells straight ahead of the head up to the edge or the body."""
     dx, dy = direction.dx, direction.dy
     x, y = board.head
     run = 0
@@ -78,15 +79,15 @@ def straight_run(board: Board, direction: Move) -> int:
 
 
 def write_metrics(metrics: Metrics, manhattan_label: str, free_space: str) -> str:
-    """The lines that name the metrics, which are alike in all styles but for two of them.
+    """Return the lines that state the metrics.
 
     Args:
-        metrics: What to write.
-        manhattan_label: What the style calls the distance.
-        free_space: The free space as the style writes it.
+        metrics: The metrics.
+        manhattan_label: The style's label of the Manhattan distance.
+        free_space: The free space in the style's notation.
     """
-    direction = ", ".join(f"{move.name.lower()!r}: {move in metrics.apple_direction:d}" for move in _NAMED_ORDER)
-    danger = ", ".join(f"{side!r}: {deadly:d}" for side, deadly in metrics.danger._asdict().items())
+    direction = ", ".join(f"{move.name.lower()!r}: {move in metrics.apple_direction:d}" for move in FILE_ORDER)
+    danger = ", ".join(f"{side!r}: {is_danger:d}" for side, is_danger in metrics.danger._asdict().items())
     return (
         "Metrics:\n"
         f"- Valid moves: {[move.name for move in metrics.valid_moves]}\n"

@@ -1,18 +1,21 @@
-"""What a text format is, and the formats by name."""
+"""Prompt styles: the interface of a text format, and the registry of formats by name.
+
+To add a style, call ``register_style`` with an object that has the members of ``Style``.
+"""
 
 from __future__ import annotations
 
-import difflib
 from typing import NamedTuple, Protocol
 
+from snake_lora_pl.game import registry
 from snake_lora_pl.game.board import Board, Cell, Move
 
-# Digits of a number in a text: a bound, because ``int`` refuses thousands of them and a prompt may come from anywhere.
+# Pattern of a number in a text. Bounded, because ``int`` rejects thousands of digits and prompts are untrusted input.
 NUMBER = r"\d{1,6}"
 
 
 class PromptState(NamedTuple):
-    """What every prompt says of its position, whether or not it carries the body's order."""
+    """The part of a position that every prompt contains, with or without the order of the body."""
 
     grid_size: int
     head: Cell
@@ -20,63 +23,57 @@ class PromptState(NamedTuple):
 
 
 class Style(Protocol):
-    """One format of prompt and completion."""
+    """A format of prompts and completions."""
 
     @property
     def name(self) -> str:
-        """The style's name."""
+        """The name under which the style is registered."""
 
     def write_prompt(self, board: Board) -> str:
-        """The board as a prompt."""
+        """Return the prompt that describes a board."""
 
     def write_completion(self, board: Board, move: Move) -> str:
-        """What the style says of a move on a board, ending in the conclusion."""
+        """Return the completion that explains a move on a board and concludes with it."""
 
     def read_prompt(self, text: str) -> Board:
-        """The board of a prompt of this style, wherever it stands in the text.
+        """Return the board of a prompt of this style, anywhere in the text.
 
         Raises:
-            ValueError: If the text holds no such prompt, or one whose position cannot occur or is not fully told.
+            ValueError: If the text contains no such prompt, or its position is invalid or ambiguous.
         """
 
     def read_state(self, text: str) -> PromptState | None:
-        """What a prompt of this style says at first glance; None where the text holds none."""
+        """Return the state in a prompt of this style, anywhere in the text; None if there is no such prompt."""
 
 
 STYLES: dict[str, Style] = {}
 
 
 def register_style(style: Style) -> Style:
-    """Make a style known by its name.
+    """Register a style under its name.
 
     Raises:
         ValueError: If the name is taken.
     """
-    if style.name in STYLES:
-        raise ValueError(f"a style named {style.name!r} is registered already; choose another name")
-    STYLES[style.name] = style
+    registry.add(STYLES, style.name, style, "style")
     return style
 
 
 def get_style(name: str) -> Style:
-    """The style of a name.
+    """Return a style by name.
 
     Raises:
-        ValueError: If there is none; the message lists those there are.
+        ValueError: If the name is unknown; the message lists the known names.
     """
-    if name not in STYLES:
-        near = difflib.get_close_matches(name, STYLES, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown style {name!r}; known styles: {', '.join(sorted(STYLES))}{hint}")
-    return STYLES[name]
+    return registry.look_up(STYLES, name, "style")
 
 
 def apple_of(board: Board) -> Cell:
-    """The apple's cell.
+    """Return the apple's cell.
 
     Raises:
-        ValueError: If there is none, for no format has words for that.
+        ValueError: If the board has no apple; no format can express that.
     """
     if board.apple is None:
-        raise ValueError("a board without an apple cannot be written: the game is over")
+        raise ValueError("cannot write a board without an apple: the game has ended")
     return board.apple

@@ -1,7 +1,7 @@
-"""The styles of the ``heuristics-v0.04`` files that draw the board: bfs-1024, -2048, -4096 and bfs-safe-greedy-4096.
+"""The styles of the ``heuristics-v0.04`` files with an ASCII board: bfs-1024, -2048, -4096, bfs-safe-greedy-4096.
 
-Their drawing, ``S`` for the body and ``H`` for the head, lacks the body's order. It follows from the drawing alone
-where the body can lie in one way only, and from the rows before in a file that holds whole games.
+An ASCII board shows the head as ``H``, the body as ``S`` and the apple as ``A``, but not the order of the body. The
+order follows from the board itself if only one order is possible, else from the preceding row of the same game.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from snake_lora_pl.game.board import MAX_GRID_SIZE, Board, Cell, Move
 from snake_lora_pl.game.search import apple_distance, shortest_moves
-from snake_lora_pl.game.text.metrics import measure, write_metrics
-from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of, register_style
+from snake_lora_pl.game.text.metrics import FILE_ORDER, measure, write_metrics
+from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of
 
 _HEADER_PATTERN = re.compile(
     rf"Snake on (?P<size>{NUMBER})x(?P=size) grid\.\n"
@@ -20,21 +20,21 @@ _HEADER_PATTERN = re.compile(
     rf"Apple: \[(?P<apple_x>{NUMBER}), (?P<apple_y>{NUMBER})\], Length: (?P<length>{NUMBER})\.\n",
     re.ASCII,
 )
-# As many rows and columns as a grid may have: a drawing of millions of lines is not read to its end.
+# Bounded by the largest grid, so that a board of millions of lines is not read to its end.
 _BOARD_PATTERN = re.compile(rf"Board:\n(?P<rows>(?:[.SHA](?: [.SHA]){{0,{MAX_GRID_SIZE - 1}}}\n){{1,{MAX_GRID_SIZE}}})")
-# Steps that the search for the body's order may take: milliseconds. A body that is a dense tangle may need ages.
+# Bounds the search for the order of the body to milliseconds; a dense body can have exponentially many partial orders.
 _MAX_SEARCH_STEPS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """A drawn board: all of a position but the body's order.
+class AsciiBoard:
+    """A position without the order of the body.
 
     Attributes:
         size: Cells along one side of the grid.
         head: The head's cell.
         apple: The apple's cell.
-        body: The snake's cells, the head's among them.
+        body: The snake's cells, including the head's.
     """
 
     size: int
@@ -43,13 +43,13 @@ class Drawing:
     body: frozenset[Cell]
 
     def orders(self, limit: int) -> list[tuple[Cell, ...]]:
-        """Ways in which the body may lie, from head to tail.
+        """Return possible orders of the body, from head to tail.
 
         Args:
-            limit: Ways after which the search stops.
+            limit: Number of orders after which the search stops.
 
         Raises:
-            ValueError: If the search would take too long.
+            ValueError: If the search exceeds its number of steps.
         """
         found: list[tuple[Cell, ...]] = []
         num_steps = 0
@@ -57,7 +57,7 @@ class Drawing:
         while stack and len(found) < limit:
             num_steps += 1
             if num_steps > _MAX_SEARCH_STEPS:
-                raise ValueError(f"the body of {len(self.body)} cells is too tangled to find its order in a drawing")
+                raise ValueError(f"the search for the order of a body of {len(self.body)} cells takes too long")
             body = stack.pop()
             if len(body) == len(self.body):
                 found.append(body)
@@ -68,19 +68,18 @@ class Drawing:
         return found
 
     def board(self) -> Board:
-        """The position, where the body can lie in one way only.
+        """Return the position, if the body has exactly one possible order.
 
         Raises:
-            ValueError: If it can lie in several, or in none.
+            ValueError: If it has several, or none.
         """
         orders = self.orders(limit=2)
         if len(orders) != 1:
-            ways = "in several ways" if orders else "in no way"
-            raise ValueError(f"a drawing lacks the body's order, and this one's body can lie {ways}")
+            raise ValueError(f"the body of the ASCII board has {'several possible orders' if orders else 'no order'}")
         return Board(self.size, orders[0], self.apple)
 
     def board_after(self, previous: Board) -> Board | None:
-        """The position, where it is the one right after another; None where it cannot be that."""
+        """Return the position, if it can directly follow another one; None if it cannot."""
         body = (self.head, *previous.body)[: len(self.body)]
         if self.size != previous.size or len(self.body) < previous.length or set(body) != self.body:
             return None
@@ -91,14 +90,14 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class DrawnStyle:
-    """A drawn board in the prompt; path, distance and, in some styles, metrics in the completion.
+class AsciiBoardStyle:
+    """Prompts with an ASCII board; completions with path, distance and, in some styles, metrics.
 
     Attributes:
         name: The style's name.
-        algorithm: Who speaks.
-        claim: What it claims of its path beside being the shortest, followed by a space; or nothing.
-        has_metrics: Whether the completion holds a block of metrics.
+        algorithm: The name of the algorithm in the completion.
+        claim: An adjective for the path, followed by a space, or an empty string.
+        has_metrics: Whether the completion contains a block of metrics.
     """
 
     name: str
@@ -107,15 +106,15 @@ class DrawnStyle:
     has_metrics: bool
 
     def write_prompt(self, board: Board) -> str:
-        """The board as a prompt.
+        """Return the prompt that describes a board.
 
         Raises:
             ValueError: If the board has no apple.
         """
         apple = apple_of(board)
-        signs = dict.fromkeys(board.body, "S") | {board.head: "H", apple: "A"}
+        symbols = dict.fromkeys(board.body, "S") | {board.head: "H", apple: "A"}
         size = board.size
-        rows = [" ".join([signs.get((x, y), ".") for x in range(size)]) for y in range(size - 1, -1, -1)]
+        rows = [" ".join([symbols.get((x, y), ".") for x in range(size)]) for y in range(size - 1, -1, -1)]
         return (
             f"Snake on {size}x{size} grid.\n"
             f"Head: {list(board.head)}, Apple: {list(apple)}, Length: {board.length}.\n"
@@ -123,9 +122,9 @@ class DrawnStyle:
         )
 
     def write_completion(self, board: Board, move: Move) -> str:
-        """What is to be said of the move, and the move as the conclusion.
+        """Return the rationale of a move, followed by the move as the conclusion.
 
-        The files hold moves on shortest paths alone; of others it is said that they are none.
+        The files contain moves on shortest paths only; the rationale of other moves states that they are not.
 
         Raises:
             ValueError: If the board has no apple.
@@ -133,11 +132,12 @@ class DrawnStyle:
         metrics = measure(board, move)
         num_steps = apple_distance(board)
         path = "no path to apple" if num_steps is None else f"{self.claim}path to apple ({num_steps} steps)"
-        shortest = move in shortest_moves(board)
-        rationale = f"{self.claim}shortest path to apple".capitalize() if shortest else "No step of a shortest path"
+        rationale = "No step of a shortest path"
+        if move in shortest_moves(board):
+            rationale = f"{self.claim}shortest path to apple".capitalize()
         block = ""
         if self.has_metrics:
-            free_space = ", ".join(f"{name}={metrics.free_space[Move[name]]}" for name in _FREE_SPACE_ORDER)
+            free_space = ", ".join(f"{side.name}={metrics.free_space[side]}" for side in FILE_ORDER)
             block = write_metrics(metrics, "Manhattan distance", free_space) + "\n"
         return (
             f"{self.algorithm}: Found {path}\n"
@@ -150,51 +150,50 @@ class DrawnStyle:
         )
 
     def read_prompt(self, text: str) -> Board:
-        """The board of a drawn prompt, wherever it stands in the text.
+        """Return the board of a prompt of this style, anywhere in the text.
 
         Raises:
-            ValueError: If the text holds no such prompt, one whose position cannot occur, or one whose body can lie in
-                several ways.
+            ValueError: If the text contains no such prompt, or its position is invalid or ambiguous.
         """
-        return read_drawing(text).board()
+        return read_ascii_board(text).board()
 
     def read_state(self, text: str) -> PromptState | None:
-        """Grid size, head and length of a drawn prompt; None where the text holds none."""
+        """Return grid size, head and length of a prompt of this style; None if the text contains none."""
         match = _HEADER_PATTERN.search(text)
         if match is None:
             return None
         return PromptState(int(match["size"]), (int(match["head_x"]), int(match["head_y"])), int(match["length"]))
 
 
-_FREE_SPACE_ORDER = ("UP", "DOWN", "LEFT", "RIGHT")
+ASCII_BOARD_STYLES = (
+    AsciiBoardStyle("bfs-1024", "BFS", "", has_metrics=False),
+    AsciiBoardStyle("bfs-2048", "BFS", "", has_metrics=False),
+    AsciiBoardStyle("bfs-4096", "BFS", "", has_metrics=True),
+    AsciiBoardStyle("bfs-safe-greedy-4096", "SAFE-GREEDY", "safe ", has_metrics=True),
+)
 
-register_style(DrawnStyle("bfs-1024", "BFS", "", has_metrics=False))
-register_style(DrawnStyle("bfs-2048", "BFS", "", has_metrics=False))
-register_style(DrawnStyle("bfs-4096", "BFS", "", has_metrics=True))
-register_style(DrawnStyle("bfs-safe-greedy-4096", "SAFE-GREEDY", "safe ", has_metrics=True))
 
-
-def read_drawing(text: str) -> Drawing:
-    """The drawn board of the prompt that a text contains.
+def read_ascii_board(text: str) -> AsciiBoard:
+    """Return the ASCII board of the prompt in a text.
 
     Raises:
-        ValueError: If the text holds none, or one that contradicts itself.
+        ValueError: If the text contains none, or the board contradicts the numbers in the prompt.
     """
     header = _HEADER_PATTERN.search(text)
     rows = None if header is None else _BOARD_PATTERN.match(text, header.end())
     if header is None or rows is None:
-        raise ValueError(f"no drawn board in the text: {text[:80]!r}")
+        raise ValueError(f"the text contains no ASCII board: {text[:80]!r}")
     size = int(header["size"])
     lines = [line.split(" ") for line in rows["rows"].splitlines()[::-1]]
     if len(lines) != size or any(len(line) != size for line in lines):
-        raise ValueError(f"the drawn board is not {size}x{size}")
+        raise ValueError(f"the ASCII board is not {size}x{size}")
     cells: dict[str, list[Cell]] = {"S": [], "H": [], "A": [], ".": []}
     for y, line in enumerate(lines):
-        for x, sign in enumerate(line):
-            cells[sign].append((x, y))
+        for x, symbol in enumerate(line):
+            cells[symbol].append((x, y))
     head = (int(header["head_x"]), int(header["head_y"]))
     apple = (int(header["apple_x"]), int(header["apple_y"]))
     length = int(header["length"])
     if cells["H"] != [head] or cells["A"] != [apple] or len(cells["S"]) + 1 != length:
-        raise ValueError("the drawn board does not show the head, apple and length that the prompt names")
-    return Drawing(size, head, apple, frozenset([head, *cells["S"]]))
+        raise ValueError("the ASCII board contradicts the prompt's head, apple or length")
+    return AsciiBoard(size, head, apple, frozenset([head, *cells["S"]]))
