@@ -5,7 +5,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -95,6 +95,7 @@ def test_the_page_contains_the_whole_game():
         assert entry["completion"] == frame.completion
 
 
+@settings(max_examples=40)
 @given(st.text())
 def test_titles_and_completions_stay_text(text):
     page = Page(render_html(Recording((Frame(BOARD, Move.UP, text + MARKUP),), None, text + MARKUP)))
