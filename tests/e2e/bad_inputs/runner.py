@@ -1,6 +1,7 @@
-"""Runs commands in children of one process that has imported everything: a fresh Python and torch cost seconds each.
+"""A server that forks a child per command: importing torch in a fresh Python would cost seconds each time.
 
-``python -m tests.e2e.bad_inputs.runner`` answers each line of JSON on stdin with one on stdout.
+``python -m tests.e2e.bad_inputs.runner`` reads one JSON request per line from stdin and writes one JSON response per
+line to stdout.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 REPOSITORY = Path(__file__).parents[3]
-MAX_SECONDS = 20
+MAX_DURATION_S = 20
 MAX_MEMORY_BYTES = 2 * 2**30
-# Above what is allowed, so that a case which asks for more than the machine has fails alone.
+# Higher than MAX_MEMORY_BYTES: a case that would exhaust the machine's memory fails without affecting other processes.
 _DATA_LIMIT_BYTES = 4 * 2**30
 _PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn")
 _CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
@@ -34,53 +35,53 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended.
+    """Result of a command.
 
     Attributes:
-        code: The exit code; 128 + the signal's number where one ended it.
-        out: What it wrote to stdout.
-        err: What it wrote to stderr.
-        seconds: How long it took.
-        memory_bytes: The most it held at once, the imported libraries included.
-        forbidden: Programs started, connections made and files changed outside its directory.
+        exit_code: The exit code, or 128 plus the number of the signal that ended the process.
+        stdout: Output on stdout.
+        stderr: Output on stderr.
+        duration_s: Wall-clock time.
+        peak_memory_bytes: Peak resident memory, imported libraries included.
+        violations: Programs started, connections made and files changed outside the command's directory.
     """
 
-    code: int
-    out: str
-    err: str
-    seconds: float
-    memory_bytes: int
-    forbidden: list[str]
+    exit_code: int
+    stdout: str
+    stderr: str
+    duration_s: float
+    peak_memory_bytes: int
+    violations: list[str]
 
 
 class Runner:
-    """Commands of ``snake_lora_pl`` in warm processes; each has a directory of its own to live in."""
+    """Client of the server."""
 
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self._server = server
+    def __init__(self, requests: IO[str], responses: IO[str]) -> None:
+        self._requests = requests
+        self._responses = responses
 
     def run(self, arguments: Sequence[str], directory: Path) -> Outcome:
-        """Run one command with ``directory`` as its working directory, home, cache and place for temporary files."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(json.dumps([list(arguments), str(directory)]), file=self._server.stdin, flush=True)
-        return Outcome(**json.loads(self._server.stdout.readline()))
+        """Run one command with ``directory`` as its working, home, cache and temporary directory."""
+        print(json.dumps([list(arguments), str(directory)]), file=self._requests, flush=True)
+        return Outcome(**json.loads(self._responses.readline()))
 
 
 @contextlib.contextmanager
 def warm_runner() -> Iterator[Runner]:
-    """Start the process whose children run the commands, and end it."""
+    """Start the server, and stop it at the end."""
     with subprocess.Popen(
         [sys.executable, "-m", __spec__.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
         env={**os.environ, **environment(Path(os.devnull)), "OMP_NUM_THREADS": "1"},
     ) as server:  # fmt: skip
-        yield Runner(server)
-        assert server.stdin is not None
+        assert server.stdin
+        assert server.stdout
+        yield Runner(server.stdin, server.stdout)
         server.stdin.close()
 
 
 def environment(directory: Path) -> Mapping[str, str]:
-    """The variables that keep what a command writes in its directory, and it off the network."""
+    """Return environment variables that confine a command's files to its directory and keep it off the network."""
     return {
         "HOME": str(directory),
         "TMPDIR": str(directory),
@@ -89,21 +90,21 @@ def environment(directory: Path) -> Mapping[str, str]:
         "SNAKE_LORA_PL_CACHE": str(directory / "cache"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONDONTWRITEBYTECODE": "1",  # what a first import leaves is not the command's doing
+        "PYTHONDONTWRITEBYTECODE": "1",  # a bytecode file would be reported as a file changed outside the directory
     }
 
 
 def _serve() -> None:
     import_everything()
     (threads,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads"))
-    assert threads.split() == ["Threads:", "1"], f"{threads}: a fork would hang"
+    assert threads.split() == ["Threads:", "1"], f"{threads}: a fork may hang"
     for line in sys.stdin:
         arguments, directory = json.loads(line)
         print(json.dumps(_run(arguments, Path(directory))), flush=True)
 
 
 def import_everything() -> None:
-    """Import what the commands import when they need it."""
+    """Import the modules that the commands import on demand."""
     for name in (
         "snake_lora_pl.cli.app", "snake_lora_pl.cli.commands.adapters", "snake_lora_pl.cli.commands.audit",
         "snake_lora_pl.cli.commands.generate", "snake_lora_pl.cli.commands.merge",
@@ -111,7 +112,7 @@ def import_everything() -> None:
         "transformers.models.auto.tokenization_auto", "peft", "gguf", "safetensors.torch",
     ):  # fmt: skip
         importlib.import_module(name)
-    # Building the parser fills caches of what it found out about signatures.
+    # Building the parser fills its caches of inspected signatures.
     from snake_lora_pl.__main__ import main
 
     with contextlib.redirect_stderr(io.StringIO()):
@@ -130,32 +131,32 @@ def _run(arguments: list[str], directory: Path) -> dict[str, Any]:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            _live(arguments, directory, write_end)
+            _run_child(arguments, directory, write_end)
         os.close(write_end)
         status, usage = _wait(child)
-        seconds = time.monotonic() - begin
-        with open(read_end, encoding="utf-8") as told:
-            forbidden = told.read().splitlines()
+        duration_s = time.monotonic() - begin
+        with open(read_end, encoding="utf-8") as report:
+            violations = report.read().splitlines()
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "backslashreplace"))
     code = os.waitstatus_to_exitcode(status)
     return {
-        "code": code if code >= 0 else 128 - code,
-        "out": texts[0],
-        "err": texts[1],
-        "seconds": seconds,
-        "memory_bytes": usage.ru_maxrss * 1024,
-        "forbidden": forbidden,
+        "exit_code": code if code >= 0 else 128 - code,
+        "stdout": texts[0],
+        "stderr": texts[1],
+        "duration_s": duration_s,
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+        "violations": violations,
     }
 
 
 def _wait(child: int) -> tuple[int, resource.struct_rusage]:
-    """The child's end, which comes after ``MAX_SECONDS`` at the latest."""
+    """Wait for the child, and kill it after ``MAX_DURATION_S``."""
     handle = os.pidfd_open(child)
     try:
-        if not select.select([handle], [], [], MAX_SECONDS)[0]:
+        if not select.select([handle], [], [], MAX_DURATION_S)[0]:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
     finally:
@@ -163,18 +164,18 @@ def _wait(child: int) -> tuple[int, resource.struct_rusage]:
     return status, usage
 
 
-def _live(arguments: list[str], directory: Path, write_end: int) -> NoReturn:
-    """The child's whole life: the command as ``__main__`` runs it, under guard."""
+def _run_child(arguments: list[str], directory: Path, write_end: int) -> NoReturn:
+    """Run the command as ``__main__`` does, under watch, and exit."""
     code = 70
     try:
         os.chdir(directory)
         os.environ.update(environment(directory))
         resource.setrlimit(resource.RLIMIT_DATA, (_DATA_LIMIT_BYTES, _DATA_LIMIT_BYTES))
-        _guard(directory, write_end)
+        _report_violations(directory, write_end)
         from snake_lora_pl.__main__ import main
 
         code = main(arguments)
-    except SystemExit as stop:  # what argparse ends with
+    except SystemExit as stop:  # raised by argparse
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -185,10 +186,10 @@ def _live(arguments: list[str], directory: Path, write_end: int) -> NoReturn:
         os._exit(code)
 
 
-def _guard(directory: Path, write_end: int) -> None:
-    """Report programs that are started, connections, and files changed outside ``directory``.
+def _report_violations(directory: Path, write_end: int) -> None:
+    """Write to the pipe each program started, each connection and each file changed outside ``directory``.
 
-    Python's hooks miss what native code does; for that the caller compares directories.
+    Python's audit hooks do not see native code; for that, the tests compare directories.
     """
     root = os.path.realpath(directory)
 

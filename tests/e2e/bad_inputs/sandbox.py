@@ -1,7 +1,8 @@
-"""What a hostile case may damage: copies of good things, in a directory of its own."""
+"""The directory that a hostile input may change, with copies of good files."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class Payload:
-    """Writes the canary when it is unpickled."""
+    """Object that creates the canary directory when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -24,14 +25,14 @@ class Payload:
 
 @dataclass
 class Sandbox:
-    """Paths that a case's builder works with.
+    """Paths for the builder of a case.
 
     Args:
         root: The working directory of the command; nothing outside it may change.
-        base: A good base model directory, outside; not to be changed.
-        rows: A good JSONL file, outside; not to be changed.
-        good_adapter: A good adapter directory, outside; not to be changed.
-        good_checkpoint: A good checkpoint of a run, outside; not to be changed.
+        base: A good base model directory outside ``root``; read-only.
+        rows: A good JSONL file outside ``root``; read-only.
+        good_adapter: A good adapter directory outside ``root``; read-only.
+        good_checkpoint: A good checkpoint outside ``root``; read-only.
     """
 
     root: Path
@@ -42,25 +43,25 @@ class Sandbox:
 
     @property
     def canary(self) -> Path:
-        """A directory that comes into being if something was executed."""
+        """Directory that exists if untrusted code was executed."""
         return self.root / "canary"
 
     def file(self, name: str, content: str | bytes) -> str:
-        """Write a file and return its path."""
+        """Write a file below ``root`` and return its path."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return str(path)
 
     def adapter(self) -> Path:
-        """A copy of the good adapter."""
+        """Copy the good adapter."""
         return Path(shutil.copytree(self.good_adapter, self.root / "adapter"))
 
     def model(self) -> Path:
-        """A copy of the good base model."""
+        """Copy the good base model."""
         return Path(shutil.copytree(self.base, self.root / "model"))
 
-    def edited_json(self, path: Path, **changes: Any) -> None:
+    def edit_json(self, path: Path, **changes: Any) -> None:
         """Change keys of a JSON file; a value of ``...`` removes the key."""
         content = json.loads(path.read_text())
         for key, value in changes.items():
@@ -68,13 +69,11 @@ class Sandbox:
         path.write_text(json.dumps(content))
 
     def pickle_bytes(self) -> bytes:
-        """A pickle that writes the canary."""
+        """Return a pickle that creates the canary."""
         return pickle.dumps(Payload(self.canary))
 
     def torch_file(self) -> bytes:
-        """A torch file with such a pickle inside."""
-        import io
-
+        """Return a torch file that contains such a pickle."""
         import torch
 
         buffer = io.BytesIO()
@@ -83,6 +82,6 @@ class Sandbox:
 
 
 def safetensors_bytes(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with any header, and any length claimed for it."""
+    """Return a safetensors file with any header and any declared header length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + body
