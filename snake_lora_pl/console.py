@@ -1,4 +1,4 @@
-"""Who may speak on the terminal: this package, and a library only where something is wrong."""
+"""Logging and warning filters for the command line."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 
-# From which level on a library is heard.
-_LEVELS = {
+from typing_extensions import override
+
+# Lowest level at which each library logs.
+_LIBRARY_LEVELS = {
     "lightning.pytorch": logging.WARNING,
     "lightning.fabric": logging.WARNING,
     "transformers": logging.WARNING,
     "httpx": logging.WARNING,
-    # It warns at import that a kernel package for 4-bit inference is not installed, whether or not 4-bit is used.
+    # Warns at import that a kernel package for 4-bit inference is missing, whether or not 4-bit is used.
     "bitsandbytes": logging.ERROR,
-    # Of the type that `dequantize` was asked for.
+    # Warns about the dtype that `dequantize` was asked for.
     "transformers.integrations.bitsandbytes": logging.ERROR,
 }
 
 
 def wrap_for_terminal(text: str) -> str:
-    """A text for stderr: in a terminal broken between words, elsewhere as it is.
+    """Break lines between words to the terminal's width if stderr is a terminal.
 
-    A word that is longer than a line, a path say, stays whole for the terminal to break, so that it can be copied.
+    A word longer than a line, such as a path, stays whole so that it can be copied.
     """
     if not sys.stderr.isatty():
         return text
@@ -36,10 +38,10 @@ def wrap_for_terminal(text: str) -> str:
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what stderr is at the time: while a progress bar is drawn, to what puts lines above it."""
+    """Handler that looks up ``sys.stderr`` for each record, because a progress bar replaces it while it is drawn."""
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message."""
         try:
             print(wrap_for_terminal(self.format(record)), file=sys.stderr, flush=True)
         except Exception:
@@ -47,32 +49,29 @@ class StderrHandler(logging.Handler):
 
 
 def configure_logging(*, is_rank_zero: bool = True) -> None:
-    """Let this package speak and the libraries only where something is wrong; for commands, not for Python callers.
+    """Log this package's messages and the libraries' warnings to stderr; for commands, not for Python callers.
 
     Args:
-        is_rank_zero: Of the further processes of a run one hears only where something is wrong: what goes on the
-            first one has said.
+        is_rank_zero: Whether this process logs progress. Other ranks log warnings and errors only.
     """
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
     logging.getLogger("snake_lora_pl").setLevel(logging.INFO if is_rank_zero else logging.WARNING)
-    for name, level in _LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+    _set_library_levels(_LIBRARY_LEVELS)
     transformers.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
 def suppress_library_output() -> Iterator[None]:
-    """Let libraries speak only where something is wrong, and leave logging and warnings as the caller had them."""
-    from huggingface_hub.utils import are_progress_bars_disabled
+    """Silence progress bars, known warnings and info messages of libraries, and restore the caller's settings."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
     from transformers.utils import logging as transformers_logging
 
-    levels = {name: logging.getLogger(name).level for name in _LEVELS}
-    # One switch turns both off, and both on again.
+    levels = {name: logging.getLogger(name).level for name in _LIBRARY_LEVELS}
+    # One switch controls the progress bars of both libraries.
     has_bars = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
-    for name, level in _LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+    _set_library_levels(_LIBRARY_LEVELS)
     if has_bars:
         transformers_logging.disable_progress_bar()
     try:
@@ -80,22 +79,26 @@ def suppress_library_output() -> Iterator[None]:
             ignore_known_warnings()
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        _set_library_levels(levels)
         if has_bars:
             transformers_logging.enable_progress_bar()
 
 
 def ignore_known_warnings() -> None:
-    """Silence what libraries warn of though all is as it should be."""
+    """Filter library warnings that do not apply to this package."""
     for message in (
-        ".*does not have many workers.*",  # memory-mapped rows need none; Lightning cannot know
-        ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row; Lightning cannot know
-        ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # packing is the model's affair
-        "Checkpoint directory .* exists and is not empty.*",  # that of the run that is gone on with
-        ".*is_gradient_checkpointing.*",  # PEFT 0.21 asks transformers 5.23 by the old name
-        ".*LeafSpec.*",  # Lightning 2.6 asks torch 2.13 by the old name
-        ".*sync_dist=True.*",  # torchmetrics has summed over the processes; Lightning cannot know
-        ".*functional.all_gather is deprecated.*",  # again Lightning 2.6 and torch 2.13
+        ".*does not have many workers.*",  # memory-mapped rows need no workers
+        ".*your dataloader is not resumable.*",  # the sampler seeks to the exact row
+        ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # packing belongs to the model
+        "Checkpoint directory .* exists and is not empty.*",  # of the run that is resumed
+        ".*is_gradient_checkpointing.*",  # PEFT 0.21 uses a name that transformers 5.23 deprecates
+        ".*LeafSpec.*",  # Lightning 2.6 uses a name that torch 2.13 deprecates
+        ".*sync_dist=True.*",  # torchmetrics already reduces over ranks
+        ".*functional.all_gather is deprecated.*",  # Lightning 2.6 uses a name that torch 2.13 deprecates
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _set_library_levels(levels: dict[str, int]) -> None:
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

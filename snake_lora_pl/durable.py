@@ -178,9 +178,10 @@ def explain_failed_writes(
     Raises:
         UserError: If the disk is full, or the directory was removed or is not writable.
     """
+    write_errors: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
-    except (OSError, *also) as error:
+    except write_errors as error:
         code = _errno_of(error)
         if code == errno.ENOENT:
             raise UserError(

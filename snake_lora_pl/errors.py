@@ -1,7 +1,4 @@
-"""The one exception that stands for a mistake of the user's.
-
-Every room may raise it; only the command line catches it. It prints the message as one line and exits with code 2.
-"""
+"""The exception for mistakes of the user, and helpers for error messages."""
 
 from __future__ import annotations
 
@@ -10,15 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says where, what was found and what to do, on one line.
+    """A mistake that the user can fix; the command line prints the message on one line and exits with code 2.
 
-    Messages that report several rows at once may hold further lines, one a row. It is a ValueError so that Python
-    callers need not know this class.
+    The message states where the mistake is, the value found and what to do. Messages that report several rows may have
+    one further line per row. It is a ValueError so that Python callers need not know this class.
     """
 
 
 def one_line(error: BaseException, max_chars: int = 300) -> str:
-    """Type and message of an exception of another library, fit for one line."""
+    """Return type and message of another library's exception on one line."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text[:max_chars]}" if text else type(error).__name__
 

@@ -1,17 +1,16 @@
-"""Where files go. Nobody else joins the path names of a run or of the cache.
+"""Every path of a run and of the cache; no other module joins their names.
 
-A run lies where upstream's extensions put their models, so that its tools find it::
+A run directory follows the convention of upstream's extensions, so that their tools find it::
 
     ROOT/logs/extensions/models/grid-size-{N}/llm_finetune_v0.03_{YYYYmmdd_HHMMSS}/{adapter_name}/
         report.html  config.yaml  metrics.csv  checkpoints/  lora_adapters/model_artifacts/  games/  ...
 
-The cache holds what can be made again: base models, generated data sets, encoded rows.
+The cache holds files that can be created again: base models, generated data sets, encoded rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import os
 import re
@@ -25,15 +24,15 @@ from pathlib import Path
 
 import platformdirs
 
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, did_you_mean
 
 EXTENSION_TYPE = "llm_finetune"
 EXTENSION_VERSION = "0.03"
-_RUN_PREFIX = f"{EXTENSION_TYPE}_v{EXTENSION_VERSION}_"
-_temporary_row_cache: ContextVar[Path | None] = ContextVar("temporary_row_cache", default=None)
-_FILE_UNSAFE = re.compile(r"[^\w.+-]+")
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
 CACHE_ENV = "SNAKE_LORA_PL_CACHE"
+_RUN_PREFIX = f"{EXTENSION_TYPE}_v{EXTENSION_VERSION}_"
+_UNSAFE_CHARS = re.compile(r"[^\w.+-]+")
+_temporary_row_cache: ContextVar[Path | None] = ContextVar("temporary_row_cache", default=None)
 
 
 def get_model_path(
@@ -44,10 +43,10 @@ def get_model_path(
     timestamp: str,
     root: str | os.PathLike[str] = ".",
 ) -> Path:
-    """Directory of one trained model, by upstream's convention.
+    """Return the directory of one trained model, by upstream's convention.
 
     Args:
-        extension_type: Kind of extension, here ``llm_finetune``.
+        extension_type: Type of extension, here ``llm_finetune``.
         version: Version of the convention without the ``v``, here ``0.03``.
         grid_size: Cells along one side of the board.
         algorithm: Name of the model in that run, here the adapter's name.
@@ -63,7 +62,7 @@ def get_model_path(
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Every place of one run, derived from the directory ``{adapter_name}/`` that holds it."""
+    """Paths of one run, derived from its directory ``{adapter_name}/``."""
 
     run_dir: Path
 
@@ -71,13 +70,13 @@ class RunPaths:
     def new(
         cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str, timestamp: str | None = None
     ) -> RunPaths:
-        """The places of a run that starts now, or at ``timestamp``; nothing is created."""
+        """Return the paths of a run that starts now, or at ``timestamp``, without creating anything."""
         timestamp = timestamp or datetime.now().strftime(TIMESTAMP_FORMAT)
         return cls(get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, timestamp, root))
 
     @classmethod
     def claim(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths:
-        """Create the directory of a run that starts now; two runs never get the same one.
+        """Create the directory of a run that starts now; no two runs get the same one.
 
         Raises:
             UserError: If the directory cannot be created.
@@ -88,14 +87,14 @@ class RunPaths:
                 run.run_dir.mkdir(parents=True)
                 return run
             except FileExistsError:
-                time.sleep(0.2)  # the name is of this second
+                time.sleep(0.2)  # the name has a resolution of one second
             except OSError as error:
                 raise UserError(
                     f"--root {root}: {run.run_dir} cannot be created ({error.strerror}). Choose a writable directory."
                 ) from error
 
     def remove_if_empty(self) -> None:
-        """Leave no directory behind of a run that failed before it wrote anything; what is not empty stays."""
+        """Remove the directory of a run that failed before it wrote anything, and its empty parents."""
         directory = self.run_dir
         with contextlib.suppress(OSError):
             if list(directory.iterdir()) == [self.lock_path]:
@@ -107,7 +106,7 @@ class RunPaths:
 
     @classmethod
     def latest(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths | None:
-        """The newest run under ``root`` that has a checkpoint to go on from, or None."""
+        """Return the newest run under ``root`` that has a checkpoint, or None."""
         pattern = get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, "*", root)
         runs = [cls(p) for p in Path(root).glob(str(pattern.relative_to(root)))]
         runs = [run for run in runs if run.last_checkpoint_path.is_file()]
@@ -115,25 +114,25 @@ class RunPaths:
 
     @classmethod
     def of_checkpoint(cls, checkpoint_path: str | os.PathLike[str]) -> RunPaths | None:
-        """The run that a checkpoint file lies in, or None where it does not lie in a run's ``checkpoints/``."""
+        """Return the run of a checkpoint file, or None if the file is not in the ``checkpoints/`` of a run."""
         directory = Path(checkpoint_path).absolute().parent
         return cls(directory.parent) if directory.name == "checkpoints" else None
 
     @classmethod
     def of_adapter(cls, adapter_dir: str | os.PathLike[str]) -> RunPaths | None:
-        """The run that an adapter directory lies in, or None where it was moved out of one."""
+        """Return the run of an adapter directory, or None if the directory is not in a run."""
         directory = Path(adapter_dir).absolute()
-        inside = directory.name == "model_artifacts" and directory.parent.name == "lora_adapters"
-        return cls(directory.parent.parent) if inside else None
+        is_in_run = directory.name == "model_artifacts" and directory.parent.name == "lora_adapters"
+        return cls(directory.parent.parent) if is_in_run else None
 
     @classmethod
     def of_directory(cls, directory: str | os.PathLike[str]) -> RunPaths:
-        """The run that a user names by its directory or by that of its adapter."""
+        """Return the run of a run directory or an adapter directory."""
         return cls.of_adapter(directory) or cls(Path(directory))
 
     @classmethod
     def predictions_path(cls, adapter_dir: str | os.PathLike[str] | None, prompts_path: str) -> Path:
-        """A new file for completions: in the adapter's run, or in the working directory where it has none."""
+        """Return a new path for completions in the adapter's run, or in the working directory without a run."""
         run = cls.of_adapter(adapter_dir) if adapter_dir is not None else None
         stem = Path(prompts_path).name.split(".jsonl")[0].replace("*", "")
         timestamp = datetime.now().strftime(TIMESTAMP_FORMAT)
@@ -142,138 +141,131 @@ class RunPaths:
 
     @property
     def games(self) -> GamesPaths:
-        """The games that the adapter played last."""
+        """Games that the adapter played in the last test."""
         return GamesPaths(self.run_dir / "games")
 
     @property
     def artifacts_dir(self) -> Path:
-        """The adapter: weights, config, metadata, tokenizer files, model card."""
+        """Adapter: weights, config, metadata, tokenizer files, model card."""
         return self.run_dir / "lora_adapters" / "model_artifacts"
 
     @property
     def checkpoints_dir(self) -> Path:
-        """Resumable trainer state, without base weights."""
+        """Trainer state to resume from, without base weights."""
         return self.run_dir / "checkpoints"
 
     @property
     def last_checkpoint_path(self) -> Path:
-        """The newest resumable state."""
+        """Newest checkpoint."""
         return self.checkpoints_dir / "last.ckpt"
 
     @property
     def lock_path(self) -> Path:
-        """Held by the process that writes the run."""
+        """Lock file held by the process that writes to the run."""
         return self.run_dir / ".lock"
 
     @property
     def config_path(self) -> Path:
-        """The resolved config of the run."""
+        """Resolved config."""
         return self.run_dir / "config.yaml"
 
     @property
     def metrics_path(self) -> Path:
-        """Every logged metric, a row a step."""
+        """Logged metrics, one row per step."""
         return self.run_dir / "metrics.csv"
 
     @property
     def validations_path(self) -> Path:
-        """What the model said at each validation, a line each."""
+        """Sample rows and confusion matrix of each validation, one line per validation."""
         return self.run_dir / "validations.jsonl"
 
     @property
     def val_games_path(self) -> Path:
-        """The games that were played last while fitting."""
+        """Games played at the last validation."""
         return self.run_dir / "val_games.jsonl"
 
     @property
     def tensorboard_dir(self) -> Path:
-        """TensorBoard's event files."""
+        """TensorBoard event files."""
         return self.run_dir / "tensorboard"
 
     @property
     def report_path(self) -> Path:
-        """The page that shows the run."""
+        """HTML report of the run."""
         return self.run_dir / "report.html"
 
 
 @dataclass(frozen=True)
 class GamesPaths:
-    """Every place of some games that were played, derived from the directory that holds them."""
+    """Paths of the games of one test, derived from their directory."""
 
     games_dir: Path
 
     @classmethod
     def of_adapters(cls, adapter_dirs: Sequence[str | os.PathLike[str]]) -> GamesPaths:
-        """In the adapter's run; a new directory in the working directory where it has none, or there are several."""
+        """Return the games of one adapter's run; without a run, or with several adapters, a new directory."""
         run = RunPaths.of_adapter(adapter_dirs[0]) if len(adapter_dirs) == 1 else None
         return run.games if run is not None else cls(Path(f"games_{datetime.now().strftime(TIMESTAMP_FORMAT)}"))
 
     @property
     def games_path(self) -> Path:
-        """Every game, a line each."""
+        """Games, one per line."""
         return self.games_dir / "games.jsonl"
 
     @property
     def table_path(self) -> Path:
-        """The figures of all players."""
+        """Statistics of all players."""
         return self.games_dir / "table.json"
 
-    def replay_path(self, which: str, kind: str) -> Path:
-        """One game to look at.
+    def replay_path(self, which: str, file_type: str) -> Path:
+        """Return the path of one replay.
 
         Args:
             which: ``best``, ``median`` or ``worst``.
-            kind: ``gif`` or ``html``.
+            file_type: ``gif`` or ``html``.
         """
-        return self.games_dir / f"{which}.{kind}"
+        return self.games_dir / f"{which}.{file_type}"
 
     def of_player(self, player: str) -> GamesPaths:
-        """The places of what is one player's alone, where several are looked at."""
-        return GamesPaths(self.games_dir / _FILE_UNSAFE.sub("_", player))
+        """Return the paths of one player's replays, for tests with several adapters."""
+        return GamesPaths(self.games_dir / _UNSAFE_CHARS.sub("_", player))
 
 
 def sibling_lock_path(directory: str | os.PathLike[str]) -> Path:
-    """Held by the process that writes a directory which is no run's, such as one that is replaced as a whole."""
+    """Return the lock file of a directory that cannot contain it, such as one that is replaced as a whole."""
     directory = Path(os.path.realpath(directory))
     return directory.with_name(f".{directory.name}.lock")
 
 
 def distinct_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Short names that tell directories apart: those parts of their paths in which they differ.
+    """Return short names for directories, made of the parts in which their paths differ.
 
     Args:
-        paths: Different directories; of a run's adapter, time and name of the run count.
+        paths: Different directories; an adapter in a run is identified by the run's timestamp and name.
 
     Returns:
-        A name for each, fit for a file's.
+        One name per directory, safe as a file name.
     """
-    parts = [_telling_parts(path) for path in paths]
-    num_front = _num_shared(parts)
-    num_back = _num_shared([p[num_front:][::-1] for p in parts])
+    parts = [_identifying_parts(path) for path in paths]
+    num_front = len(os.path.commonprefix(parts))  # noqa: RUF071 compares parts, not characters
+    num_back = len(os.path.commonprefix([p[num_front:][::-1] for p in parts]))  # noqa: RUF071
     middles = [p[num_front : len(p) - num_back] for p in parts]
     if len({len(middle) for middle in middles}) == 1:
         differs = [len(set(items)) > 1 for items in zip(*middles, strict=True)]
         middles = [tuple(itertools.compress(middle, differs)) for middle in middles]
-    names = [_FILE_UNSAFE.sub("_", "_".join(middle) or p[-1]) for middle, p in zip(middles, parts, strict=True)]
+    names = [_UNSAFE_CHARS.sub("_", "_".join(middle) or p[-1]) for middle, p in zip(middles, parts, strict=True)]
     return [name if names.count(name) == 1 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 
-def _telling_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def _identifying_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     run = RunPaths.of_adapter(path)
     if run is None:
         return Path(path).absolute().parts
     return (*run.run_dir.parts[:-2], run.run_dir.parts[-2].removeprefix(_RUN_PREFIX), run.run_dir.name)
 
 
-def _num_shared(sequences: Sequence[Sequence[str]]) -> int:
-    """Number of items that all sequences begin with."""
-    return next(
-        (i for i, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1), min(map(len, sequences))
-    )
-
-
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by file name: beside the package in a checkout, inside it in a wheel."""
+    """Return the configs of the package by file name, from the checkout or the installed wheel."""
     package = Path(__file__).parent
     for directory in (package / "configs", package.parent / "configs"):
         if directory.is_dir():
@@ -282,27 +274,26 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """A config file by path, else among those shipped.
+    """Return the path of a config, given as a path or as the name of a shipped config.
 
     Raises:
-        UserError: If it is neither; the message lists the shipped ones.
+        UserError: If it is neither; the message lists the shipped configs.
     """
-    if os.path.isfile(name):  # pathlib's raises where the name is too long
+    if os.path.isfile(name):  # Path.is_file raises for names that are too long
         return Path(name)
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
     if os.path.exists(name):
-        raise UserError(f"--config {name}: is a directory or no regular file. Name a YAML file.")
-    near = difflib.get_close_matches(name, [*shipped, *(n.removesuffix(".yaml") for n in shipped)], n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0].removesuffix('.yaml')}.yaml?" if near else ""
+        raise UserError(f"--config {name}: not a regular file. Name a YAML file.")
+    hint = did_you_mean(f"{name.removesuffix('.yaml')}.yaml", shipped)
     raise UserError(
-        f"--config {name}: no such file in {Path.cwd()}, nor among the shipped ones: {', '.join(shipped)}.{hint}"
+        f"--config {name}: no such file in {Path.cwd()} or among the shipped configs ({', '.join(shipped)}).{hint}"
     )
 
 
 def display_path(path: str | os.PathLike[str]) -> str:
-    """A path as a person would type it: relative where it lies below the working directory."""
+    """Return a path for messages: relative to the working directory if it is below it."""
     path = Path(path)
     try:
         return str(path.absolute().relative_to(Path.cwd()))
@@ -311,24 +302,24 @@ def display_path(path: str | os.PathLike[str]) -> str:
 
 
 def cache_dir() -> Path:
-    """Root of the cache: ``$SNAKE_LORA_PL_CACHE``, or the user's cache directory of the platform."""
+    """Return the root of the cache: ``$SNAKE_LORA_PL_CACHE``, or the platform's cache directory of the user."""
     override = os.environ.get(CACHE_ENV)
     return Path(override).expanduser() if override else platformdirs.user_cache_path("snake_lora_pl", appauthor=False)
 
 
 def base_model_cache_dir(short_name: str) -> Path:
-    """Where the base model of a short name is kept as a Hugging Face directory."""
+    """Return the Hugging Face directory of a base model with a short name."""
     return cache_dir() / "base_models" / short_name
 
 
 def generated_data_path(grid_size: int, teacher: str, style: str, num_games: int, noise: float, seed: int) -> Path:
-    """Where a generated data set is kept; its name says how it was made."""
+    """Return the path of a generated data set, which contains the settings that generate it."""
     name = f"{teacher}_games-{num_games}_noise-{noise:g}_seed-{seed}.jsonl"
     return _row_cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
 
 
 def encoded_rows_dir(key: str) -> Path:
-    """Where the encoded rows of one data set are kept, by the hash of all that made them."""
+    """Return the directory of the encoded rows of a data set, given the hash of everything they depend on."""
     return _row_cache_dir() / "encoded_rows" / key
 
 
@@ -338,10 +329,7 @@ def _row_cache_dir() -> Path:
 
 @contextlib.contextmanager
 def temporary_row_cache() -> Iterator[Path]:
-    """Let rows that are generated or encoded meanwhile lie in a directory of their own, which is then removed.
-
-    Base models stay where they are.
-    """
+    """Keep generated and encoded rows in a temporary directory for the block; base models stay in the cache."""
     with tempfile.TemporaryDirectory(prefix="snake_lora_pl_rows_", ignore_cleanup_errors=True) as directory:
         token = _temporary_row_cache.set(Path(directory))
         try:

@@ -1,4 +1,9 @@
-"""Keys and tokens: what counts as one, and how it stays out of what is written or printed."""
+"""Detection and masking of API keys, tokens and passwords.
+
+Everything that a run prints or writes is masked here: ``mask_secrets`` for error messages, ``mask_arguments`` for
+command lines, ``redact_config`` for configs. A secret is recognized by its name, by its form, or by its value if the
+environment holds it under the name of a secret.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +13,69 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_NAMES = ("api_key", "apikey", "access_key", "secret_key", "private_key", "token", "password", "passwd", "secret")
-_WORDS = (
+MASK = "***"
+_MIN_SECRET_CHARS = 8  # shorter values occur inside ordinary words
+
+_SECRET_NAMES = (
+    "api_key", "apikey", "access_key", "secret_key", "private_key", "token", "password", "passwd", "secret"
+)  # fmt: skip
+_SECRET_NAME_PATTERN = (
     "api_?key|access_?key|secret_?key|private_?key|token|password|passwd|passphrase|secret|credentials?|authorization"
 )
-_NAME = re.compile(rf"(^|_)({_WORDS})$", re.IGNORECASE)
-_SHORTEST = 8  # of the values that are looked for in texts; what is shorter stands in many a word
-_LIKE_A_NAME = 0.8  # how much of a mistyped name is right
-MASK = "***"
+_SECRET_NAME = re.compile(rf"(^|_)({_SECRET_NAME_PATTERN})$", re.IGNORECASE)
+_MISTYPED_CUTOFF = 0.8  # similarity from which on a name counts as a mistyped name of a secret
 
-# What gives itself away: who logs in, in an address; a token of the hub; the value beside a name.
-_LOGIN = re.compile(r"(:/{1,2})[^/\s@'\"]+@")
+_URL_LOGIN = re.compile(r"(:/{1,2})[^/\s@'\"]+@")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_NAMED = re.compile(
-    rf"\b(?P<name>(?:\w*_)?(?:{_WORDS})['\"]?\s*[:=]\s*['\"]?)[^\s'\",}}\]]{{{_SHORTEST},}}", re.IGNORECASE
+_NAMED_SECRET = re.compile(
+    rf"\b(?P<name>(?:\w*_)?(?:{_SECRET_NAME_PATTERN})['\"]?\s*[:=]\s*['\"]?)[^\s'\",}}\]]{{{_MIN_SECRET_CHARS},}}",
+    re.IGNORECASE,
 )
 
 
 def redact_config(config: Any) -> Any:
-    """Plain values, nested as they may be, without the entries whose names say that they are secret.
-
-    Of other values what gives itself away is masked, and what the environment holds as a secret.
-    """
+    """Return a nested config without the entries named like secrets, and with secrets in other values masked."""
     if isinstance(config, Mapping):
-        return {name: redact_config(value) for name, value in config.items() if not _NAME.search(str(name))}
+        return {name: redact_config(value) for name, value in config.items() if not _SECRET_NAME.search(str(name))}
     if isinstance(config, str):
-        return _mask(config, _of_environment())
+        return _mask(config, _environment_secrets())
     return [redact_config(value) for value in config] if isinstance(config, list) else config
 
 
 def mask_secrets(text: str, arguments: Sequence[str]) -> str:
-    """A text in which nothing stands that the environment or a command line gave as a secret, or that looks like one.
+    """Mask the secrets in a text.
 
     Args:
         text: The text.
-        arguments: The command line; a name that is nearly that of a secret was meant to be one.
+        arguments: The command line, whose secrets are masked, too. An option with a name close to that of a secret
+            counts as one, because it may be mistyped.
     """
-    given = _of_environment()
+    secrets = _environment_secrets()
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
-        if name.startswith("--") and _is_nearly_secret(name.rsplit(".", 1)[-1].lstrip("-")):
-            given.append(value if equals else following)
-    return _NAMED.sub(rf"\g<name>{MASK}", _mask(text, given))
+        if name.startswith("--") and _may_be_secret(name.rsplit(".", 1)[-1].lstrip("-")):
+            secrets.append(value if equals else following)
+    return _NAMED_SECRET.sub(rf"\g<name>{MASK}", _mask(text, secrets))
 
 
 def mask_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line as it can be shown."""
+    """Mask the secrets in a command line."""
     return [mask_secrets(argument, arguments) for argument in arguments]
 
 
-def _of_environment() -> list[str]:
-    return [value for name, value in os.environ.items() if _NAME.search(name)]
+def _environment_secrets() -> list[str]:
+    return [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
 
 
-def _is_nearly_secret(name: str) -> bool:
+def _may_be_secret(name: str) -> bool:
     last_words = ["_".join(name.lower().split("_")[-number:]) for number in (1, 2)]
-    return bool(_NAME.search(name)) or any(
-        difflib.get_close_matches(words, _NAMES, n=1, cutoff=_LIKE_A_NAME) for words in last_words
+    return bool(_SECRET_NAME.search(name)) or any(
+        difflib.get_close_matches(words, _SECRET_NAMES, n=1, cutoff=_MISTYPED_CUTOFF) for words in last_words
     )
 
 
 def _mask(text: str, secrets: Sequence[str]) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) >= _SHORTEST:
+        if len(secret) >= _MIN_SECRET_CHARS:
             text = text.replace(secret, MASK)
-    return _HUB_TOKEN.sub(MASK, _LOGIN.sub(rf"\1{MASK}@", text))
+    return _HUB_TOKEN.sub(MASK, _URL_LOGIN.sub(rf"\1{MASK}@", text))

@@ -1,18 +1,20 @@
-"""Reading small files that a stranger may have written, and saying what came of it to a terminal.
+"""Readers for untrusted input: small text, JSON and YAML files, and text on its way to a terminal.
 
-Rows of a data set are ``data.jsonl``'s affair; weights are read by safetensors, checkpoints without pickles.
+Other untrusted input is read elsewhere: rows by ``data.jsonl``, weights by safetensors, checkpoints without pickle.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 16 * 2**20
-# What a config of this package comes nowhere near.
+"""Largest file that ``read_text`` reads."""
+
+# Far above what a config of this package contains.
 _MAX_YAML_DEPTH = 100
 _MAX_YAML_VALUES = 100_000
 
@@ -21,12 +23,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Read a small text file.
 
     Raises:
-        ValueError: If it is larger than ``MAX_BYTES``, no regular file, or not UTF-8.
+        ValueError: If it is larger than ``MAX_BYTES``, not a regular file, or not UTF-8.
         OSError: If it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -41,27 +43,28 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a small file that holds a JSON object.
 
     Raises:
-        ValueError: If it does not, or as ``read_text`` does.
-        OSError: If it cannot be read.
+        ValueError: If the content is not a JSON object, or ``read_text`` raises it.
+        OSError: If the file cannot be read.
     """
     try:
         content = json.loads(read_text(path))
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return content
 
 
 def load_yaml(text: str, load: Callable[[str], Any]) -> Any:
-    """Read YAML that ``check_yaml`` found nothing in.
+    """Load YAML after ``check_yaml`` accepts it.
 
     Args:
         text: The YAML.
-        load: What reads it.
+        load: The loader.
 
     Raises:
-        yaml.YAMLError: If it is none, or holds what nothing can be made of, such as an integer of thousands of digits.
+        yaml.YAMLError: If ``text`` is not YAML, ``check_yaml`` rejects it, or it holds a value that cannot be
+            converted, such as an integer of thousands of digits.
     """
     import yaml
 
@@ -71,22 +74,22 @@ def load_yaml(text: str, load: Callable[[str], Any]) -> Any:
     except yaml.YAMLError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        # What PyYAML lets through: text that is not UTF-8, and values such as `0b_`, an integer only by its looks.
+        # PyYAML does not catch errors in text that is not UTF-8, or in values such as `0b_`, which resemble integers.
         raise yaml.YAMLError(f"a value that cannot be read ({error})") from error
 
 
 def check_yaml(text: str) -> None:
-    """Look through YAML for what a reader would take too literally, before one reads it.
+    """Check YAML for duplicate keys, expansion of aliases and deep nesting before a loader reads it.
 
-    Of a key that stands twice readers keep the last. A few aliases of aliases stand for more values than memory holds,
-    and what reads nested values runs out of stack.
+    Loaders keep the last of duplicate keys. A few nested aliases can expand to more values than fit into memory, and
+    recursive loaders overflow the stack.
 
     Raises:
-        yaml.YAMLError: If ``text`` is no YAML, or holds one of these; the message says which and in what line.
+        yaml.YAMLError: If ``text`` is not YAML or has one of these defects; the message states which and the line.
     """
     import yaml
 
-    sizes: dict[str, int] = {}  # of what has an anchor, in values, aliases followed
+    anchor_sizes: dict[str, int] = {}  # number of values, aliases expanded
     stack: list[_Collection] = []
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         line = event.start_mark.line + 1
@@ -99,36 +102,36 @@ def check_yaml(text: str) -> None:
         if isinstance(event, yaml.ScalarEvent):
             size, anchor, key = 1, event.anchor, event.value
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise yaml.YAMLError(f"line {line}: *{event.anchor} stands for nothing, or for what it stands in")
-            size, anchor = sizes[event.anchor], None
+            if event.anchor not in anchor_sizes:
+                raise yaml.YAMLError(f"line {line}: alias *{event.anchor} is undefined or refers to its own parent")
+            size, anchor = anchor_sizes[event.anchor], None
         elif isinstance(event, yaml.CollectionEndEvent):
             ended = stack.pop()
             size, anchor = ended.size, ended.anchor
         else:
             continue
         if size > _MAX_YAML_VALUES:
-            raise yaml.YAMLError(f"line {line}: stands for more than {_MAX_YAML_VALUES:,} values, aliases followed")
+            raise yaml.YAMLError(f"line {line}: expands to more than {_MAX_YAML_VALUES:,} values")
         if anchor is not None:
-            sizes[anchor] = size
+            anchor_sizes[anchor] = size
         if stack and not stack[-1].add(size, key):
-            raise yaml.YAMLError(f"line {line}: the key {key} stands twice; remove one")
+            raise yaml.YAMLError(f"line {line}: duplicate key {key}. Remove one.")
 
 
 class _Collection:
-    """A mapping or a sequence of which some values have been seen."""
+    """A mapping or sequence while it is parsed."""
 
     def __init__(self, is_mapping: bool, anchor: str | None) -> None:
         self.is_mapping = is_mapping
         self.anchor = anchor
         self.size = 1
-        self._num_seen = 0
+        self._num_items = 0
         self._keys: set[str] = set()
 
     def add(self, size: int, key: str | None) -> bool:
-        """Take in the next value, or the next key; False where that key has been seen."""
-        is_key = self.is_mapping and self._num_seen % 2 == 0
-        self._num_seen += 1
+        """Add the next key or value; return False for a duplicate key."""
+        is_key = self.is_mapping and self._num_items % 2 == 0
+        self._num_items += 1
         self.size += size
         if not is_key or key is None:
             return True
@@ -138,10 +141,7 @@ class _Collection:
 
 
 def printable(text: str) -> str:
-    """Text as it can go to any terminal: what would steer one is escaped, line breaks stay."""
-    return "".join(_printable_letters(text))
-
-
-def _printable_letters(text: str) -> Iterator[str]:
-    for letter in text:
-        yield letter if letter == "\n" or letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+    """Escape the characters that could control a terminal; line breaks stay."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
+    )

@@ -1,4 +1,4 @@
-"""What makes a run of the tiny model small enough for a test."""
+"""Options that make a run of the tiny model small enough for a test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def small_run(base_model: Path, rows: Path, *flags: str) -> list[str]:
-    """Flags of ``fit`` and its siblings; of two that are equal the last one wins."""
+    """Return options of ``fit``, ``validate``, ``test`` and ``predict``; ``flags`` take precedence."""
     return [
         f"--model.base_model={base_model}",
         f"--data.train_path={rows}",

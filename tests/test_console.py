@@ -1,5 +1,3 @@
-"""What is said on a terminal."""
-
 from __future__ import annotations
 
 import sys
@@ -12,7 +10,7 @@ from snake_lora_pl.console import wrap_for_terminal
 PATH = "directory/" * 12
 
 
-def test_in_a_terminal_lines_are_broken_between_words_and_paths_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_break_between_words_on_a_terminal_and_paths_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"{'some words ' * 12}and {PATH} below\n  an indented line"
     assert wrap_for_terminal(text) == text
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -24,7 +22,7 @@ def test_in_a_terminal_lines_are_broken_between_words_and_paths_stay_whole(monke
     assert " ".join(lines).split() == text.split()
 
 
-def test_a_mistake_is_one_line_but_in_a_narrow_terminal(
+def test_error_is_one_line_except_on_a_narrow_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fitt"]) == 2

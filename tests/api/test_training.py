@@ -161,7 +161,7 @@ def test_ctrl_c_ends_after_the_step_says_how_to_go_on_and_leaves_the_callers_han
     [
         ("nowhere.jsonl", None, {}, "nowhere.jsonl"),
         (None, "ligthweight", {}, "Did you mean 'lightweight'?"),
-        (None, None, {"config": "balnced.yaml"}, "Did you mean balanced.yaml?"),
+        (None, None, {"config": "balnced.yaml"}, "'balanced.yaml'"),
         (None, None, {"trainer": {"max_step": 3}}, "Did you mean 'trainer.max_steps'?"),
         (None, None, {"model.learning_rate": -1}, "model.learning_rate must be a number above 0"),
         (None, None, {"data": {"train_path": "a.jsonl"}}, "data.train_path is what the argument dataset_path says"),

@@ -338,7 +338,7 @@ def test_unknown_command_names_the_nearest(complain: Callable[..., str]) -> None
 def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> None:
     message = complain("fit", "--config", "balnced.yaml")
     assert all(name in message for name in shipped_configs())
-    assert message.endswith("Did you mean balanced.yaml?")
+    assert message.endswith("'balanced.yaml'?")
 
 
 @pytest.mark.parametrize(
