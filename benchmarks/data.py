@@ -33,7 +33,7 @@ ROWS_A_GAME = 200  # of BFS on 10x10 there are more
 
 def write_rows(path: Path, num_rows: int, style: str) -> None:
     """That many rows of seeded games."""
-    from snake_lora_pl.data.generate import write_dataset
+    from snake_lora_pl.data.generated_rows import write_dataset
 
     all_path = path.with_name("all.rows")
     write_dataset(all_path, num_rows // ROWS_A_GAME + 1, 10, "bfs", style, 0, num_workers=os.cpu_count() or 1)
@@ -50,8 +50,8 @@ def write_rows(path: Path, num_rows: int, style: str) -> None:
 
 def run_ours(referee: Referee, base_model: str, rows_path: str, rounds: int) -> None:
     """Encode into an empty cache."""
-    from snake_lora_pl.data.encoded_rows import open_encoded_rows
     from snake_lora_pl.data.encoding import Encoder
+    from snake_lora_pl.data.example_cache import open_encoded_rows
     from snake_lora_pl.models import load_tokenizer
 
     tokenizer = load_tokenizer(base_model)

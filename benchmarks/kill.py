@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
 
-    from snake_lora_pl.data.generate import write_dataset
+    from snake_lora_pl.data.generated_rows import write_dataset
 
     with tempfile.TemporaryDirectory() as work_dir:
         rows_path = Path(work_dir, "rows.jsonl")

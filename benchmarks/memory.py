@@ -31,7 +31,7 @@ CASES = {
 
 def write_longest_rows(path: Path, num_rows: int) -> None:
     """The longest rows of some games, which are then of one game."""
-    from snake_lora_pl.data.generate import write_dataset
+    from snake_lora_pl.data.generated_rows import write_dataset
 
     all_path = path.with_name("all.rows")
     write_dataset(all_path, 20, 10, "bfs", "bfs-512", 0)

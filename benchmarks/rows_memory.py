@@ -28,7 +28,7 @@ GAMES_PER_SHARD = 500
 
 def write_shards(directory: Path, num_rows: int) -> str:
     """Rows of many games, the same ones in every shard but for the game's name and the prompt; a glob of the shards."""
-    from snake_lora_pl.data.generate import write_dataset
+    from snake_lora_pl.data.generated_rows import write_dataset
 
     directory.mkdir(parents=True)
     seed_path = directory / "seed.rows"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
-from snake_lora_pl.data.audit import audit_rows
+from snake_lora_pl.data.audit_checks import audit_rows
 from snake_lora_pl.data.audit_text import describe
 from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule

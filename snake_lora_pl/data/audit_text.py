@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snake_lora_pl.data.audit import Audit, TokenReport
+from snake_lora_pl.data.audit_checks import Audit, TokenReport
 from snake_lora_pl.data.jsonl import describe_counts
 
 _BAR_WIDTH = 40

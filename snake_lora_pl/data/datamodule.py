@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.data.batching import Batch, InOrderSampler, LengthGroupedSampler, collate
-from snake_lora_pl.data.encoded_rows import EncodedRows, open_encoded_rows, report_cache_errors
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.example_cache import EncodedRows, open_encoded_rows, report_cache_errors
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.data.jsonl import Complaints, OnBadRow, Row, expand_paths, peek_row, read_rows, read_rows_at
 from snake_lora_pl.data.split import leave_out_duplicates, split_by_game
 from snake_lora_pl.errors import UserError

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snake_lora_pl.data.jsonl import Row
-from snake_lora_pl.data.line_tokens import LineTokenizer, cuts_at_lines
+from snake_lora_pl.data.line_tokenizer import LineTokenizer, cuts_at_lines
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:

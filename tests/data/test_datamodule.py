@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from snake_lora_pl.data import datamodule as datamodule_module
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
-from snake_lora_pl.data.generate import generate_rows
+from snake_lora_pl.data.generated_rows import generate_rows
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import generated_data_path
 from tests.data.conftest import games_of_steps, position

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -19,7 +19,7 @@ import snake_lora_pl.cli.app
 from benchmarks.same_run import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.training.callbacks.run_config import ResolvedConfig
 from snake_lora_pl.training.metrics_csv import _MetricsFile

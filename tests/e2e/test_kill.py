@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kill import MOMENTS, SAVE_EVERY_N_STEPS, SETTINGS, kill_runs
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 
 
 @pytest.mark.timeout(900)  # half a minute where nothing else runs

@@ -23,7 +23,7 @@ import snake_lora_pl.cli.app
 from benchmarks.same_run import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.durable import sole_use
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths, sibling_lock_path

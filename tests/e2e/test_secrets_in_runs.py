@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.secrets import MASK
 from snake_lora_pl.training.module import LoRALightningModule

@@ -26,7 +26,7 @@ def modules_after(code: str) -> set[str]:
         "import snake_lora_pl",
         "import snake_lora_pl.game, snake_lora_pl.game.text, snake_lora_pl.game.teachers",
         "import snake_lora_pl.models",
-        "import snake_lora_pl.data.generate",
+        "import snake_lora_pl.data.generated_rows",
         "from snake_lora_pl.__main__ import main; assert main(['generate']) == 2",
         "from snake_lora_pl.__main__ import main; main(['--help'])",
         "from snake_lora_pl.__main__ import main; assert main(['adapters', 'snake_lora_pl']) == 0",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.paths import RunPaths
 from tests.small_run import small_run
 

@@ -8,7 +8,7 @@ from typing import get_args
 
 from snake_lora_pl.cli.commands.parser import Parser
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
-from snake_lora_pl.data.audit import audit_rows
+from snake_lora_pl.data.audit_checks import audit_rows
 from snake_lora_pl.data.audit_text import describe
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.paths import base_model_cache_dir

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from snake_lora_pl.cli.commands.parser import Parser
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import STYLES, TEACHERS
 

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 
 
 def test_the_text_says_what_is_in_the_file(bfs512_sample_path, tiny_llama_dir, capsys):

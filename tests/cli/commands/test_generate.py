@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.data.generate import generate_rows
+from snake_lora_pl.data.generated_rows import generate_rows
 from snake_lora_pl.program import LIGHT_VERBS
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
 from snake_lora_pl.evaluation.settings import PlaySettings

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
-from snake_lora_pl.data import line_tokens
-from snake_lora_pl.data.line_tokens import LineTokenizer, cuts_at_lines, split_lines
+from snake_lora_pl.data import line_tokenizer
+from snake_lora_pl.data.line_tokenizer import LineTokenizer, cuts_at_lines, split_lines
 
 SPACES = [chr(code) for code in range(0x110000) if chr(code).isspace()]
 # Where cutting can go wrong: white space of every kind, line ends, and what patterns treat apart.
@@ -32,7 +32,7 @@ def byte_level(tiny_tokenizer) -> Tokenizer:
     return backend
 
 
-@pytest.fixture(scope="module", params=sorted(line_tokens._KNOWN_PATTERNS))
+@pytest.fixture(scope="module", params=sorted(line_tokenizer._KNOWN_PATTERNS))
 def patterned(request, byte_level: Tokenizer) -> Tokenizer:
     """The pre-tokenizer of Llama 3, or of Qwen 2 with its normalizer."""
     backend = copy.deepcopy(byte_level)
@@ -86,7 +86,7 @@ def test_a_line_is_tokenized_once(byte_level: Tokenizer) -> None:
 
 
 def test_what_is_remembered_is_bounded(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_tokens, "_MAX_CHARS_REMEMBERED", 100)
+    monkeypatch.setattr(line_tokenizer, "_MAX_CHARS_REMEMBERED", 100)
     tokenize = LineTokenizer(byte_level)
     for number in range(50):
         text = f"line {number}\nand another line {number}"

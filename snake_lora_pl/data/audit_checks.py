@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from snake_lora_pl.data.encoded_rows import GameCounter
 from snake_lora_pl.data.encoding import Encoder, Example
+from snake_lora_pl.data.example_cache import GameCounter
 from snake_lora_pl.data.jsonl import Complaints, Row, expand_paths, read_rows
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import Board, BoardReader, Move, check_claims, read_grid_size, read_move, shortest_moves

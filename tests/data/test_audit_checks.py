@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from snake_lora_pl.data.audit import ClaimReport, audit_rows
+from snake_lora_pl.data.audit_checks import ClaimReport, audit_rows
 from snake_lora_pl.data.encoding import Encoder
-from snake_lora_pl.data.generate import write_dataset
+from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import Board, Move, get_style
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from snake_lora_pl.data.encoded_rows import GameCounter
-from snake_lora_pl.data.generate import GeneratedRow, generate_rows, write_dataset
+from snake_lora_pl.data.example_cache import GameCounter
+from snake_lora_pl.data.generated_rows import GeneratedRow, generate_rows, write_dataset
 from snake_lora_pl.data.jsonl import Row
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import (

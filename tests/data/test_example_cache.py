@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from snake_lora_pl.data import encoded_rows
-from snake_lora_pl.data.encoded_rows import EncodedRows, GameCounter, hash_file, open_encoded_rows
+from snake_lora_pl.data import example_cache
 from snake_lora_pl.data.encoding import Encoder
+from snake_lora_pl.data.example_cache import EncodedRows, GameCounter, hash_file, open_encoded_rows
 from snake_lora_pl.data.jsonl import Row, expand_paths, read_rows
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import encoded_rows_dir
@@ -31,13 +31,13 @@ def encoder(tiny_tokenizer) -> Encoder:
 def count_builds(monkeypatch) -> list[Path]:
     """Paths of the files that are encoded from now on."""
     built = []
-    build = encoded_rows._build
+    build = example_cache._build
 
     def counting(directory: Path, path: Path, *args) -> None:
         built.append(path)
         build(directory, path, *args)
 
-    monkeypatch.setattr(encoded_rows, "_build", counting)
+    monkeypatch.setattr(example_cache, "_build", counting)
     return built
 
 
@@ -65,8 +65,8 @@ def test_rows_come_back_as_the_encoder_made_them(encoder, bfs512_sample_path):
 def test_chunks_leave_no_trace(encoder, bfs512_sample_path, monkeypatch):
     whole = contents(open_encoded_rows([bfs512_sample_path], encoder))
     shutil.rmtree(encoded_rows_dir("").parent)
-    monkeypatch.setattr(encoded_rows, "_ROWS_PER_CHUNK", 100)
-    monkeypatch.setattr(encoded_rows, "_CHARS_PER_CHUNK", 30_000)
+    monkeypatch.setattr(example_cache, "_ROWS_PER_CHUNK", 100)
+    monkeypatch.setattr(example_cache, "_CHARS_PER_CHUNK", 30_000)
     assert contents(open_encoded_rows([bfs512_sample_path], encoder)) == whole
 
 
@@ -105,11 +105,11 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocabulary_siz
     from snake_lora_pl.data.encoding import Example
 
     last_id = vocabulary_size - 1
-    with encoded_rows._Writer(tmp_path, vocabulary_size) as writer:
+    with example_cache._Writer(tmp_path, vocabulary_size) as writer:
         writer.write([(Row("p", "c", None, "x", 1), 0, Example([last_id, 0], 1, "x:1"))])
         writer.finish(content_hash="", num_games=1, skipped={})
     assert json.loads((tmp_path / "meta.json").read_text())["token_dtype"] == dtype
-    assert encoded_rows.EncodedFile(tmp_path, Path("x"))[0].input_ids.tolist() == [last_id, 0]
+    assert example_cache.EncodedFile(tmp_path, Path("x"))[0].input_ids.tolist() == [last_id, 0]
 
 
 def test_pickled_rows_are_a_name_not_a_copy(encoder, bfs512_sample_path):
@@ -168,10 +168,10 @@ def test_an_edit_is_noticed_also_where_size_and_time_of_change_are_put_back(enco
 
 def test_the_hash_of_a_settled_file_is_remembered(write_rows, monkeypatch):
     path = write_rows(games_of_steps(3))
-    monkeypatch.setattr(encoded_rows, "_STAMPS_SETTLE_S", -1)
+    monkeypatch.setattr(example_cache, "_STAMPS_SETTLE_S", -1)
     first = hash_file(path)
     monkeypatch.setattr("hashlib.blake2b", None)
-    monkeypatch.setattr(encoded_rows, "_hash_text", lambda *_: next(encoded_rows_dir("content_hashes").iterdir()).name)
+    monkeypatch.setattr(example_cache, "_hash_text", lambda *_: next(encoded_rows_dir("content_hashes").iterdir()).name)
     assert hash_file(path) == first
 
 
@@ -193,14 +193,14 @@ def test_a_file_that_cannot_be_hashed_is_an_error(write_rows, monkeypatch):
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(encoder, write_rows, monkeypatch):
     path = write_rows(games_of_steps(3))
-    build = encoded_rows._build
+    build = example_cache._build
 
     def build_and_append(*args) -> None:
         build(*args)
         with open(path, "ab") as file:
             file.write(b"\n")
 
-    monkeypatch.setattr(encoded_rows, "_build", build_and_append)
+    monkeypatch.setattr(example_cache, "_build", build_and_append)
     with pytest.raises(UserError, match=r"rows.jsonl: changed while it was read"):
         open_encoded_rows([path], encoder)
 
@@ -283,7 +283,7 @@ def test_a_full_disk_is_an_error_that_says_so(encoder, write_rows, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encoded_rows._Writer, "write", fail)
+    monkeypatch.setattr(example_cache._Writer, "write", fail)
     with pytest.raises(UserError, match=r"No space left on device.*Free some space, or set SNAKE_LORA_PL_CACHE"):
         open_encoded_rows([write_rows(games_of_steps(1))], encoder)
 
@@ -331,8 +331,8 @@ def test_under_chat_a_row_with_a_special_token_is_a_bad_row(tiny_tokenizer, writ
 
 
 def test_a_long_build_says_how_far_it_is(encoder, bfs512_sample_path, caplog, monkeypatch):
-    monkeypatch.setattr(encoded_rows, "_ROWS_PER_CHUNK", 100)
-    monkeypatch.setattr(encoded_rows, "_PROGRESS_EVERY_S", 0)
+    monkeypatch.setattr(example_cache, "_ROWS_PER_CHUNK", 100)
+    monkeypatch.setattr(example_cache, "_PROGRESS_EVERY_S", 0)
     with caplog.at_level(logging.INFO):
         open_encoded_rows([bfs512_sample_path], encoder)
     assert "encoding, 100 rows so far" in caplog.text
