@@ -1,4 +1,4 @@
-"""The cost model behind ``docs/scaling.md``: ``python -m benchmarks.scaling`` works its tables out and puts them there.
+"""Cost model behind ``docs/explanation/scaling.md``; ``python -m benchmarks.scaling`` computes and updates its tables.
 
 Nothing is loaded: models are built from their configs on the meta device, the step runs on shapes
 (``training/memory.py``), and its matrix products are counted meanwhile. What several processes hold and send follows
@@ -31,7 +31,7 @@ from snake_lora_pl.models.quantization import QuantizationConfig
 from snake_lora_pl.training.memory.estimate import MemoryEstimate, blank_batch, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
 
-PAGE_PATH = Path(__file__).parent.parent / "docs" / "scaling.md"
+PAGE_PATH = Path(__file__).parent.parent / "docs" / "explanation" / "scaling.md"
 MIB, GIB, GIGA, TERA = 2**20, 2**30, 1e9, 1e12
 
 # A micro-batch: 8 rows of 512 tokens, of which 160 carry loss, as in a bfs-512 row.

@@ -1,9 +1,10 @@
-"""MkDocs hook: pages that are made of the program itself, its help and its shipped configs."""
+"""MkDocs hook: pages generated from the program (help texts, shipped configs) and from CONTRIBUTING.md."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -12,21 +13,26 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.paths import shipped_configs
 from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG
 
+ROOT = Path(__file__).parent.parent
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages."""
-    verbs = [f"## {verb}\n\n```text\n{_help(verb)}```\n" for verb in [*LIGHTNING_VERBS, *LIGHT_VERBS]]
-    intro = f"`snake-lora VERB` is `{PROG} VERB`.\n"
+    """Add the generated pages."""
+    commands = [f"## {command}\n\n```text\n{_help(command)}```\n" for command in [*LIGHTNING_VERBS, *LIGHT_VERBS]]
     configs = [f"## {name}\n\n```yaml\n{path.read_text()}```\n" for name, path in shipped_configs().items()]
-    for uri, title, parts in (
-        ("reference/cli.md", "Command line", [intro, *verbs]),
-        ("reference/configs.md", "Shipped configs", configs),
-    ):
-        files.append(File.generated(config, uri, content="\n".join([f"# {title}\n", *parts])))
+    pages = {
+        "reference/cli.md": "\n".join(
+            [f"# Commands and options\n\n`snake-lora COMMAND` is short for `{PROG} COMMAND`.\n", *commands]
+        ),
+        "reference/configs.md": "\n".join(["# Shipped configs\n", *configs]),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text().replace("(docs/", "("),
+    }
+    for uri, content in pages.items():
+        files.append(File.generated(config, uri, content=content))
     return files
 
 
-def _help(verb: str) -> str:
+def _help(command: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        main([verb, "--help"])
-    return text.getvalue().replace(" \b", "")  # jsonargparse takes back a space on a terminal
+        main([command, "--help"])
+    return text.getvalue().replace(" \b", "")  # jsonargparse backspaces over a space on a terminal

@@ -1,6 +1,6 @@
-"""The commands and examples that README and docs show, in the order in which they stand there.
+"""Commands and examples in README and docs, in the order of the pages.
 
-Standard library only: the newcomer's walk (``.ci/walk.py``) reads them before anything is installed.
+Standard library only: ``.ci/walk.py`` reads them before anything is installed.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"bash", "python", "text"}
 
-_SHOWN = re.compile(
+_CODE = re.compile(
     r"^```(?P<language>\w*)\n(?P<block>.*?)^```$"
-    r"|(?<!`)`(?P<inline>(?:python -m snake_lora_pl [a-z]|python loha\.py|pip install )[^`]+)`",
+    r"|(?<!`)`(?P<inline>(?:python -m snake_lora_pl [a-z]|python examples/|pip install )[^`]+)`",
     flags=re.MULTILINE | re.DOTALL,
 )
 
 
 class Example(NamedTuple):
-    """One fenced block, or one command within a sentence or a table.
+    """A fenced code block, or a command in a sentence or table.
 
     Attributes:
         place: ``file:line``.
-        section: The heading of the second level that it stands under.
+        section: Title of the enclosing second-level section.
         language: ``bash``, ``python`` or ``text``.
-        text: What it says.
+        text: The code.
     """
 
     place: str
@@ -39,22 +39,22 @@ class Example(NamedTuple):
 
 
 def examples(page: Path) -> list[Example]:
-    """Everything that a page shows as code."""
+    """Return the code of a page."""
     text = page.read_text()
     found = []
-    for match in _SHOWN.finditer(text):
+    for match in _CODE.finditer(text):
         before = text[: match.start()]
         headings = re.findall(r"^## (.*)$", re.sub(r"^```.*?^```$", "", before, flags=re.M | re.S), flags=re.M)
         place = f"{page.relative_to(ROOT)}:{before.count(chr(10)) + 1}"
         inline = match["inline"]
         language = "bash" if inline else match["language"]
-        text_of = " ".join(inline.split()) if inline else match["block"]
-        found.append(Example(place, headings[-1] if headings else "", language, text_of))
+        code = " ".join(inline.split()) if inline else match["block"]
+        found.append(Example(place, headings[-1] if headings else "", language, code))
     return found
 
 
 def commands(example: Example) -> list[list[str]]:
-    """The simple commands of a ``bash`` example, as words: lines, and what ``&&`` joins."""
+    """Split a ``bash`` example at line ends and ``&&`` into commands, each a list of words."""
     lexer = shlex.shlex(
         example.text.replace("\\\n", " ").replace("\n", " ; ") + ";", posix=True, punctuation_chars=";&|"
     )
@@ -75,25 +75,36 @@ SMALL_RUN = {
     "--data.generated_games": "4",
     "--data.batch_size": "2",
 }
-"""What makes a run short; the last of two equal options wins."""
+"""Options that make a run short; of two equal options the last one wins."""
+
+
+def arguments(command: list[str]) -> list[str] | None:
+    """Return the arguments of this project's program, or None if the command runs another program."""
+    if command[:3] == ["python", "-m", "snake_lora_pl"]:
+        return command[3:]
+    if command[0] == "python" and command[1].startswith("examples/"):
+        return command[2:]
+    return None
 
 
 def shortened(command: list[str]) -> list[str]:
-    """The same command with less to do: a few steps in place of hours, a few games in place of a thousand."""
-    if command[:3] != ["python", "-m", "snake_lora_pl"] and command[:2] != ["python", "loha.py"]:
+    """Return the command with options that reduce it to a few steps, rows and games."""
+    given = arguments(command)
+    if given is None or "--help" in given:
         return command
-    verb = command[2] if command[1] == "loha.py" else command[3]
+    if command[1] == "examples/train_from_python.py":
+        return [*command, "--max_steps", "2"]
     extra: dict[str, str] = {}
-    if verb in ("fit", "validate", "test", "predict"):
+    if given[0] in ("fit", "validate", "test", "predict", "memory"):
         extra = dict(SMALL_RUN)
-    if verb == "fit":
-        extra["--trainer.max_steps"] = "3" if "--ckpt_path" in command else "2"
+    if given[0] in ("fit", "memory"):
+        extra["--trainer.max_steps"] = "3" if "--ckpt_path" in given else "2"
         extra["--trainer.val_check_interval"] = "2"
         extra["--trainer.check_val_every_n_epoch"] = "null"
-    if verb == "predict":
+    if given[0] == "predict":
         extra["--trainer.limit_predict_batches"] = "1"
-    if verb == "test":
-        extra["--games"] = "2"
-    if verb == "generate":
+    if given[0] == "test":
+        extra["--play.test_games"] = "2"
+    if given[0] == "generate":
         extra["--games"] = "6"
     return [*command, *(word for pair in extra.items() for word in pair)]

@@ -1,4 +1,4 @@
-"""The cost model's tables in ``docs/scaling.md`` are what ``python -m benchmarks.scaling`` works out."""
+"""The cost model's tables in ``docs/explanation/scaling.md`` are what ``python -m benchmarks.scaling`` works out."""
 
 from __future__ import annotations
 

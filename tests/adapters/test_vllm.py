@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from snake_lora_pl.adapters.vllm import VLLM_RANKS, adapter_rank, vllm_command, vllm_obstacles
-from tests.documented import README
+from tests.documented import ROOT
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj"]}
 
@@ -56,10 +56,10 @@ def test_the_command_names_the_least_rank_that_vllm_takes(rank: int, flag: int) 
     assert command == f"vllm serve base --enable-lora --max-lora-rank {flag} --lora-modules snake=dir"
 
 
-def test_the_readme_names_that_command_and_those_ranks() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert vllm_command(LORA, "HuggingFaceTB/SmolLM2-135M-Instruct", "path/to/model_artifacts") in readme
-    assert f"one of {', '.join(map(str, VLLM_RANKS))} and 16 if" in readme
+def test_documentation_names_that_command_and_those_ranks() -> None:
+    page = (ROOT / "docs" / "how-to" / "serve-and-share.md").read_text(encoding="utf-8")
+    assert vllm_command(LORA, "HuggingFaceTB/SmolLM2-135M-Instruct", "path/to/model_artifacts") in page
+    assert f"one of {', '.join(map(str, VLLM_RANKS))} and 16 if" in page
 
 
 def test_the_rank_is_the_largest_that_a_layer_has() -> None:

@@ -101,12 +101,11 @@ def test_the_kubernetes_manifest_starts_as_many_processes_as_it_tells_the_traine
     assert any(Path(directory) in Path(resolved["root"]).parents for directory in shared)
 
 
-def test_the_torchrun_commands_in_the_readme_start_as_many_processes_as_they_tell_the_trainer(
+def test_documented_torchrun_commands_start_as_many_processes_as_they_tell_the_trainer(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    section = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    (text,) = (part for part in section if part.startswith("Many processes"))
+    text = (ROOT / "docs" / "how-to" / "several-gpus.md").read_text()
     commands = [shlex.split(code) for code in re.findall(r"`([^`]*torchrun [^`]*)`", text)]
     assert len(commands) == 2
     for command in commands:
