@@ -374,11 +374,21 @@ def test_mentioned_keys_exist(page: Path, options: dict[str, set[str]]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_mentioned_options_exist(page: Path, options: dict[str, set[str]]) -> None:
-    if page.name in ("benchmarks.md", "scaling.md"):
-        return  # options of benchmarks
     known = set().union(*options.values()) | {"user"}  # docker's
+    if page.name in ("benchmarks.md", "scaling.md"):
+        known |= set().union(*map(benchmark_options, (path.stem for path in (ROOT / "benchmarks").glob("*.py"))))
     bare = [match[1] for code in inline_code(page) if (match := re.match(r"--([a-z_]+)\b(?![.-])", code))]
     assert [option for option in bare if option not in known] == []
+
+
+def benchmark_options(name: str) -> set[str]:
+    return set(re.findall(r'"--([\w.]+)"', (ROOT / "benchmarks" / f"{name}.py").read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_benchmarks_have_known_options(page: Path) -> None:
+    for name, arguments in re.findall(r"python -m benchmarks\.(\w+)((?: --?[\w.]+(?: [\w.]+)*)*)", TEXT[page]):
+        assert set(re.findall(r"--([\w.]+)", arguments)) <= benchmark_options(name), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
