@@ -1,1 +1,1 @@
-"""Greedy decoding of many sequences in lockstep. Knows nothing of Snake."""
+"""Greedy decoding of many sequences in lockstep; independent of Snake."""

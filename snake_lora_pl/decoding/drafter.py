@@ -1,10 +1,10 @@
-"""Guesses of what comes next in a text, from the texts before it. Imports no torch.
+"""N-gram drafter: proposes the next tokens of a completion from earlier completions. Imports no torch.
 
-A model that reads several tokens in one pass can check a guess of several tokens for little more than the price of one.
-What a player writes is nearly the same for every board, so guessing is easy; and because a guess counts only where the
-model itself would have written the same, guessing changes the speed and never the words. The scheme is speculative
-decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192) with n-grams in place of a small model, as in prompt
-lookup decoding.
+A model verifies a draft of several tokens in one forward pass for little more than the cost of one token. A player's
+completions are nearly the same for every board, so they are easy to predict. A draft token counts only if the model
+would have generated it itself, so drafts change the speed and never the output. This is speculative decoding (Leviathan
+et al. 2023, https://arxiv.org/abs/2211.17192) with n-grams in place of a draft model, as in prompt lookup decoding
+(https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Contexts to look in, the longest first: a long one knows which line it stands in, a short one survives a number that
-# was never seen in that place.
+# Lengths of the n-gram contexts, tried in this order: a long context identifies the line of the completion, a short one
+# still matches after a number that was never seen at that position.
 _CONTEXT_TOKENS = (12, 6, 3)
 
-# Less likely than this, and a guess is not worth the token it costs, however few the rows.
-_LEAST_PROBABILITY = 0.05
+# A draft token that is less likely than this does not repay its cost, even in a batch of one row.
+_MIN_PROBABILITY = 0.05
 
-_START = -1
+_START = -1  # pads contexts at the beginning of a completion
 
 
-class Guess(NamedTuple):
-    """A token guessed.
+class DraftToken(NamedTuple):
+    """A proposed token.
 
     Attributes:
-        token: The token.
-        probability: That it and all guessed before it are right, as far as can be told from how often it was.
+        token: Token id.
+        probability: Estimated probability that it and all draft tokens before it are accepted.
     """
 
     token: int
@@ -35,43 +35,48 @@ class Guess(NamedTuple):
 
 
 class Drafter:
-    """Counts which token followed which, and guesses the most frequent."""
+    """Counts which tokens follow which contexts, and drafts the most frequent ones."""
 
     def __init__(self) -> None:
         self._followers: list[dict[tuple[int, ...], dict[int, int]]] = [{} for _ in _CONTEXT_TOKENS]
 
-    def learn(self, text: Sequence[int], start: int = 0) -> None:
-        """Count what follows what.
+    def learn(self, completion: Sequence[int], start: int = 0) -> None:
+        """Count the followers of each context.
 
         Args:
-            text: Tokens of a completion, from its beginning.
-            start: Where the tokens begin that were not counted before.
+            completion: Token ids from the beginning of the completion.
+            start: Index of the first token that has not been counted yet.
         """
-        padded = [_START] * _CONTEXT_TOKENS[0] + list(text)
+        padded = [_START] * _CONTEXT_TOKENS[0] + list(completion)
         for end in range(_CONTEXT_TOKENS[0] + start, len(padded)):
             for length, followers in zip(_CONTEXT_TOKENS, self._followers, strict=True):
                 counts = followers.setdefault(tuple(padded[end - length : end]), {})
                 counts[padded[end]] = counts.get(padded[end], 0) + 1
 
-    def guess(self, text: Sequence[int], max_tokens: int) -> list[Guess]:
-        """What may follow a text, as far as there is anything to go by."""
-        context = ([_START] * _CONTEXT_TOKENS[0] + list(text))[-_CONTEXT_TOKENS[0] :]
-        guesses: list[Guess] = []
+    def draft(self, completion: Sequence[int], max_tokens: int) -> list[DraftToken]:
+        """Propose the tokens that follow a partial completion, as far as its contexts are known.
+
+        Args:
+            completion: Token ids generated so far.
+            max_tokens: Maximum number of draft tokens.
+        """
+        context = ([_START] * _CONTEXT_TOKENS[0] + list(completion))[-_CONTEXT_TOKENS[0] :]
+        draft: list[DraftToken] = []
         probability = 1.0
-        while len(guesses) < max_tokens:
-            counts = self._counts(context)
+        while len(draft) < max_tokens:
+            counts = self._find_counts(context)
             if counts is None:
                 break
             token = max(counts, key=counts.__getitem__)
-            # Half an unseen case more: what was seen once is not certain.
+            # Smoothing by half an unseen case: a follower seen once is not certain.
             probability *= counts[token] / (sum(counts.values()) + 0.5)
-            if probability < _LEAST_PROBABILITY:
+            if probability < _MIN_PROBABILITY:
                 break
-            guesses.append(Guess(token, probability))
+            draft.append(DraftToken(token, probability))
             context = [*context[1:], token]
-        return guesses
+        return draft
 
-    def _counts(self, context: list[int]) -> dict[int, int] | None:
+    def _find_counts(self, context: list[int]) -> dict[int, int] | None:
         for length, followers in zip(_CONTEXT_TOKENS, self._followers, strict=True):
             counts = followers.get(tuple(context[-length:]))
             if counts is not None:
@@ -79,18 +84,18 @@ class Drafter:
         return None
 
 
-def best_width(drafts: Sequence[Sequence[Guess]], pass_cost_tokens: float) -> int:
-    """Tokens of each row to read in the next pass, so that a written token costs least.
+def best_width(drafts: Sequence[Sequence[DraftToken]], pass_cost_tokens: float) -> int:
+    """Return the number of tokens per row that minimizes the cost of a generated token in the next forward pass.
 
-    A pass over ``width`` tokens of each row costs ``pass_cost_tokens + rows * width``. A row gets from it one token for
-    certain, and one more for each guess that turns out right.
+    A pass over ``width`` tokens per row costs ``pass_cost_tokens + rows * width``. It generates one token per row, and
+    one more for each accepted draft token.
 
     Args:
-        drafts: The guesses of each row.
-        pass_cost_tokens: What a pass costs whatever it reads, in tokens that it could read in that time.
+        drafts: The draft of each row.
+        pass_cost_tokens: Fixed cost of a pass, as the number of tokens that could be read in that time.
 
     Returns:
-        The width: 1 where guessing does not pay.
+        The width: 1 plus the number of draft tokens to verify.
     """
     expected_tokens = float(len(drafts))
     best_rate, best = expected_tokens / (pass_cost_tokens + len(drafts)), 1

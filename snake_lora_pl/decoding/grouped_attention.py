@@ -1,7 +1,7 @@
-"""Attention for decoding: heads that share keys are asked together, so that the cache is read once and never copied.
+"""Grouped-query attention that reads the key-value cache once and does not copy it.
 
-With grouped-query attention transformers repeats keys and values for every head before it calls PyTorch, which copies
-the whole cache in every layer of every pass. Here the queries of a group stand one below the other instead.
+With grouped-query attention, transformers repeats keys and values for every query head before it calls PyTorch, which
+copies the whole cache in every layer of every pass. Here the queries of a group are stacked along the token dimension.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from snake_lora_pl.decoding.transformers_internals import attention_implementation, can_set_attention_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,33 +33,35 @@ def grouped_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled-dot-product attention in the form that transformers' ``AttentionInterface`` asks for.
+    """Compute scaled dot-product attention with the signature of transformers' ``AttentionInterface``.
+
+    See https://huggingface.co/docs/transformers/attention_interface.
 
     Args:
-        module: The attention layer.
+        module: Attention layer.
         query: Shape (batch, heads, tokens, head_dim).
-        key: Shape (batch, key_heads, places, head_dim).
-        value: Shape (batch, key_heads, places, head_dim).
-        attention_mask: bool of shape (batch, 1, tokens, places): for each token, its own place and all before it.
-        scaling: Factor of the products; None for one over the root of ``head_dim``.
-        sliding_window: Places that a token sees at most, its own included; None for all.
-        kwargs: What else layers pass on.
+        key: Shape (batch, key_heads, positions, head_dim).
+        value: Shape (batch, key_heads, positions, head_dim).
+        attention_mask: bool of shape (batch, 1, tokens, positions); True up to and including each token's position.
+        scaling: Factor of the dot products; None for ``head_dim ** -0.5``.
+        sliding_window: Number of positions that a token attends to, its own included; None for all.
+        kwargs: Other arguments of attention layers.
 
     Returns:
-        Shape (batch, tokens, heads, head_dim), and None in place of weights.
+        Output of shape (batch, tokens, heads, head_dim), and None in place of attention weights.
 
     Raises:
-        NotImplementedError: If the layer caps its products or has attention sinks.
+        NotImplementedError: If the layer uses soft-capping, attention sinks or a position bias.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} uses {name}")
     batch, heads, tokens, head_dim = query.shape
-    key_heads, places = key.shape[1:3]
+    key_heads, num_positions = key.shape[1:3]
     groups = heads // key_heads
-    if sliding_window is not None and places > sliding_window:
+    if sliding_window is not None and num_positions > sliding_window:
         ends = attention_mask.sum(dim=-1, keepdim=True)
-        attention_mask = attention_mask & (torch.arange(places, device=ends.device) >= ends - sliding_window)
+        attention_mask = attention_mask & (torch.arange(num_positions, device=ends.device) >= ends - sliding_window)
     output = scaled_dot_product_attention(
         query.reshape(batch, key_heads, groups * tokens, head_dim),
         key,
@@ -73,9 +77,9 @@ AttentionInterface.register(_NAME, grouped_attention)
 
 @contextlib.contextmanager
 def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend by ``grouped_attention`` for a while, if its architecture takes any attention but its own."""
-    before = model.config._attn_implementation
-    if model._can_set_attn_implementation():
+    """Make a model use ``grouped_attention`` in the block if its architecture supports ``AttentionInterface``."""
+    before = attention_implementation(model)
+    if can_set_attention_implementation(model):
         model.set_attn_implementation(_NAME)
     try:
         yield
@@ -84,5 +88,5 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
 
 
 def is_grouped(model: PreTrainedModel) -> bool:
-    """Whether a model attends by ``grouped_attention`` now."""
-    return bool(model.config._attn_implementation == _NAME)
+    """Return whether a model uses ``grouped_attention`` now."""
+    return attention_implementation(model) == _NAME

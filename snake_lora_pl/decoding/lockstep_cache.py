@@ -1,7 +1,7 @@
-"""Keys and values of many texts at once, each token's at the place of its position, in buffers written in place.
+"""Key-value cache for a batch of rows of different lengths, in preallocated buffers that are written in place.
 
-Because place and position are one, rows may stand at different lengths: what a row has not read yet, or read in vain,
-lies behind its position, where nothing looks and the next tokens are written.
+The slot of a token in a buffer is its position in the row, so rows may have different lengths. Slots after the last
+position of a row hold rejected draft tokens or nothing. Attention does not read them, and later tokens overwrite them.
 """
 
 from __future__ import annotations
@@ -13,121 +13,130 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from typing_extensions import override
 
-# Buffers grow by so many places at a time: prompts grow with the snake, and each growth allocates anew.
-_PLACES_STEP = 128
+# Buffers grow in steps of this many slots: prompts grow with the snake, and each growth allocates new buffers.
+_CAPACITY_STEP = 128
 
 
 @dataclass
-class _Pass:
-    """What the layers have to know of a forward pass.
+class _ForwardPlan:
+    """Buffer indices of one forward pass.
 
     Attributes:
-        first_row: The row of the buffers that the pass's first row stands in.
-        rows: The rows of the buffers, int64 of shape (rows, 1).
-        places: Where in them the tokens go, int64 of shape (rows, tokens).
-        length: Places that attention looks at.
+        first_row: Buffer row of the first row of the pass.
+        rows: Buffer rows, int64 of shape (rows, 1).
+        slots: Slots of the tokens, int64 of shape (rows, tokens).
+        length: Number of slots that attention reads.
     """
 
     first_row: int
     rows: Tensor
-    places: Tensor
+    slots: Tensor
     length: int
 
 
-class LockstepCache(Cache):
-    """The cache of a batch whose rows begin alike, go on apart and end one by one.
+class LockstepCache(Cache):  # type: ignore[misc]
+    """Cache of a batch whose rows share a prefix and end at different times.
 
     Args:
-        num_layers: Layers of the model.
+        num_layers: Number of the model's layers.
     """
 
     def __init__(self, num_layers: int) -> None:
         self._capacity = 0
         self._num_rows = 0
-        super().__init__(layers=[_LockstepLayer(self) for _ in range(num_layers)])
-        self.plan: _Pass | None = None
+        self._plan: _ForwardPlan | None = None
+        self._lockstep_layers = [_LockstepLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=self._lockstep_layers)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and places of the buffers."""
+        """Number of rows and slots of the buffers."""
         return self._num_rows, self._capacity
 
-    def start(self, num_rows: int, num_places: int) -> None:
-        """Begin a batch: every row holds the head and nothing else."""
+    @property
+    def plan(self) -> _ForwardPlan:
+        """Buffer indices of the next forward pass.
+
+        Raises:
+            RuntimeError: If ``plan_forward`` was not called.
+        """
+        if self._plan is None:
+            raise RuntimeError("call LockstepCache.plan_forward before the forward pass")
+        return self._plan
+
+    def start_batch(self, num_rows: int, num_slots: int) -> None:
+        """Begin a batch: reserve slots and fill every row with the prefix."""
         self._num_rows = max(num_rows, self._num_rows)
-        # One place more than anybody needs, for padding to be written to.
-        self._capacity = max(self._capacity, -(-(num_places + 1) // _PLACES_STEP) * _PLACES_STEP)
-        for layer in self._layers:
-            layer.start(num_rows)
+        # One additional slot, to which padding is written.
+        self._capacity = max(self._capacity, -(-(num_slots + 1) // _CAPACITY_STEP) * _CAPACITY_STEP)
+        for layer in self._lockstep_layers:
+            layer.start_batch(num_rows)
 
-    def keep_head(self, num_tokens: int) -> None:
-        """Make the first tokens of the first row what every later batch begins with."""
-        for layer in self._layers:
-            layer.keep_head(num_tokens)
+    def keep_prefix(self, num_tokens: int) -> None:
+        """Save the first tokens of the first row as the prefix of every later batch."""
+        for layer in self._lockstep_layers:
+            layer.keep_prefix(num_tokens)
 
-    def expect(self, first_row: int, positions: Tensor, length: int) -> None:
-        """Say what the next forward pass reads.
+    def plan_forward(self, first_row: int, positions: Tensor, length: int) -> None:
+        """Set the rows and slots that the next forward pass writes.
 
         Args:
-            first_row: Where its rows begin in the batch.
-            positions: int64 of shape (rows, tokens); -1 on padding.
-            length: Places that it looks at, from the first.
+            first_row: Index in the batch of the first row of the pass.
+            positions: int64 of shape (rows, tokens); -1 for padding.
+            length: Number of slots that attention reads, from the first.
         """
         rows = torch.arange(first_row, first_row + len(positions), device=positions.device)
-        places = torch.where(positions < 0, self._capacity - 1, positions)
-        self.plan = _Pass(first_row, rows[:, None], places, length)
+        slots = torch.where(positions < 0, self._capacity - 1, positions)
+        self._plan = _ForwardPlan(first_row, rows[:, None], slots, length)
 
     def move_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first ``length`` places of some rows over those of others."""
+        """Copy the first ``length`` slots of the source rows to the target rows."""
         if sources:
-            for layer in self._layers:
+            for layer in self._lockstep_layers:
                 layer.move_rows(list(sources), list(targets), length)
 
-    @property
-    def _layers(self) -> list[_LockstepLayer]:
-        return self.layers
 
-
-class _LockstepLayer(DynamicLayer):
-    """One layer's buffers, of shape (rows, heads, places, head_dim)."""
+class _LockstepLayer(DynamicLayer):  # type: ignore[misc]
+    """Buffers of one layer: keys and values of shape (rows, key_heads, slots, head_dim)."""
 
     def __init__(self, cache: LockstepCache) -> None:
         super().__init__()
         self._cache = cache
         self._buffers: list[Tensor] = []
-        self._heads: list[Tensor] = []
+        self._prefixes: list[Tensor] = []
 
-    def start(self, num_rows: int) -> None:
+    def start_batch(self, num_rows: int) -> None:
         rows, capacity = self._cache.shape
         if self._buffers and (self._buffers[0].shape[0], self._buffers[0].shape[2]) != (rows, capacity):
             self._buffers = [_zeros(self._cache, buffer) for buffer in self._buffers]
-        for buffer, head in zip(self._buffers, self._heads, strict=False):
-            buffer[:num_rows, :, : head.shape[1]] = head
+        for buffer, prefix in zip(self._buffers, self._prefixes, strict=False):
+            buffer[:num_rows, :, : prefix.shape[1]] = prefix
 
-    def keep_head(self, num_tokens: int) -> None:
-        self._heads = [buffer[0, :, :num_tokens].clone() for buffer in self._buffers]
+    def keep_prefix(self, num_tokens: int) -> None:
+        self._prefixes = [buffer[0, :, :num_tokens].clone() for buffer in self._buffers]
 
     def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         for buffer in self._buffers:
             buffer[targets, :, :length] = buffer[sources, :, :length]
 
+    @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new states and return views of what is there; shapes (rows, heads, places, head_dim)."""
+        """Write new states of shape (rows, key_heads, tokens, head_dim); return views of the slots to attend to."""
         plan = self._cache.plan
-        assert plan is not None, "LockstepCache.expect comes before the forward pass"
         if not self._buffers:
             self.lazy_initialization(key_states, value_states)
             self._buffers = [_zeros(self._cache, states) for states in (key_states, value_states)]
         views = []
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[plan.rows, :, plan.places] = states.transpose(1, 2)
-            views.append(buffer[plan.first_row : plan.first_row + len(plan.places), :, : plan.length])
+            buffer[plan.rows, :, plan.slots] = states.transpose(1, 2)
+            views.append(buffer[plan.first_row : plan.first_row + len(plan.slots), :, : plan.length])
         self.keys, self.values = views
         return self.keys, self.values
 
 
 def _zeros(cache: LockstepCache, like: Tensor) -> Tensor:
-    # Not uninitialized: a place that no token was written to has weight 0 in attention, and 0 times NaN is NaN.
+    # Not uninitialized: attention gives weight 0 to slots without a token, and 0 times NaN is NaN.
     num_rows, capacity = cache.shape
     return like.new_zeros(num_rows, like.shape[1], capacity, like.shape[3])

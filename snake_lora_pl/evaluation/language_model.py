@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snake_lora_pl.adapters.temporary_merge import temporarily_merged
 from snake_lora_pl.decoding.drafter import Drafter
-from snake_lora_pl.decoding.lockstep_decoder import LockstepDecoder, Written, common_length
+from snake_lora_pl.decoding.lockstep_decoder import Completion, LockstepDecoder, common_prefix_length
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.policy import Answer
 from snake_lora_pl.game.board import Board, Move
@@ -131,7 +131,7 @@ class LanguageModelPolicy:
         if self._scores:
             logits = decoders[grid_size].next_logits(prompts)
             return [self._best_move(row, board) for row, board in zip(logits, boards, strict=True)]
-        texts = map(self._text, decoders[grid_size].write(prompts))
+        texts = map(self._text, decoders[grid_size].complete(prompts))
         return [Answer(read_move(text), text) for text in texts]
 
     def _encode(self, boards: Sequence[Board]) -> list[list[int]]:
@@ -148,11 +148,11 @@ class LanguageModelPolicy:
         return LockstepDecoder(
             self._model,
             drafter,
-            samples[0][: common_length(*samples)],
+            samples[0][: common_prefix_length(*samples)],
             samples[0],
             pad_id=self._pad_id,
             eos_id=self._eos_id,
-            ends_text=self._ends_text,
+            is_finished=self._ends_text,
             max_new_tokens=self._max_new_tokens,
         )
 
@@ -163,7 +163,7 @@ class LanguageModelPolicy:
         board = _sample_boards(10)[0]
         texts = [self._style.write_completion(board, move) for move in Move]
         encoded = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        num_shared = common_length(*encoded)
+        num_shared = common_prefix_length(*encoded)
         parting = {move: ids[num_shared] for move, ids in zip(Move, encoded, strict=True) if len(ids) > num_shared}
         if len(set(parting.values())) < len(Move):
             raise UserError(
@@ -187,7 +187,7 @@ class LanguageModelPolicy:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text.endswith("\n") and read_move(text) is not None
 
-    def _text(self, written: Written) -> str:
+    def _text(self, written: Completion) -> str:
         text: str = self._tokenizer.decode(written.tokens, skip_special_tokens=True)
         # Words that were cut off name no move, even if they happen to end in one.
         return text if written.is_complete else text + "..."

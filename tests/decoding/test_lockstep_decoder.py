@@ -1,4 +1,4 @@
-"""Decoding in lockstep against its plain twin: one prompt at a time through transformers' own ``generate``."""
+"""Decoding in lockstep compared with transformers' ``generate``, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -22,17 +22,18 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from typing_extensions import override
 
-from snake_lora_pl.decoding.drafter import Drafter, Guess
+from snake_lora_pl.decoding.drafter import Drafter, DraftToken
 from snake_lora_pl.decoding.lockstep_decoder import LockstepDecoder
 from snake_lora_pl.errors import UserError
 
 EOS = 0
-VOCABULARY = 48
-HEAD = [5, 6, 7, 8, 9, 10]
+VOCAB_SIZE = 48
+PREFIX = [5, 6, 7, 8, 9, 10]
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-# A random model needs logits that differ, or it writes one token for ever and every comparison passes.
-COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": EOS}
+# With a small initializer range a random model repeats one token, and every comparison passes.
+COMMON = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": EOS}
 
 
 def make_model(architecture: str) -> PreTrainedModel:
@@ -45,8 +46,9 @@ def make_model(architecture: str) -> PreTrainedModel:
         model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, **COMMON, num_key_value_heads=4))
     elif architecture == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **COMMON))
-    else:  # attention of its own
-        model = GPTJForCausalLM(GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128, **COMMON))
+    else:  # does not use AttentionInterface
+        config = GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], **COMMON)
+        model = GPTNeoForCausalLM(config)
     return model.eval()
 
 
@@ -56,14 +58,14 @@ def llama() -> PreTrainedModel:
 
 
 def prompts() -> list[list[int]]:
-    """Prompts of different lengths, one of them without the head and one that leaves it in the middle."""
+    """Return prompts of different lengths: one without the prefix, one with a part of it, one with nothing else."""
     generator = torch.Generator().manual_seed(1)
-    tails = [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in (9, 3, 1, 17, 5, 9)]
-    return [*[HEAD + tail for tail in tails], tails[3], [*HEAD[:3], *tails[4]], list(HEAD)]
+    suffixes = [torch.randint(1, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (9, 3, 1, 17, 5, 9)]
+    return [*[PREFIX + suffix for suffix in suffixes], suffixes[3], [*PREFIX[:3], *suffixes[4]], list(PREFIX)]
 
 
 @torch.no_grad()
-def plain(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> tuple[list[int], bool]:
+def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> tuple[list[int], bool]:
     ids = torch.tensor([prompt])
     output = model.generate(
         input_ids=ids,
@@ -76,26 +78,28 @@ def plain(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> tup
 
 
 class Oracle(Drafter):
-    """Knows what will be written, and is wrong wherever it is told to be."""
+    """Drafts known completions: ``num_right`` right tokens, then wrong ones if ``has_wrong``."""
 
-    def __init__(self, texts: Sequence[list[int]], num_right: int, is_wrong_then: bool = False) -> None:
+    def __init__(self, completions: Sequence[list[int]], num_right: int, has_wrong: bool = False) -> None:
         super().__init__()
-        self._texts = texts
+        self._completions = completions
         self._num_right = num_right
-        self._is_wrong_then = is_wrong_then
+        self._has_wrong = has_wrong
 
-    def guess(self, text: Sequence[int], max_tokens: int) -> list[Guess]:
-        (rest, *_) = [known[len(text) :] for known in self._texts if known[: len(text)] == list(text)] or [[]]
+    @override
+    def draft(self, completion: Sequence[int], max_tokens: int) -> list[DraftToken]:
+        start = len(completion)
+        (rest, *_) = [known[start:] for known in self._completions if known[:start] == list(completion)] or [[]]
         right = rest[: self._num_right]
-        wrong = [(token + 1) % VOCABULARY for token in rest[self._num_right : self._num_right + 2]]
-        return [Guess(token, 1.0) for token in (right + wrong if self._is_wrong_then else right)][:max_tokens]
+        wrong = [(token + 1) % VOCAB_SIZE for token in rest[self._num_right : self._num_right + 2]]
+        return [DraftToken(token, 1.0) for token in (right + wrong if self._has_wrong else right)][:max_tokens]
 
 
 def make_decoder(model: PreTrainedModel, drafter: Drafter | None = None, **settings: Any) -> LockstepDecoder:
     settings = {
-        "head": HEAD,
-        "sample": [*HEAD, 11, 12],
-        "ends_text": lambda tokens: False,
+        "prefix": PREFIX,
+        "sample": [*PREFIX, 11, 12],
+        "is_finished": lambda tokens: False,
         "max_new_tokens": 20,
     } | settings
     with torch.no_grad():
@@ -103,12 +107,12 @@ def make_decoder(model: PreTrainedModel, drafter: Drafter | None = None, **setti
 
 
 @torch.no_grad()
-def written(decoder: LockstepDecoder, some: list[list[int]]) -> list[tuple[list[int], bool]]:
-    return [(w.tokens, w.is_complete) for w in decoder.write(some)]
+def complete(decoder: LockstepDecoder, some: list[list[int]]) -> list[tuple[list[int], bool]]:
+    return [(completion.tokens, completion.is_complete) for completion in decoder.complete(some)]
 
 
 def count_passes(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Shapes of what the model reads from now on."""
+    """Return a list that collects the input shapes of the model's forward passes."""
     shapes: list[tuple[int, int]] = []
     forward = model.forward
 
@@ -120,64 +124,64 @@ def count_passes(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> lis
     return shapes
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gpt2", "gptj"])
-def test_it_writes_what_generate_writes_for_each_prompt_alone(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gpt2", "gpt_neo"])
+def test_completions_equal_those_of_generate(architecture: str) -> None:
     model = make_model(architecture)
-    expected = [plain(model, prompt, 20) for prompt in prompts()]
+    expected = [generate(model, prompt, 20) for prompt in prompts()]
     assert len({tuple(tokens) for tokens, _ in expected}) > 3
     decoder = make_decoder(model)
-    assert written(decoder, prompts()) == expected
-    # Once more, with buffers that are full of what was, and a drafter that has learnt it.
-    assert written(decoder, prompts()) == expected
-    assert written(decoder, prompts()[:2]) == expected[:2]
+    assert complete(decoder, prompts()) == expected
+    # Again, with used buffers and a drafter that has learned the completions.
+    assert complete(decoder, prompts()) == expected
+    assert complete(decoder, prompts()[:2]) == expected[:2]
 
 
 @pytest.mark.parametrize("num_right", [0, 1, 3, 30])
-@pytest.mark.parametrize("is_wrong_then", [False, True])
-def test_guesses_change_no_word_whether_they_are_right_or_wrong(
-    llama: PreTrainedModel, num_right: int, is_wrong_then: bool
+@pytest.mark.parametrize("has_wrong", [False, True])
+def test_right_and_wrong_drafts_do_not_change_completions(
+    llama: PreTrainedModel, num_right: int, has_wrong: bool
 ) -> None:
-    expected = [plain(llama, prompt, 20) for prompt in prompts()]
-    oracle = Oracle([[*tokens, EOS] for tokens, _ in expected], num_right, is_wrong_then)
-    assert written(make_decoder(llama, oracle), prompts()) == expected
+    expected = [generate(llama, prompt, 20) for prompt in prompts()]
+    oracle = Oracle([[*tokens, EOS] for tokens, _ in expected], num_right, has_wrong)
+    assert complete(make_decoder(llama, oracle), prompts()) == expected
 
 
-def test_right_guesses_save_passes(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_drafts_save_forward_passes(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = prompts()[0]
-    tokens, is_complete = plain(llama, prompt, 20)
+    tokens, is_complete = generate(llama, prompt, 20)
     shapes = count_passes(llama, monkeypatch)
     for num_right, num_passes in ((0, 20), (1, 11), (30, 2)):
         decoder = make_decoder(llama, Oracle([tokens], num_right))
         shapes.clear()
-        assert written(decoder, [prompt]) == [(tokens, is_complete)]
-        assert len(shapes) == num_passes  # the first token comes with the prompt
+        assert complete(decoder, [prompt]) == [(tokens, is_complete)]
+        assert len(shapes) == num_passes  # the pass over the prompt generates the first token
 
 
-def test_the_drafter_learns_what_is_written(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafter_learns_completions(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(llama)
     shapes = count_passes(llama, monkeypatch)
-    written(decoder, prompts()[:1])
+    complete(decoder, prompts()[:1])
     first = len(shapes)
     for _ in range(3):
         shapes.clear()
-        written(decoder, prompts()[:1])
+        complete(decoder, prompts()[:1])
     assert len(shapes) < first / 3
 
 
-def test_rows_that_are_complete_leave_the_batch(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_rows_leave_the_batch(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = iter([4, 9, 2, 14, 7])
     ends: dict[int, int] = {}
 
-    def ends_text(tokens: list[int]) -> bool:
+    def is_finished(tokens: list[int]) -> bool:
         return len(tokens) >= ends.setdefault(id(tokens), next(lengths, 1))
 
-    some = [prompt for prompt in prompts() if len(plain(llama, prompt, 20)[0]) == 20][:5]
+    some = [prompt for prompt in prompts() if len(generate(llama, prompt, 20)[0]) == 20][:5]
     assert len(some) == 5
-    expected = sorted((plain(llama, prompt, 20)[0] for prompt in some), key=lambda tokens: tokens[:3])
+    expected = sorted((generate(llama, prompt, 20)[0] for prompt in some), key=lambda tokens: tokens[:3])
     shapes = count_passes(llama, monkeypatch)
-    decoder = make_decoder(llama, Oracle([], 0), ends_text=ends_text)
+    decoder = make_decoder(llama, Oracle([], 0), is_finished=is_finished)
     shapes.clear()
-    results = sorted(written(decoder, some), key=lambda result: result[0][:3])
+    results = sorted(complete(decoder, some), key=lambda result: result[0][:3])
     for (tokens, is_complete), whole in zip(results, expected, strict=True):
         assert is_complete
         assert tokens == whole[: len(tokens)]
@@ -186,71 +190,71 @@ def test_rows_that_are_complete_leave_the_batch(llama: PreTrainedModel, monkeypa
     assert rows == [sum(length > step for length in (2, 4, 7, 9, 14)) for step in range(1, 14)]
 
 
-def test_a_text_is_cut_at_its_longest(llama: PreTrainedModel) -> None:
-    whole = [tokens for tokens, _ in (plain(llama, prompt, 20) for prompt in prompts())]
+def test_completions_end_at_max_new_tokens(llama: PreTrainedModel) -> None:
+    whole = [tokens for tokens, _ in (generate(llama, prompt, 20) for prompt in prompts())]
     for drafter in (Drafter(), Oracle(whole, 30)):
-        results = written(make_decoder(llama, drafter, max_new_tokens=3), prompts())
+        results = complete(make_decoder(llama, drafter, max_new_tokens=3), prompts())
         assert [tokens for tokens, _ in results] == [tokens[:3] for tokens in whole]
 
 
-def test_prompts_are_read_in_passes_of_bounded_size(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [plain(llama, prompt, 6) for prompt in prompts()]
+def test_prompts_are_read_in_passes_of_limited_size(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [generate(llama, prompt, 6) for prompt in prompts()]
     decoder = make_decoder(llama, Oracle([], 0), max_new_tokens=6)
     monkeypatch.setattr(decoder, "_prompt_tokens", 20)
     shapes = count_passes(llama, monkeypatch)
-    assert written(decoder, prompts()) == expected
+    assert complete(decoder, prompts()) == expected
     reading = [rows * width for rows, width in shapes if width > 1]
     assert len(reading) > 2
     assert max(reading) <= 20
 
 
-def test_the_cache_is_never_copied_while_writing(llama: PreTrainedModel) -> None:
+def test_cache_is_not_copied_during_decoding(llama: PreTrainedModel) -> None:
     decoder = make_decoder(llama, Oracle([], 0))
-    written(decoder, prompts())
-    places = [buffer.data_ptr() for layer in decoder._cache.layers for buffer in layer._buffers]
-    written(decoder, prompts())
+    complete(decoder, prompts())
+    addresses = [buffer.data_ptr() for layer in decoder._cache.layers for buffer in layer._buffers]
+    complete(decoder, prompts())
     layers = decoder._cache.layers
-    assert [buffer.data_ptr() for layer in layers for buffer in layer._buffers] == places
+    assert [buffer.data_ptr() for layer in layers for buffer in layer._buffers] == addresses
     for layer in layers:
         for view, buffer in zip((layer.keys, layer.values), layer._buffers, strict=True):
             assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
-def test_the_head_is_read_once(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_is_read_once(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = count_passes(llama, monkeypatch)
     decoder = make_decoder(llama)
-    assert shapes == [(1, len(HEAD) + 2), (1, len(HEAD)), (2, 2)]  # the check's plain pass, the head, the check
+    assert shapes == [(1, len(PREFIX) + 2), (1, len(PREFIX)), (2, 2)]  # reference pass of the check, prefix, check
     for _ in range(2):
         shapes.clear()
         with torch.no_grad():
-            decoder.next_logits([[*HEAD, 20, 21], [*HEAD, 22]])
+            decoder.next_logits([[*PREFIX, 20, 21], [*PREFIX, 22]])
         assert shapes == [(2, 2)]
 
 
-def test_logits_after_each_prompt_are_the_model_s_own(llama: PreTrainedModel) -> None:
+def test_next_logits_equal_those_of_a_plain_forward_pass(llama: PreTrainedModel) -> None:
     with torch.no_grad():
-        ours = make_decoder(llama).next_logits(prompts())
-        for row, prompt in zip(ours, prompts(), strict=True):
+        logits = make_decoder(llama).next_logits(prompts())
+        for row, prompt in zip(logits, prompts(), strict=True):
             torch.testing.assert_close(row, llama(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-class OfItsOwnMind(LlamaForCausalLM):
-    """Counts positions itself."""
+class IgnoresPositions(LlamaForCausalLM):
+    """A model that numbers positions itself."""
 
     def forward(self, position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         return super().forward(**kwargs)
 
 
-def test_a_model_that_makes_its_own_of_masks_and_positions_is_refused() -> None:
+def test_model_that_ignores_masks_or_positions_is_rejected() -> None:
     bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **COMMON)).eval()
-    with pytest.raises(UserError, match="BloomForCausalLM cannot play"):
+    with pytest.raises(UserError, match="BloomForCausalLM"):
         make_decoder(bloom)
-    with pytest.raises(UserError, match="OfItsOwnMind cannot play"):
-        make_decoder(OfItsOwnMind(make_model("llama").config).eval())
+    with pytest.raises(UserError, match="IgnoresPositions"):
+        make_decoder(IgnoresPositions(make_model("llama").config).eval())
 
 
 class Shifted(LlamaForCausalLM):
-    """Adds to all logits alike what differs between two ways of computing them."""
+    """A model with an offset common to all logits, which depends on the batch size."""
 
     shift = 3.0
 
@@ -260,8 +264,8 @@ class Shifted(LlamaForCausalLM):
         return output
 
 
-def test_what_leaves_every_choice_as_it_was_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_common_offset_of_logits_is_accepted_and_nan_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     make_decoder(Shifted(make_model("llama").config).eval())
     monkeypatch.setattr(Shifted, "shift", torch.nan)
-    with pytest.raises(UserError, match="Shifted cannot play"):
+    with pytest.raises(UserError, match="Shifted"):
         make_decoder(Shifted(make_model("llama").config).eval())

@@ -135,9 +135,9 @@ def test_words_end_with_the_conclusion_line(
     class Scripted(LlamaForCausalLM):
         """Writes the script behind the prompt, whatever it reads."""
 
-        def forward(self, position_ids=None, past_key_values=None, **kwargs):  # type: ignore[no-untyped-def]
-            output = super().forward(position_ids=position_ids, past_key_values=past_key_values, **kwargs)
-            if past_key_values is not None and len(position_ids) == 1:
+        def forward(self, position_ids=None, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(position_ids=position_ids, **kwargs)
+            if kwargs["use_cache"] and len(position_ids) == 1:
                 for column, position in enumerate(position_ids[0].tolist()[-output.logits.shape[1] :]):
                     output.logits[0, column] = torch.nn.functional.one_hot(
                         torch.tensor(tokens[min(max(0, position + 1 - start), len(tokens) - 1)]),
