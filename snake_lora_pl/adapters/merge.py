@@ -89,7 +89,7 @@ def merge(
     except UserError as error:
         raise UserError(f"{error} Pass the base model's current location with --base_model.") from error
     store.check_base(metadata, spec, adapter_dir, option="--base_model")
-    chosen = stored_dtype(prepare_base_model(spec)) if dtype == "auto" else dtype
+    chosen = stored_dtype(Path(prepare_base_model(spec).path_or_id)) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(spec)
     quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
     base = load_base_model(spec, dtype="float32", quantization=quantization, device="cpu")

