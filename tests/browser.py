@@ -1,4 +1,4 @@
-"""A headless Chromium over the DevTools protocol, through a pipe: no driver, no port, no further package."""
+"""Headless Chromium, controlled through a pipe with the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 
 
 class Tab:
-    """One page. ``problems`` collects what its console, its log or an exception complained of, and what it fetched."""
+    """One browser tab, with its console messages, exceptions and requests."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._to, self._from = to_browser, from_browser
@@ -46,7 +46,7 @@ class Tab:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """Ask for something and wait for the answer."""
+        """Call a DevTools method and return its result."""
         self._id += 1
         message: dict[str, Any] = {"id": self._id, "method": method, "params": params}
         if self._session is not None:
@@ -60,14 +60,14 @@ class Tab:
                 return answer["result"]
 
     def _read(self) -> dict[str, Any]:
-        end = time.monotonic() + _PATIENCE_S
+        end = time.monotonic() + _TIMEOUT_S
         while b"\0" not in self._buffer:
             if not select.select([self._from], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise TimeoutError("the browser does not answer")
-            piece = os.read(self._from, 2**16)
-            if not piece:
-                raise RuntimeError("the browser is gone")
-            self._buffer += piece
+                raise TimeoutError(f"no response from the browser within {_TIMEOUT_S:.0f} s")
+            chunk = os.read(self._from, 2**16)
+            if not chunk:
+                raise RuntimeError("the browser closed the connection")
+            self._buffer += chunk
         text, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(text)
         if "method" in message:
@@ -75,7 +75,7 @@ class Tab:
         return message
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Open a file from disk in a window of a size, in light or dark."""
+        """Open a file in a window of the given size and color scheme, and wait until it is drawn."""
         self._events.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -87,7 +87,7 @@ class Tab:
         self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, expression: str) -> Any:
-        """The value of an expression, awaited."""
+        """Return the awaited value of a JavaScript expression."""
         result = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
             raise RuntimeError(json.dumps(result["exceptionDetails"]))
@@ -95,18 +95,18 @@ class Tab:
 
     def press(self, key: str) -> None:
         """Press a key."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+        for event_type in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=event_type, key=key, code=key)
 
     def screenshot(self, path: Path, *, whole_page: bool = False) -> None:
-        """Save what is seen as PNG."""
+        """Save a PNG of the window or of the whole page."""
         picture = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)
         path.write_bytes(base64.b64decode(picture["data"]))
 
     @property
     def problems(self) -> list[str]:
-        """Errors and warnings of the console, exceptions, and every address but the page's own that was asked for."""
-        self.run("0")  # whatever is under way has then arrived
+        """Console errors and warnings, exceptions, and requests other than for the document itself."""
+        self.run("0")  # wait for pending events
         found = []
         for event in self._events:
             params = event["params"]
@@ -123,12 +123,12 @@ class Tab:
 
 @contextmanager
 def chromium_tab() -> Iterator[Tab]:
-    """A browser with one page, gone afterwards."""
+    """Open a browser with one tab, and close it at the end of the block."""
     assert CHROMIUM is not None
     child_read, to_browser = os.pipe()
     from_browser, child_write = os.pipe()
 
-    def place() -> None:  # the browser reads from 3 and writes to 4
+    def set_up_pipes() -> None:  # the browser reads from file descriptor 3 and writes to 4
         read, write = os.dup(child_read), os.dup(child_write)
         os.dup2(read, 3)
         os.dup2(write, 4)
@@ -136,7 +136,7 @@ def chromium_tab() -> Iterator[Tab]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = subprocess.Popen(
             [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=place,
+            preexec_fn=set_up_pipes,
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""A W&B server on this machine that really receives runs."""
+"""A fake W&B server that receives runs and artifacts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ENTITY = "someone"
 
 @dataclass
 class ServedRun:
-    """What arrived of a run.
+    """A run as the server received it.
 
     Attributes:
         config: Values by key.
-        history: A row for each ``log``.
+        history: One row per call of ``log``.
         files: Content by path.
-        is_finished: Whether it said that it ended.
+        is_finished: Whether the client finished the run.
     """
 
     name: str
@@ -38,18 +38,18 @@ class ServedRun:
     is_finished: bool = False
 
     def values(self, key: str) -> list[Any]:
-        """What was logged as ``key``, in order."""
+        """Return the values logged under a key, in order."""
         return [row[key] for row in self.history if key in row]
 
 
 @dataclass
 class ServedArtifact:
-    """What arrived of an artifact.
+    """An artifact as the server received it.
 
     Attributes:
-        files: Content by path of what was sent; the manifest also names what is only referred to.
-        logged_by: The runs that made it.
-        used_by: The runs that it is an input of.
+        files: Content by path of the uploaded files. The manifest lists references too.
+        logged_by: Runs that logged the artifact.
+        used_by: Runs that have the artifact as an input.
     """
 
     number: int
@@ -66,22 +66,21 @@ class ServedArtifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Each entry by its path."""
+        """Manifest entries by path."""
         return json.loads(self.manifests["wandb_manifest.json"])["contents"]
 
 
 class FakeWandb(ThreadingHTTPServer):
-    """What ``wandb-core`` 0.31 asks of its server when it sends a run, and all that arrives.
+    """Server with the part of the W&B API that ``wandb-core`` 0.31 uses to send a run.
 
     Attributes:
-        refusal: The HTTP status for whoever comes without the key.
-        runs: By the run's id.
-        artifacts: In their order, W&B's own among them.
-        refused: Operations that nobody may do.
-        views: The saved layouts of a project.
-        bodies: All that was sent with the key or to an address given for it, as it came.
-        failures: What it could not answer; a test should find none. W&B would ask for minutes where a server fails, so
-            the answer says that the request was wrong.
+        refusal: HTTP status of the response to requests without the key.
+        runs: Runs by id.
+        artifacts: Artifacts in order of creation, including the ones W&B creates itself.
+        refused: Names of GraphQL operations that are denied.
+        bodies: Bodies of all authorized requests and uploads.
+        failures: Requests that the server could not handle; empty in a passing test. The response to them is a client
+            error, because W&B retries after a server error for minutes.
     """
 
     daemon_threads = True
@@ -93,19 +92,18 @@ class FakeWandb(ThreadingHTTPServer):
         self.runs: dict[str, ServedRun] = {}
         self.artifacts: list[ServedArtifact] = []
         self.refused: set[str] = set()
-        self.views: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
         self.failures: list[str] = []
         self.uploads: list[tuple[dict[str, bytes], str]] = []
         self.lock = threading.Lock()
 
     def upload_url(self, into: dict[str, bytes], name: str) -> str:
-        """Where to send a file."""
+        """Return a URL that stores a file under a name in ``into``."""
         self.uploads.append((into, name))
         return f"{self.url}/uploads/{len(self.uploads) - 1}"
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """GraphQL's answer."""
+        """Return the response to a GraphQL operation."""
         if operation in self.refused:
             return {"data": None, "errors": [{"message": f"permission denied: {operation}"}]}
         try:
@@ -118,7 +116,7 @@ class FakeWandb(ThreadingHTTPServer):
 
 @contextmanager
 def serving(refusal: int = 401) -> Iterator[FakeWandb]:
-    """A server that answers until the block ends."""
+    """Run a server until the block ends."""
     with FakeWandb(refusal) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -137,14 +135,14 @@ class _Handler(JSONHandler):
         self.server.bodies.append(body)
         return body
 
-    def do_PUT(self) -> None:  # noqa: N802 - as http.server calls it
+    def do_PUT(self) -> None:  # noqa: N802 - name required by http.server
         into, name = self.server.uploads[int(self.path.removeprefix("/uploads/"))]
         into[name] = self._body()
         self._answer({})
 
-    def do_POST(self) -> None:  # noqa: N802 - as http.server calls it
+    def do_POST(self) -> None:  # noqa: N802 - name required by http.server
         body = self._body()
-        if self.path.startswith("/sdk/otel/"):  # what W&B measures of itself
+        if self.path.startswith("/sdk/otel/"):  # telemetry
             return self._answer({})
         if self.headers["Authorization"] != f"Basic {base64.b64encode(f'api:{KEY}'.encode()).decode()}":
             return self._answer({"errors": [{"message": "user is not logged in"}], "data": None}, self.server.refusal)
@@ -153,7 +151,7 @@ class _Handler(JSONHandler):
             self._take_stream(self.server.runs[stream[1]], json.loads(body))
             return self._answer({})
         if self.path != "/graphql":
-            return self._answer({"errors": [{"message": f"nothing at {self.path}"}]}, 404)
+            return self._answer({"errors": [{"message": f"unknown path {self.path}"}]}, 404)
         request = json.loads(body)
         found = re.match(r"\s*(?:query|mutation)\s+(\w+)", request["query"])
         self._answer(self.server.answer(found[1] if found else "", request.get("variables") or {}))
@@ -166,9 +164,6 @@ class _Handler(JSONHandler):
             elif name == "wandb-summary.json":
                 run.summary = lines[-1]
         run.is_finished |= stream.get("complete", False)
-
-
-# ---------------------------------------------------------------------- what it answers
 
 
 def _project(name: str) -> dict[str, Any]:
@@ -229,21 +224,21 @@ def _artifact_type(server: FakeWandb, variables: dict[str, Any]) -> dict[str, An
 
 
 def _create_artifact(server: FakeWandb, variables: dict[str, Any]) -> dict[str, Any]:
-    wanted = variables["input"]
-    versions = [artifact for artifact in server.artifacts if artifact.name == wanted["artifactCollectionName"]]
-    same = [artifact for artifact in versions if artifact.digest == wanted["digest"] and artifact.is_committed]
+    given = variables["input"]
+    versions = [artifact for artifact in server.artifacts if artifact.name == given["artifactCollectionName"]]
+    same = [artifact for artifact in versions if artifact.digest == given["digest"] and artifact.is_committed]
     artifact = same[0] if same else ServedArtifact(
         len(server.artifacts),
-        wanted["artifactCollectionName"],
-        wanted["artifactTypeName"],
-        wanted["digest"],
-        json.loads(wanted["metadata"] or "{}"),
-        [alias["alias"] for alias in wanted["aliases"] or []],
+        given["artifactCollectionName"],
+        given["artifactTypeName"],
+        given["digest"],
+        json.loads(given["metadata"] or "{}"),
+        [alias["alias"] for alias in given["aliases"] or []],
     )  # fmt: skip
     if not same:
         server.artifacts.append(artifact)
-    if wanted["runName"]:
-        artifact.logged_by.add(wanted["runName"])
+    if given["runName"]:
+        artifact.logged_by.add(given["runName"])
     latest = {"id": str(versions[-1].number)} if versions else None
     state = "COMMITTED" if artifact.is_committed else "PENDING"
     sequence = {"latestArtifact": latest}
@@ -274,15 +269,15 @@ def _commit_artifact(server: FakeWandb, variables: dict[str, Any]) -> dict[str, 
 
 
 def _use_artifact(server: FakeWandb, variables: dict[str, Any]) -> dict[str, Any]:
-    wanted = variables["input"]
-    server.artifacts[int(wanted["artifactID"])].used_by.add(wanted["runName"])
-    return {"useArtifact": {"artifact": {"id": wanted["artifactID"]}}}
+    given = variables["input"]
+    server.artifacts[int(given["artifactID"])].used_by.add(given["runName"])
+    return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
 
 
 def _artifact_by_id(server: FakeWandb, variables: dict[str, Any]) -> dict[str, Any]:
     artifact = server.artifacts[int(variables["id"])]
     project = {"id": "project", "internalId": "1", "name": "project", "entity": {"name": ENTITY}}
-    told = {
+    fields = {
         "id": variables["id"],
         "artifactSequence": {"__typename": "ArtifactSequence", "name": artifact.name, "project": project},
         "versionIndex": 0,
@@ -298,12 +293,7 @@ def _artifact_by_id(server: FakeWandb, variables: dict[str, Any]) -> dict[str, A
         "tags": [],
         "aliases": [],
     }
-    return {"artifact": told | dict.fromkeys(("description", "historyStep", "commitHash", "updatedAt"))}
-
-
-def _upsert_view(server: FakeWandb, variables: dict[str, Any]) -> dict[str, Any]:
-    server.views.append(variables)
-    return {"upsertView": {"view": {"id": "view", "name": variables["name"]}, "inserted": True}}
+    return {"artifact": fields | dict.fromkeys(("description", "historyStep", "commitHash", "updatedAt"))}
 
 
 _OPERATIONS: dict[str, Callable[[FakeWandb, dict[str, Any]], dict[str, Any]]] = {
@@ -319,7 +309,6 @@ _OPERATIONS: dict[str, Callable[[FakeWandb, dict[str, Any]], dict[str, Any]]] = 
     "RunStoppedStatus": lambda server, variables: {"project": {"run": {"stopped": False}}},
     "ServerFeaturesQuery": lambda server, variables: {"serverInfo": {"features": []}},
     "UpsertBucket": _upsert_run,
-    "UpsertView2": _upsert_view,
     "UseArtifact": _use_artifact,
     "Viewer": _viewer,
 }

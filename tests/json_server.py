@@ -1,4 +1,4 @@
-"""What the fake servers of the tests have in common."""
+"""Base class of the fake servers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class JSONHandler(BaseHTTPRequestHandler):
-    """Answers in JSON, and keeps no log."""
+    """HTTP request handler that answers in JSON and writes no log."""
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Write nothing."""
 
     def _answer(self, content: Any, status: int = 200) -> None:
         body = json.dumps(content).encode()

@@ -60,7 +60,7 @@ from snake_lora_pl.program import LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_pa
 from snake_lora_pl.reporting.games_file import write_games, write_replays
 from snake_lora_pl.reporting.html_report import write_report
 from snake_lora_pl.reporting.run_record import RunRecord
-from snake_lora_pl.reporting.table import differences_in_words, render_table, table_json
+from snake_lora_pl.reporting.table import difference_lines, render_table, table_json
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.callbacks.adapter_norms import AdapterNorms
 from snake_lora_pl.training.callbacks.auto_batch_size import BatchSizeFinder
@@ -530,7 +530,7 @@ class SnakeCLI(LightningCLI):
                 print(f"{contestant.name}: {contestant.adapter_dir}, prompts in {contestant.prompt_spec.style}")
             print()
         console.print(render_table(self.match.results))
-        print("", *differences_in_words(self.match.results), sep="\n")
+        print("", *difference_lines(self.match.results), sep="\n")
 
     def after_predict(self) -> None:
         """Say where the completions are."""

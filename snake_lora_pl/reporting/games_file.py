@@ -1,4 +1,4 @@
-"""Played games to disk: all of them as JSONL, and a few to look at."""
+"""Files of played games: all games as JSONL, and replays of three of them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 def write_games(path: str | os.PathLike[str], results: Sequence[PlayerResult]) -> None:
-    """Write every game as a line of JSON, player after player.
+    """Write one JSON object per game, grouped by player.
 
-    A line holds ``player``, ``reading``, ``seed``, ``grid_size``, ``end``, ``apples``, ``steps`` and ``frames``.
-    A frame is a position: ``head``, ``trail`` (``Board.trail``: the steps from head to tail, a letter each), ``apple``,
-    and, where a move was asked for, ``move``, ``words``, ``teacher``, ``optimal``, ``fatal`` and ``claims``.
+    An object has the keys ``player``, ``reading``, ``seed``, ``grid_size``, ``end``, ``apples``, ``steps`` and
+    ``frames``. A frame is a position: ``head``, ``trail`` (see ``Board.trail``) and ``apple``. Frames in which the
+    player moved also have ``move``, ``words`` (the completion), ``teacher``, ``optimal``, ``fatal`` and ``claims``.
 
     Args:
-        path: Where to; a file there is replaced.
-        results: The players with their games.
+        path: Output file; an existing file is replaced.
+        results: Players with their games.
     """
     with open_durably(path, "w", encoding="utf-8") as file:
         for result in results:
@@ -48,11 +48,11 @@ def write_games(path: str | os.PathLike[str], results: Sequence[PlayerResult]) -
 def _frames(game: PlayedGame) -> Iterator[dict[str, Any]]:
     for index, frame in enumerate(game.recording.frames):
         position = {"head": frame.board.head, "trail": frame.board.trail, "apple": frame.board.apple}
-        was_asked = index < len(game.judgments)
-        yield position | _judged(frame, game.judgments[index]) if was_asked else position
+        has_move = index < len(game.judgments)
+        yield position | _decision(frame, game.judgments[index]) if has_move else position
 
 
-def _judged(frame: Frame, judgment: Judgment) -> dict[str, Any]:
+def _decision(frame: Frame, judgment: Judgment) -> dict[str, Any]:
     return {
         "move": None if frame.move is None else frame.move.name,
         "words": frame.completion,
@@ -64,12 +64,12 @@ def _judged(frame: Frame, judgment: Judgment) -> dict[str, Any]:
 
 
 class SavedGame(NamedTuple):
-    """A game read back.
+    """A game read from a file.
 
     Attributes:
-        player: Who played it.
-        seed: The game's seed.
-        recording: Every position, move and word, and the end.
+        player: Name of the player.
+        seed: Seed of the game.
+        recording: Positions, moves, completions, and how the game ended.
     """
 
     player: str
@@ -78,12 +78,12 @@ class SavedGame(NamedTuple):
 
     @property
     def moves(self) -> list[Move | None]:
-        """The moves as the player named them, the deadly one included."""
+        """The player's moves, including the one that ended the game."""
         return [frame.move for frame in decision_frames(self.recording)]
 
 
 def read_games(path: str | os.PathLike[str]) -> Iterator[SavedGame]:
-    """The games that ``write_games`` wrote."""
+    """Read the games that ``write_games`` wrote."""
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
             frames = tuple(_read_frame(line["grid_size"], frame) for frame in line["frames"])
@@ -99,37 +99,37 @@ def _read_frame(size: int, frame: dict[str, Any]) -> Frame:
 
 
 def best_median_worst(games: Sequence[T], key: Callable[[T], tuple[int, int, int]]) -> dict[str, T]:
-    """Three games that stand for all.
+    """Select three representative games.
 
     Args:
-        games: At least one.
-        key: A game's apples, steps and seed, by which they are ordered.
+        games: At least one game.
+        key: Returns apples, steps and seed of a game, which define the order.
 
     Returns:
-        The games under ``best``, ``median`` and ``worst``.
+        The games by the names ``best``, ``median`` and ``worst``.
     """
     ordered = sorted(games, key=key)
     return {"best": ordered[-1], "median": ordered[len(ordered) // 2], "worst": ordered[0]}
 
 
 def write_replays(paths: GamesPaths, games: Sequence[PlayedGame]) -> list[Path]:
-    """Write the best, the median and the worst of some games as GIF and as a page.
+    """Write the best, median and worst game as GIF and HTML.
 
     Args:
-        paths: Where to; files there are replaced.
-        games: At least one.
+        paths: Output paths; existing files are replaced.
+        games: At least one game.
 
     Returns:
-        The files.
+        Paths of the files written.
     """
-    three = best_median_worst(games, lambda game: (game.num_apples, game.num_steps, game.seed))
+    selected = best_median_worst(games, lambda game: (game.num_apples, game.num_steps, game.seed))
     written = []
-    for which, game in three.items():
-        for kind, content in (
+    for which, game in selected.items():
+        for extension, content in (
             ("gif", render_gif(game.recording)),
             ("html", render_html(game.recording).encode()),
         ):
-            path = paths.replay_path(which, kind)
+            path = paths.replay_path(which, extension)
             with open_durably(path) as file:
                 file.write(content)
             written.append(path)

@@ -1,7 +1,7 @@
-"""``report.html``: one run on one page that loads nothing, made from the files in its directory. Imports no torch.
+"""``report.html``: a self-contained HTML report of a run, made from the files in the run directory. Imports no torch.
 
-What the page shows is JSON in an element of its own; the page's script writes all of it as text, so that whatever a
-model said stays text.
+The content is JSON in a ``<script>`` element. The report's script inserts it as text nodes only, so that a completion
+cannot inject HTML.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -30,34 +30,34 @@ from snake_lora_pl.program import PROG
 from snake_lora_pl.reporting.games_file import best_median_worst
 from snake_lora_pl.reporting.table import players_in, table_rows
 
-# More points than this no screen shows; further ones are averaged.
+# Longer series are averaged down to this many points.
 _MAX_POINTS = 500
-# Validations whose sample rows are kept: the first, the last, and as many between at even distances.
+# Limit of validations in the report: the first, the last, and evenly spaced ones between them.
 _MAX_VALIDATIONS = 24
 _PLACEHOLDER = re.compile(r"__(TITLE|DATA|BOARD)__")
 
-# Charts in their order: title, unit of the values, and the metrics drawn; one whose name ends in / stands for a group.
+# Charts in order: title, unit, and label by metric. A metric that ends in "/" is a prefix of a group of metrics.
 _CHARTS: list[tuple[str, str, dict[str, str]]] = [
-    ("Loss", "nats a token", {"train/loss": "training", "val/loss": "validation"}),
+    ("Loss", "nats per token", {"train/loss": "training", "val/loss": "validation"}),
     (
         "Accuracy on validation rows, teacher-forced",
         "%",
         {
-            "val/decision_accuracy": "move decided",
-            "val/move_accuracy": "move concluded",
+            "val/decision_accuracy": "decision",
+            "val/move_accuracy": "move",
             "val/legal_move_rate": "legal move",
             "val/token_accuracy": "tokens",
-            "val/exact_match": "whole completion",
+            "val/exact_match": "exact match",
         },
     ),
-    ("Apples a game while fitting", "apples", {"play/apples_mean": "mean"}),
+    ("Apples per game during training", "apples", {"play/apples_mean": "mean"}),
     (
-        "Moves while fitting",
+        "Moves in games during training",
         "%",
         {
             "play/fatal_move_rate": "fatal",
             "play/unparseable_rate": "unreadable",
-            "play/teacher_agreement": "as the teacher's",
+            "play/teacher_agreement": "teacher agreement",
         },
     ),
     ("Learning rate", "", {"train/learning_rate": "learning rate"}),
@@ -65,57 +65,57 @@ _CHARTS: list[tuple[str, str, dict[str, str]]] = [
     (
         "Throughput",
         "tokens/s",
-        {"perf/tokens_per_second": "all tokens", "perf/target_tokens_per_second": "tokens with loss"},
+        {"perf/tokens_per_second": "all tokens", "perf/target_tokens_per_second": "target tokens"},
     ),
     ("Peak memory", "GiB", {"perf/peak_memory_gib": "peak"}),
-    ("Norm of the adapter's weights", "", {"adapter/weight_norm/": ""}),
-    ("Norm of the weights' change in a step", "", {"adapter/update_norm/": ""}),
-    ("Ranks left of the budget", "ranks", {"train/rank_budget": "ranks"}),
+    ("Weight norm of the adapter", "", {"adapter/weight_norm/": ""}),
+    ("Update norm of the adapter", "", {"adapter/update_norm/": ""}),
+    ("Rank budget (AdaLoRA)", "ranks", {"train/rank_budget": "ranks"}),
 ]
 
 
 def write_report(paths: RunPaths) -> Path:
-    """Write the page of a run into its directory, from what lies there.
+    """Write ``report.html`` into a run directory.
 
     Args:
-        paths: The run's places.
+        paths: Paths of the run directory.
 
     Returns:
-        The page.
+        Path of the report.
 
     Raises:
-        UserError: If there is no run, one of its files cannot be read, or the page cannot be written.
+        UserError: If the directory holds no run, a file of the run is damaged, or the report cannot be written.
     """
-    page = render_report(paths)
-    with explain_failed_writes(paths.report_path, "the report", then="write it with the verb report"):
+    report = render_report(paths)
+    with explain_failed_writes(paths.report_path, "the report", then="write it with the command report"):
         with open_durably(paths.report_path, "w", encoding="utf-8") as file:
-            file.write(page)
+            file.write(report)
     return paths.report_path
 
 
 def render_report(paths: RunPaths) -> str:
-    """The page of a run.
+    """Return the HTML report of a run.
 
     Raises:
-        UserError: If there is no run, or one of its files cannot be read.
+        UserError: If the directory holds no run, or a file of the run is damaged.
     """
     if not paths.config_path.is_file() and not paths.metrics_path.is_file():
         raise UserError(
-            f"{display_path(paths.run_dir)}: no run lies here (no config.yaml, no metrics.csv). Name the directory "
-            "that fit printed at its end."
+            f"{display_path(paths.run_dir)}: not a run directory (config.yaml and metrics.csv are missing). Pass the "
+            "directory that fit printed at its end."
         )
     try:
         data = _report_data(paths)
-    # What a damaged file of metrics, games or validations raises depends on where the damage is.
+    # A damaged file can raise any of these, depending on the damage.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
-        raise UserError(f"{display_path(paths.run_dir)}: a file of the run cannot be read ({error!r}).") from error
+        raise UserError(f"{display_path(paths.run_dir)}: a file of the run is damaged ({error!r}).") from error
     template = resources.files(__package__).joinpath("html_report.html").read_text(encoding="utf-8")
     values = {
         "TITLE": html.escape(f"{data['title']}: report"),
         "DATA": json_for_script(data),
         "BOARD": board_script(),
     }
-    # In one pass: a word of a model that looks like a placeholder stays what it is.
+    # One pass over all placeholders: a completion that contains a placeholder must not be expanded.
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
@@ -137,7 +137,7 @@ def _report_data(paths: RunPaths) -> dict[str, Any]:
         "charts": list(_charts(series)),
         "play": _play(table),
         "games": games.data(is_final=bool(table)),
-        "validations": _few(validations),
+        "validations": _select_validations(validations),
         "moves": [*MOVES, NO_MOVE],
         "config": config_text,
         "files": _files(paths),
@@ -146,18 +146,15 @@ def _report_data(paths: RunPaths) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------ head of the page
-
-
 def _subtitle(paths: RunPaths, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     base = metadata.get("base_model_name") or config.get("model", {}).get("base_model", "")
-    kind = metadata.get("adapter_type") or config.get("model", {}).get("adapter_type", "")
+    adapter_type = metadata.get("adapter_type") or config.get("model", {}).get("adapter_type", "")
     stamp = paths.run_dir.absolute().parent.name[-len("YYYYmmdd_HHMMSS") :]
     try:
         started = datetime.strptime(stamp, TIMESTAMP_FORMAT).strftime("%d %B %Y, %H:%M")
-    except ValueError:  # the directory was renamed
+    except ValueError:  # a renamed directory
         started = ""
-    return " · ".join(part for part in (Path(str(base)).name, kind, started) if part)
+    return " · ".join(part for part in (Path(str(base)).name, adapter_type, started) if part)
 
 
 def _facts(config: Mapping[str, Any], metadata: Mapping[str, Any], series: Mapping[str, Any]) -> list[list[str]]:
@@ -165,12 +162,12 @@ def _facts(config: Mapping[str, Any], metadata: Mapping[str, Any], series: Mappi
     steps = max((points[-1][0] for points in series.values() if points), default=None)
     facts = {
         "optimizer steps": _number(steps),
-        "kept adapter of step": _number(metadata.get("step")),
+        "step of the best adapter": _number(metadata.get("step")),
         "rank": _number(lora.get("r")),
-        "trained parameters": _number(metadata.get("trainable_parameters")),
+        "trainable parameters": _number(metadata.get("trainable_parameters")),
         "training rows": _number(data.get("num_train_rows")),
         "validation rows": _number(data.get("num_val_rows")),
-        "format": data.get("prompt_format"),
+        "prompt format": data.get("prompt_format"),
         "grid": f"{data['grid_size']}×{data['grid_size']}" if data.get("grid_size") else None,  # noqa: RUF001
         "seed": _number(config.get("seed_everything")),
     }
@@ -182,31 +179,30 @@ def _facts(config: Mapping[str, Any], metadata: Mapping[str, Any], series: Mappi
 def _tiles(
     table: Mapping[str, Any], players: Sequence[str], series: Mapping[str, list[list[float]]]
 ) -> list[dict[str, str]]:
-    """The figures that a reader looks for first."""
+    """Return the headline metrics."""
     tiles = []
     if table:
         own = table["players"][players[0]]
         others = [
-            f"{name} {figures['apples_mean']:.1f}" for name, figures in table["players"].items() if name != players[0]
+            f"{name} {player['apples_mean']:.1f}" for name, player in table["players"].items() if name != players[0]
         ]
         interval = f"95%: {own['apples_low']:.1f} to {own['apples_high']:.1f}"
-        tiles.append(_tile("Apples a game", f"{own['apples_mean']:.1f}", interval, ", ".join(others)))
+        tiles.append(_tile("Apples per game", f"{own['apples_mean']:.1f}", interval, ", ".join(others)))
         tiles.append(_tile("Fatal moves", f"{own['fatal_move_rate']:.2%}", f"in {own['num_games']:.0f} games"))
     elif "play/apples_mean" in series:
-        tiles.append(_tile("Apples a game", f"{series['play/apples_mean'][-1][1]:.1f}", "while fitting, last time"))
+        tiles.append(_tile("Apples per game", f"{series['play/apples_mean'][-1][1]:.1f}", "last games during training"))
     if "val/loss" in series:
         step, lowest = min(series["val/loss"], key=lambda point: point[1])
         tiles.append(_tile("Validation loss", f"{lowest:.3f}", f"lowest, at step {step:,.0f}"))
     elif "train/loss" in series:
         tiles.append(_tile("Training loss", f"{series['train/loss'][-1][1]:.3f}", "last step"))
     if "val/decision_accuracy" in series:
-        tiles.append(
-            _tile("Moves decided right", f"{series['val/decision_accuracy'][-1][1]:.1%}", "teacher-forced, last")
-        )
+        accuracy = series["val/decision_accuracy"][-1][1]
+        tiles.append(_tile("Decision accuracy", f"{accuracy:.1%}", "teacher-forced, last validation"))
     if "perf/tokens_per_second" in series:
         memory = series.get("perf/peak_memory_gib")
         note = f"peak memory {memory[-1][1]:.1f} GiB" if memory else ""
-        tiles.append(_tile("Tokens a second", f"{series['perf/tokens_per_second'][-1][1]:,.0f}", note))
+        tiles.append(_tile("Tokens per second", f"{series['perf/tokens_per_second'][-1][1]:,.0f}", note))
     return tiles
 
 
@@ -218,11 +214,8 @@ def _number(value: Any) -> str | None:
     return f"{value:,.0f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-# ------------------------------------------------------------------ curves
-
-
 def _read_series(path: Path) -> dict[str, list[list[float]]]:
-    """Each metric's values over the optimizer steps done, which ``metrics.csv`` counts from 0."""
+    """Return (optimizer step, value) pairs by metric. Steps count from 1 here and from 0 in ``metrics.csv``."""
     series: dict[str, list[list[float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -252,26 +245,23 @@ def _charts(series: Mapping[str, list[list[float]]]) -> Iterator[dict[str, Any]]
             yield {
                 "title": title,
                 "unit": unit,
-                "series": [{"name": label, "points": _thinned(points)} for label, points in lines],
+                "series": [{"name": label, "points": _downsample(points)} for label, points in lines],
             }
 
 
-def _thinned(points: Sequence[Sequence[float]]) -> list[list[float]]:
-    """At most ``_MAX_POINTS`` points: means over neighbors where there are more."""
+def _downsample(points: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Average neighboring points so that at most ``_MAX_POINTS`` remain."""
     size = -(-len(points) // _MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [[group[-1][0], float(f"{sum(value for _, value in group) / len(group):.6g}")] for group in groups]
 
 
-def _few(validations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _select_validations(validations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(validations) <= _MAX_VALIDATIONS:
         return validations
     last = len(validations) - 1
-    places = dict.fromkeys(round(i * last / (_MAX_VALIDATIONS - 1)) for i in range(_MAX_VALIDATIONS))
-    return [validations[place] for place in places]
-
-
-# ------------------------------------------------------------------ games
+    indices = dict.fromkeys(round(i * last / (_MAX_VALIDATIONS - 1)) for i in range(_MAX_VALIDATIONS))
+    return [validations[index] for index in indices]
 
 
 def _read_table(paths: RunPaths) -> dict[str, Any]:
@@ -295,25 +285,24 @@ def _play(table: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "differences": [[name, *values.values()] for name, values in table.get("differences", {}).items()],
         "caption": (
-            f"{num_games:,} game{'' if num_games == 1 else 's'} on {size}×{size}, the same for every player; at most "  # noqa: RUF001
-            f"{settings['max_steps_without_apple']:,} steps without an apple{limit}; teacher "
-            f"{settings['teacher']}."
+            f"{num_games:,} game{'' if num_games == 1 else 's'} on {size}×{size}, equal for all players. Limit: "  # noqa: RUF001
+            f"{settings['max_steps_without_apple']:,} steps without an apple{limit}. Teacher: {settings['teacher']}."
         ),
     }
 
 
 class _Games:
-    """What a file of games holds of some players: counted as it is read, three games of the first player kept.
+    """Move and claim counts of one player's games, and three replays, read one game at a time.
 
     Args:
-        path: What ``write_games`` wrote; it may not be there.
-        players: Whose games; all players' where there is none.
+        path: Output of ``write_games``; it may be missing.
+        players: Player names, of which the first one's games are read; if empty, the games of all players.
     """
 
     def __init__(self, path: Path, players: Sequence[str]) -> None:
         self._decisions = [[0] * (len(MOVES) + 1) for _ in MOVES]
         self._claims: dict[str, list[int]] = {}
-        # The games' places in the file; the games themselves may be large.
+        # Apples, steps, seed and file offset of each game: whole games may not fit in memory.
         self._games: list[tuple[int, int, int, int]] = []
         self._path = path
         if path.is_file():
@@ -322,27 +311,27 @@ class _Games:
                     game = json.loads(line)
                     if not players or game["player"] == players[0]:
                         self._count(game)
-                        place = file.tell() - len(line)
-                        self._games.append((game["apples"], game["steps"], game["seed"], place))
+                        offset = file.tell() - len(line)
+                        self._games.append((game["apples"], game["steps"], game["seed"], offset))
 
     def _count(self, game: Mapping[str, Any]) -> None:
         for frame in game["frames"]:
             if "teacher" not in frame:
                 continue
-            said = len(MOVES) if frame["move"] is None else MOVES.index(frame["move"])
-            self._decisions[MOVES.index(frame["teacher"])][said] += 1
+            column = len(MOVES) if frame["move"] is None else MOVES.index(frame["move"])
+            self._decisions[MOVES.index(frame["teacher"])][column] += 1
             for name, is_true in frame["claims"].items():
                 counts = self._claims.setdefault(name, [0, 0])
                 counts[0] += is_true
                 counts[1] += 1
 
     def data(self, *, is_final: bool) -> dict[str, Any] | None:
-        """What the page shows; None without games."""
+        """Return the data of the report's sections on games; None without games."""
         if not self._games:
             return None
-        three = best_median_worst(self._games, lambda game: game[:3])
+        selected = best_median_worst(self._games, lambda game: game[:3])
         with open(self._path, "rb") as file:
-            replays = {which: _replay(file, place[3]) for which, place in three.items()}
+            replays = {which: _read_replay(file, game[3]) for which, game in selected.items()}
         return {
             "isFinal": is_final,
             "numGames": len(self._games),
@@ -352,8 +341,8 @@ class _Games:
         }
 
 
-def _replay(file: Any, place: int) -> dict[str, Any]:
-    file.seek(place)
+def _read_replay(file: BinaryIO, offset: int) -> dict[str, Any]:
+    file.seek(offset)
     game = json.loads(file.readline())
     frames = [
         {key: frame[key] for key in ("head", "trail", "apple", "move", "words", "teacher") if key in frame}
@@ -363,11 +352,8 @@ def _replay(file: Any, place: int) -> dict[str, Any]:
     return {**facts, "size": game["grid_size"], "frames": frames}
 
 
-# ------------------------------------------------------------------ what lies where
-
-
 def _files(paths: RunPaths) -> list[list[str]]:
-    """Label and link, relative to the page, of what is there."""
+    """Return label and relative link of each existing file."""
     files = {
         "Adapter": paths.artifacts_dir,
         "Model card": paths.artifacts_dir / "README.md",
@@ -375,7 +361,7 @@ def _files(paths: RunPaths) -> list[list[str]]:
         "Metrics": paths.metrics_path,
         "Validations": paths.validations_path,
         "Games": paths.games.games_path,
-        "Games while fitting": paths.val_games_path,
+        "Games during training": paths.val_games_path,
         "Table of games": paths.games.table_path,
         "Checkpoints": paths.checkpoints_dir,
     }
@@ -385,8 +371,8 @@ def _files(paths: RunPaths) -> list[list[str]]:
 
 def _commands(paths: RunPaths, metadata: Mapping[str, Any]) -> list[list[str]]:
     commands = [
-        ["Run it again", f"fit --config {shlex.quote(display_path(paths.config_path))}"],
-        ["Write this page anew", f"report {shlex.quote(display_path(paths.run_dir))}"],
+        ["Repeat this run", f"fit --config {shlex.quote(display_path(paths.config_path))}"],
+        ["Write this report again", f"report {shlex.quote(display_path(paths.run_dir))}"],
     ]
     if metadata:
         adapter = f"--adapter {shlex.quote(display_path(paths.artifacts_dir))}"
@@ -394,6 +380,6 @@ def _commands(paths: RunPaths, metadata: Mapping[str, Any]) -> list[list[str]]:
         commands = [
             ["Play more games", f"test {base} {adapter} --games 100"],
             *commands,
-            ["Write a plain model, without PEFT", f"merge {adapter} --out merged_model"],
+            ["Merge the adapter into the base model", f"merge {adapter} --out merged_model"],
         ]
     return [[label, f"{PROG} {command}"] for label, command in commands]

@@ -1,8 +1,9 @@
-"""RunRecord: what a run has to show, as files in its directory, from which ``report.html`` is made."""
+"""Callback that stores validations and games in the run directory, as input of ``report.html``."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 from snake_lora_pl.durable import explain_failed_writes
 from snake_lora_pl.evaluation.dashboard import RunOutcome
@@ -13,34 +14,34 @@ from snake_lora_pl.reporting.games_file import write_games
 
 
 class RunRecord(pl.Callback):
-    """Writes each validation to ``validations.jsonl`` and the games played last to ``val_games.jsonl``.
+    """Appends each validation to ``validations.jsonl`` and writes the latest games to ``val_games.jsonl``.
 
-    A run that goes on from a checkpoint drops what it is about to show again.
+    A resumed run drops the validations after its checkpoint, because it runs them again.
 
     Args:
-        paths: The run's places.
+        paths: Paths of the run directory.
     """
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop what lies ahead of the step that training goes on from."""
         path = self._paths.validations_path
         if trainer.is_global_zero and path.is_file():
             keep_validations(path, trainer.global_step)
 
     def show_validation(self, validation: Validation) -> None:
-        """Add a line."""
+        """Append a validation."""
         path = self._paths.validations_path
         with explain_failed_writes(path, "the sample rows"):
             add_validation(path, validation)
 
     def show_games(self, result: PlayerResult, step: int, *, is_final: bool) -> None:
-        """Keep the games; those that a run ends with stand in ``games/``, beside the other players'."""
+        """Write the games. The command line writes the final games of all players to ``games/``."""
         if not is_final:
             with explain_failed_writes(self._paths.val_games_path, "the games"):
                 write_games(self._paths.val_games_path, [result])
 
     def show_outcome(self, outcome: RunOutcome) -> None:
-        """Nothing: the adapter's own directory says it."""
+        """Do nothing: the adapter directory holds the outcome."""

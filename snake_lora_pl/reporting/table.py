@@ -1,4 +1,4 @@
-"""Several players' figures as one table: to read, and as JSON."""
+"""Table of the play statistics of several players, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from snake_lora_pl.evaluation.statistics import paired_difference
 if TYPE_CHECKING:
     from rich.table import Table
 
-# How fast a player is differs from run to run, so it stands apart from what does not.
+# The only statistic that differs between identical runs; stored apart from the others.
 _SPEED = "moves_per_second"
 
-_Figures: TypeAlias = Mapping[str, float]
+_Statistics: TypeAlias = Mapping[str, float]
 _CLAIM, _END = "claims/", "ends/"
-_ROWS: list[tuple[str, Callable[[_Figures], str]]] = [
+_ROWS: list[tuple[str, Callable[[_Statistics], str]]] = [
     ("apples, mean", lambda f: f"{f['apples_mean']:.1f}"),
     ("  95% interval", lambda f: f"{f['apples_low']:.1f} to {f['apples_high']:.1f}"),
     ("apples, median", lambda f: f"{f['apples_median']:.0f}"),
@@ -27,24 +27,24 @@ _ROWS: list[tuple[str, Callable[[_Figures], str]]] = [
     ("steps, mean", lambda f: f"{f['steps_mean']:,.0f}"),
     ("fatal moves", lambda f: f"{f['fatal_move_rate']:.2%}"),
     ("unreadable answers", lambda f: f"{f['unparseable_rate']:.2%}"),
-    ("games that ended trapped", lambda f: f"{f['trapped_rate']:.0%}"),
-    ("moves as the teacher's", lambda f: f"{f['teacher_agreement']:.1%}"),
-    ("moves on a shortest path", lambda f: _known(f, "optimal_agreement", ".1%")),
-    ("steps beyond it, an apple", lambda f: _known(f, "path_gap", ".1f")),
-    ("moves per second", lambda f: _known(f, _SPEED, ",.0f")),
+    ("games ended trapped", lambda f: f"{f['trapped_rate']:.0%}"),
+    ("teacher agreement", lambda f: f"{f['teacher_agreement']:.1%}"),
+    ("moves on a shortest path", lambda f: _format_known(f, "optimal_agreement", ".1%")),
+    ("extra steps per apple", lambda f: _format_known(f, "path_gap", ".1f")),
+    ("moves per second", lambda f: _format_known(f, _SPEED, ",.0f")),
 ]
 
 
 def render_table(results: Sequence[PlayerResult]) -> Table:
-    """One column for each player, one row for each figure.
+    """Render one column per player and one row per statistic.
 
     Args:
-        results: The players, having played the same games.
+        results: Results of all players on the same games.
     """
     from rich import box
     from rich.table import Table
 
-    # No wider than needed: four players fit into 80 columns.
+    # Minimal padding: four players fit into 80 columns.
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("")
     for result in results:
@@ -55,24 +55,24 @@ def render_table(results: Sequence[PlayerResult]) -> Table:
 
 
 def table_rows(players: Sequence[tuple[str, Mapping[str, float]]]) -> Iterator[tuple[str, list[str]]]:
-    """The table, a row at a time: its label, which is indented where it goes on with the one above, and its cells.
+    """Yield the label and the cells of each row. The label of a sub-row is indented.
 
     Args:
-        players: How each player's moves were read, and its figures.
+        players: Reading of the moves and statistics of each player.
     """
-    by_player = [figures for _, figures in players]
+    by_player = [statistics for _, statistics in players]
     yield "moves read by", [reading for reading, _ in players]
-    for label, show in _ROWS:
-        yield label, [show(figures) for figures in by_player]
+    for label, format_value in _ROWS:
+        yield label, [format_value(statistics) for statistics in by_player]
     for name in _names(by_player, _END):
-        if any(figures[name] for figures in by_player):
-            yield f"ended {name.removeprefix(_END)}", [f"{figures[name]:.0f}" for figures in by_player]
+        if any(statistics[name] for statistics in by_player):
+            yield f"ended {name.removeprefix(_END)}", [f"{statistics[name]:.0f}" for statistics in by_player]
     for name in _names(by_player, _CLAIM):
-        yield f"true: {name.removeprefix(_CLAIM)}", [_known(figures, name, ".1%") for figures in by_player]
+        yield f"true: {name.removeprefix(_CLAIM)}", [_format_known(s, name, ".1%") for s in by_player]
 
 
 def players_in(table: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, float]]]:
-    """From what ``table_json`` made: how each player's moves were read, and its figures, by its name."""
+    """Return reading and statistics by player from the output of ``table_json``."""
     speeds = table.get(_SPEED, {})
     return {
         name: (
@@ -87,25 +87,25 @@ def players_in(table: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, float
 def table_json(
     results: Sequence[PlayerResult], settings: Mapping[str, Any], adapters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The same as plain JSON.
+    """Return the table as JSON values.
 
     Args:
-        results: The players, having played the same games.
-        settings: What the games follow from.
-        adapters: What to say of each player that is an adapter, by its name.
+        results: Results of all players on the same games.
+        settings: Settings that determine the games.
+        adapters: Description of each player that is an adapter, by name.
 
     Returns:
-        ``settings`` and ``adapters`` as given; ``players``: name -> ``reading`` and every figure but the speed, equal
-        from run to run; ``differences``: what the first player is ahead of each other one, in apples;
-        ``moves_per_second``.
+        ``settings`` and ``adapters`` as given; ``players``: ``reading`` and statistics by name, without the speed, so
+        that identical runs give identical values; ``differences``: apples of the first player minus apples of each
+        other player; ``moves_per_second`` by name.
     """
     players: dict[str, Any] = {}
     speeds: dict[str, float] = {}
     for result in results:
-        figures = result.statistics()
-        if _SPEED in figures:
-            speeds[result.name] = figures.pop(_SPEED)
-        players[result.name] = {"reading": result.reading, **figures}
+        statistics = result.statistics()
+        if _SPEED in statistics:
+            speeds[result.name] = statistics.pop(_SPEED)
+        players[result.name] = {"reading": result.reading, **statistics}
     first, *others = results
     differences = {
         f"{first.name} - {other.name}": paired_difference(first.summaries, other.summaries)._asdict()
@@ -120,8 +120,8 @@ def table_json(
     }
 
 
-def differences_in_words(results: Sequence[PlayerResult]) -> list[str]:
-    """What the first player is ahead of each other one, a line each."""
+def difference_lines(results: Sequence[PlayerResult]) -> list[str]:
+    """Describe the difference in apples between the first player and each other player, one line each."""
     first, *others = results
     lines = []
     for other in others:
@@ -133,10 +133,15 @@ def differences_in_words(results: Sequence[PlayerResult]) -> list[str]:
     return lines
 
 
-def _names(by_player: Sequence[_Figures], prefix: str) -> list[str]:
-    """Names of the figures of a kind that any player has, in their order."""
-    return list(dict.fromkeys(name for figures in by_player for name in figures if name.startswith(prefix)))
+def format_bool(value: bool | None) -> str:
+    """Return ``yes``, ``no``, or ``unknown`` for None."""
+    return "unknown" if value is None else "yes" if value else "no"
 
 
-def _known(figures: _Figures, name: str, form: str) -> str:
-    return format(figures[name], form) if name in figures else "-"
+def _names(by_player: Sequence[_Statistics], prefix: str) -> list[str]:
+    """Return the names with a prefix that any player has, in order of appearance."""
+    return list(dict.fromkeys(name for statistics in by_player for name in statistics if name.startswith(prefix)))
+
+
+def _format_known(statistics: _Statistics, name: str, format_spec: str) -> str:
+    return format(statistics[name], format_spec) if name in statistics else "-"

@@ -1,24 +1,24 @@
-"""A run on Weights & Biases: metrics, sample rows, confusion of moves, games, adapter and where it came from."""
+"""Logging of a run to Weights & Biases: metrics, sample rows, confusion matrices, games, and artifacts."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
-import psutil
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
+from typing_extensions import override
 
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.evaluation.dashboard import RunOutcome, require_package
@@ -28,7 +28,8 @@ from snake_lora_pl.evaluation.validations import MOVES, NO_MOVE, Validation
 from snake_lora_pl.game.replay import render_gif, render_html
 from snake_lora_pl.paths import RunPaths, display_path
 from snake_lora_pl.reporting.games_file import best_median_worst
-from snake_lora_pl.reporting.table import players_in, table_rows
+from snake_lora_pl.reporting.table import format_bool, players_in, table_rows
+from snake_lora_pl.reporting.wandb_internals import api_errors, check_api_key, declare_input_artifact
 from snake_lora_pl.secrets import mask_arguments
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEP = "trainer/global_step"
-"""The axis of everything."""
+"""The x-axis of every metric."""
 
-# What a run's row in the table of runs shows of each metric; of all others the last value.
+# Summary of each metric in W&B's table of runs; the last value for all other metrics.
 SUMMARIES = {
     "train/loss": "min",
     "val/loss": "min",
@@ -60,32 +61,32 @@ SUMMARIES = {
     "perf/peak_memory_gib": "max",
 }
 
-# Where W&B notes its own process, for those that this one starts.
-_SERVICE_ENV = "WANDB_SERVICE"
-_CONNECT_S = 3.0
-_INIT_S = 60.0
-# How long a run that is over waits for what is not yet sent. Where W&B is about to send a table or an artifact as the
-# server stops answering, its own tries for that come first.
-_SEND_S = 300.0
+_CONNECT_TIMEOUT_S = 3.0
+_INIT_TIMEOUT_S = 60.0
+# Limit for sending the remaining data at the end of a run.
+_FINISH_TIMEOUT_S = 300.0
+# About five minutes. A request that is being retried outlasts the limit above; W&B's default is about 15 minutes.
+_GRAPHQL_RETRIES = 9
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's ``WandbLogger``, which shows what a ``Dashboard`` is given and never waits for a person.
+    """Lightning's ``WandbLogger`` that is also a ``Dashboard``, and never prompts.
 
-    Without a key, or without a way to the server, the run is kept on disk, and the log says how to send it later. A run
-    that goes on from a checkpoint goes on there, too.
+    Without an API key, or if the server is unreachable, the run is stored on disk and the log names the command that
+    sends it later. A run resumed from a checkpoint continues the same W&B run.
 
     Args:
-        project: Project on the server.
-        entity: User or team; None takes the key's own.
-        name: Name of the run; None makes one of preset, base model, kind of adapter and time.
-        group: Runs to show together.
+        project: W&B project.
+        entity: User or team; None uses the default entity of the API key.
+        name: Run name; None builds one from the preset, base model, adapter type and start time.
+        group: Group of the run.
         tags: Tags.
-        mode: ``auto`` is online where there are a key and a server to reach, else offline; ``WANDB_MODE`` goes before.
-        save_dir: Directory that ``wandb/`` lies in; None takes the run's.
+        mode: ``auto`` is online if there is an API key and the server is reachable, else offline. ``WANDB_MODE``
+            overrides it.
+        save_dir: Parent directory of ``wandb/``; None uses the run directory.
 
     Raises:
-        UserError: If wandb is not installed, or the server refuses.
+        UserError: If wandb is not installed, or if the server rejects the run.
     """
 
     label = "W&B"
@@ -102,145 +103,133 @@ class RunWandbLogger(WandbLogger):
         save_dir: str | None = None,
     ) -> None:
         require_package(self.package)
-        super().__init__(project=project, name=name, save_dir=save_dir or "", entity=entity, group=group, tags=tags)
+        super().__init__(project=project)
         self.mode = mode
-        del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value
+        self._init_arguments: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "name": name,
+            "group": group,
+            "tags": tags,
+            "dir": save_dir,
+        }
+        self._run: wandb.Run | None = None
         self._owns_service = False
 
     def attach(self, paths: RunPaths, name: str) -> None:
-        """Take what a run knows of itself where nothing else was given."""
-        self._save_dir = self._wandb_init["dir"] = str(self._save_dir or paths.run_dir)
-        self._name = self._wandb_init["name"] = self._name or name
+        """Set the directory and the name of the run, unless the constructor was given some."""
+        self._init_arguments["dir"] = self._init_arguments["dir"] or str(paths.run_dir)
+        self._init_arguments["name"] = self._init_arguments["name"] or name
+        super().__init__(project=self._init_arguments["project"], save_dir=self._init_arguments["dir"])
 
     @property
+    @override
     @rank_zero_experiment
     def experiment(self) -> wandb.Run:
-        """The run, begun at its first use."""
-        if self._experiment is None:
-            self._begin()
-        return self._experiment
+        if self._run is not None:
+            return self._run
+        run = self._start()
+        # The base class logs to the run it is constructed with.
+        super().__init__(project=self._init_arguments["project"], save_dir=self._init_arguments["dir"], experiment=run)
+        return run
 
-    def _begin(self) -> None:
+    def _start(self) -> wandb.Run:
         import wandb
+        from wandb.env import SERVICE
 
-        self._owns_service = _SERVICE_ENV not in os.environ
-        directory = Path(str(self._save_dir or "."))
+        self._owns_service = SERVICE not in os.environ
+        directory = Path(self._init_arguments["dir"] or ".")
         directory.mkdir(parents=True, exist_ok=True)
-        self._wandb_init |= {
-            "dir": str(directory),
-            "id": self._own_id(directory),
-            # Its capture of the terminal would break the progress bar, and its own lines say nothing ours do not.
-            "settings": wandb.Settings(console="off", silent=True, init_timeout=_INIT_S),
-        }
-        self._id = self._wandb_init["id"]
+        settings = wandb.Settings(
+            # W&B's capture of the terminal breaks the progress bar.
+            console="off",
+            silent=True,
+            init_timeout=_INIT_TIMEOUT_S,
+            finish_timeout=_FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
+            x_graphql_retry_max=_GRAPHQL_RETRIES,
+        )
         try:
-            with _arguments_as_shown():
-                self._wandb_init["mode"] = self._chosen_mode()
-                run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+            with _masked_arguments():
+                mode = cast(Any, self._choose_mode())
+                arguments = self._init_arguments | {"dir": str(directory), "id": _run_id(directory)}
+                self._run = run = wandb.init(**arguments, mode=mode, resume="allow", settings=settings)
             if not (run.offline or run.disabled):
-                # Before its first table or artifact W&B checks the key once more, and raises where the server is gone
-                # by then. From here on such a table is kept on disk, and sent when the server is back.
-                run._public_api()
+                check_api_key(run)
         except (wandb.Error, TimeoutError) as error:
             self.finish()
             raise UserError(
-                f"W&B did not begin a run: {one_line(error)}. Mend the key (wandb login), or keep the run "
-                "on disk with WANDB_MODE=offline."
+                f"W&B did not start the run: {one_line(error)}. Log in again (wandb login), or store the run on disk "
+                "with WANDB_MODE=offline."
             ) from error
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
         for name, summary in SUMMARIES.items():
             run.define_metric(name, step_metric=STEP, summary=summary)
+        return run
 
-    def _own_id(self, directory: Path) -> str:
-        """The run's id, the same one when it goes on."""
-        path = directory / "wandb" / "run_id"
-        if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(secrets.token_hex(4), encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
-
-    def _chosen_mode(self) -> str | None:
+    def _choose_mode(self) -> str | None:
+        """Return the mode for ``wandb.init``; None lets W&B read ``WANDB_MODE``."""
         import wandb
 
         if os.environ.get("WANDB_MODE"):
-            return None  # wandb reads it
+            return None
         if self.mode != "auto":
             return self.mode
-        wandb.setup(wandb.Settings(silent=True))  # else login asks the server for the name that it greets
+        # Without `silent`, login asks the server for the user's name.
+        wandb.setup(wandb.Settings(silent=True))
         if not wandb.login(prompt=False, verify=False):
-            logger.info("W&B: no API key, so the run is kept on disk (wandb login stores a key).")
+            logger.info("W&B: no API key found (wandb login stores one). Storing the run on disk.")
             return "offline"
         host = urlsplit(wandb.setup().settings.base_url)
         try:
             port = host.port or (443 if host.scheme == "https" else 80)
-            socket.create_connection((str(host.hostname), port), timeout=_CONNECT_S).close()
+            socket.create_connection((str(host.hostname), port), timeout=_CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            logger.info("W&B: %s cannot be reached (%s), so the run is kept on disk.", host.hostname, error)
+            logger.info("W&B: %s is unreachable (%s). Storing the run on disk.", host.hostname, error)
             return "offline"
         return "online"
 
     @property
     def location(self) -> str:
-        """The run's address, or the command that sends it."""
-        run = self._experiment
-        if run is None:
-            return "no run was begun"
-        # Of a run without an address W&B warns that it has none.
-        address = None if run.offline else run.url
-        return str(address) if address else _sync_command(run)
+        """URL of the run, or the command that sends it."""
+        if self._run is None:
+            return "no run was started"
+        # W&B warns if an offline run is asked for its URL.
+        url = None if self._run.offline else self._run.url
+        return str(url) if url else _sync_command(self._run)
 
     def finish(self) -> None:
-        """End the run, so that another one can begin in this process; a server that is lost is not waited for long."""
-        gave_up = threading.Event()
-        if self._experiment is not None:
-            patience = threading.Timer(_SEND_S, self._give_up, [gave_up])
-            patience.daemon = True
-            patience.start()
-            try:
-                self._experiment.finish()
-            except Exception:  # W&B has no public name for what it raises where its own process is gone
-                if not gave_up.is_set():
-                    raise
-                command = _sync_command(self._experiment)
-                logger.warning("W&B: the server did not take all of the run in %.0f s. Send it: %s", _SEND_S, command)
-            finally:
-                patience.cancel()
-            self._experiment = None
-        if self._owns_service:
-            # W&B's own process closes the run's file when it ends; until then the last records may be missing there.
-            import wandb
+        """End the run, so that this process can start another one. Waits a limited time for the upload."""
+        import wandb
 
+        if self._run is not None:
             try:
-                wandb.teardown()
-            except ConnectionError:
-                if not gave_up.is_set():
-                    raise
+                self._run.finish()
+            except TimeoutError:
+                logger.warning(
+                    "W&B: the upload did not finish within %.0f s. Send the run with: %s",
+                    _FINISH_TIMEOUT_S,
+                    _sync_command(self._run),
+                )
+            self._run = None
+        if self._owns_service:
+            # W&B's service closes the run's file only when it exits; before that, the last records may be missing.
+            wandb.teardown()
             self._owns_service = False
-
-    def _give_up(self, gave_up: threading.Event) -> None:
-        """End W&B's process, which goes on trying for a quarter of an hour; by now all of the run is in its file.
-
-        Its ``finish_timeout`` (0.31) does not interrupt a request that it repeats.
-        """
-        if self._owns_service:
-            gave_up.set()
-            for process in psutil.Process().children(recursive=True):
-                if process.name().startswith("wandb-core"):
-                    process.kill()
-
-    # ------------------------------------------------------------------ what it shows
 
     @rank_zero_only
     def show_validation(self, validation: Validation) -> None:
-        """The sample rows as a table, and the confusion of moves."""
+        """Log the sample rows as a table, and the confusion matrix of moves."""
         import wandb
 
         columns = [
             "source",
             "prompt",
-            "teacher's words",
-            "model's words",
-            "right",
-            "legal",
+            "teacher's completion",
+            "model's completion",
+            "right move",
+            "legal move",
             "claims right",
             "claims wrong",
         ]
@@ -250,39 +239,38 @@ class RunWandbLogger(WandbLogger):
                 row.prompt,
                 row.teacher,
                 row.words,
-                _said(row.is_right),
-                _said(row.is_legal),
+                format_bool(row.is_right),
+                format_bool(row.is_legal),
                 sum(row.claims.values()),
                 ", ".join(name for name, is_true in row.claims.items() if not is_true),
             ]
             for row in validation.rows
         ]
-        shown_now: dict[str, Any] = {"val/sample_rows": wandb.Table(columns=columns, data=rows)}
+        values: dict[str, Any] = {"val/sample_rows": wandb.Table(columns=columns, data=rows)}
         if validation.decisions is not None:
-            shown_now["val/moves"] = _confusion(validation.decisions, "Moves on validation rows")
-        self._log(shown_now, validation.step)
+            values["val/moves"] = _confusion_matrix(validation.decisions, "Moves on validation rows")
+        self._log(values, validation.step)
 
     @rank_zero_only
     def show_games(self, result: PlayerResult, step: int, *, is_final: bool) -> None:
-        """The best, the median and the worst game as a page to step through and as a video, and their moves."""
+        """Log the best, median and worst game as an HTML replay and a video, and the confusion matrix of moves."""
         import wandb
 
         prefix = "final_games" if is_final else "games"
-        three = best_median_worst(result.games, lambda game: (game.num_apples, game.num_steps, game.seed))
-        shown_now: dict[str, Any] = {f"{prefix}/moves": _confusion(_decisions(result.games), "Moves in games")}
+        games = best_median_worst(result.games, lambda game: (game.num_apples, game.num_steps, game.seed))
+        values: dict[str, Any] = {f"{prefix}/moves": _confusion_matrix(_decisions(result.games), "Moves in games")}
         with tempfile.TemporaryDirectory() as directory:
-            for which, game in three.items():
+            for which, game in games.items():
                 path = Path(directory) / f"{which}.gif"
                 path.write_bytes(render_gif(game.recording))
-                shown_now[f"{prefix}/{which}"] = wandb.Html(render_html(game.recording), inject=False)
-                shown_now[f"{prefix}/{which}_video"] = wandb.Video(str(path), format="gif")
-            self._log(shown_now, step)
+                values[f"{prefix}/{which}"] = wandb.Html(render_html(game.recording), inject=False)
+                values[f"{prefix}/{which}_video"] = wandb.Video(str(path), format="gif")
+            self._log(values, step)
 
     @rank_zero_only
     def show_outcome(self, outcome: RunOutcome) -> None:
-        """The table of players, and the adapter as an artifact made from that of its rows."""
+        """Log the table of players, and the adapter as an artifact with the data as its input."""
         import wandb
-        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
         run, metadata = self.experiment, outcome.metadata
         if metadata["play"]:
@@ -292,55 +280,60 @@ class RunWandbLogger(WandbLogger):
         if run.disabled:
             return
         data = wandb.Artifact(
-            f"rows-{outcome.data_summary['data_hash'][:12]}", type="dataset", metadata=_plain(outcome.data_summary)
+            f"rows-{outcome.data_summary['data_hash'][:12]}", type="dataset", metadata=_to_json(outcome.data_summary)
         )
         for path in outcome.data_paths:
-            data.add_reference(path.absolute().as_uri(), name=path.name)  # its hash is noted; it is not sent
-        adapter = wandb.Artifact(f"adapter-{run.id}", type="model", metadata=_plain(metadata))
-        # `add_dir` writes to the terminal, whatever the settings say.
+            data.add_reference(path.absolute().as_uri(), name=path.name)  # records the hash; uploads nothing
+        adapter = wandb.Artifact(f"adapter-{run.id}", type="model", metadata=_to_json(metadata))
+        # Artifact.add_dir prints to the terminal even if W&B is silenced.
         for path in sorted(outcome.adapter_dir.rglob("*")):
             if path.is_file():
                 adapter.add_file(str(path), name=path.relative_to(outcome.adapter_dir).as_posix())
         try:
-            # What `use_artifact` does, which refuses offline.
-            run._log_artifact(data, is_user_created=True, use_after_commit=True)
+            declare_input_artifact(run, data)
             run.log_artifact(adapter, aliases=["latest", "best"])
             if not run.offline:
-                data.wait(timeout=_SEND_S)
-                adapter.wait(timeout=_SEND_S)
-        except (wandb.Error, WandbApiFailedError, ValueError) as error:
-            logger.warning("W&B: the adapter did not arrive as an artifact of its rows: %s", one_line(error))
+                data.wait(timeout=int(_FINISH_TIMEOUT_S))
+                adapter.wait(timeout=int(_FINISH_TIMEOUT_S))
+        except api_errors() as error:
+            logger.warning("W&B: the adapter artifact was not uploaded: %s", one_line(error))
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        # Lightning counts the steps of its metrics from 0.
+        # Lightning counts steps from 0 when it logs metrics.
         self.experiment.log({**values, STEP: max(0, step - 1)})
 
 
+def _run_id(directory: Path) -> str:
+    """Return the W&B run id stored in the run directory; create one for a new run."""
+    path = directory / "wandb" / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
 def _sync_command(run: wandb.Run) -> str:
-    # Of a run that began online W&B thinks that the server has it.
+    # `wandb sync` skips runs that started online, because it assumes the server has them.
     option = "" if run.offline else "--include-online "
     return f"wandb sync {option}{display_path(Path(run.dir).parent)}"
 
 
-def _said(value: bool | None) -> str:
-    return "unknown" if value is None else "yes" if value else "no"
-
-
 def _decisions(games: Sequence[PlayedGame]) -> list[list[int]]:
+    """Count the moves of games: ``counts[teacher's move][player's move]``, with ``NO_MOVE`` in the last column."""
     counts = [[0] * (len(MOVES) + 1) for _ in MOVES]
     for game in games:
         for move, judgment in zip(game.moves, game.judgments, strict=True):
-            said = len(MOVES) if move is None else MOVES.index(move.name)
-            counts[MOVES.index(judgment.teacher_move.name)][said] += 1
+            column = len(MOVES) if move is None else MOVES.index(move.name)
+            counts[MOVES.index(judgment.teacher_move.name)][column] += 1
     return counts
 
 
-def _confusion(counts: Sequence[Sequence[int]], title: str) -> Any:
-    """W&B's own chart of a confusion matrix, from counts instead of one entry a move."""
+def _confusion_matrix(counts: Sequence[Sequence[int]], title: str) -> Any:
+    """Return W&B's confusion matrix chart, made from counts instead of one entry per move."""
     import wandb
 
     names = [*MOVES, NO_MOVE]
-    cells = [[actual, said, counts[i][j]] for i, actual in enumerate(MOVES) for j, said in enumerate(names)]
+    cells = [[actual, predicted, counts[i][j]] for i, actual in enumerate(MOVES) for j, predicted in enumerate(names)]
     return wandb.plot_table(
         vega_spec_name="wandb/confusion_matrix/v1",
         data_table=wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=cells),
@@ -349,16 +342,14 @@ def _confusion(counts: Sequence[Sequence[int]], title: str) -> Any:
     )
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it: tuples and numbers of NumPy are none of an artifact's metadata."""
-    import json
-
-    return json.loads(json.dumps(value, default=str))
+def _to_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert tuples and NumPy numbers, which artifact metadata cannot hold, to JSON types."""
+    return cast(dict[str, Any], json.loads(json.dumps(value, default=str)))
 
 
 @contextlib.contextmanager
-def _arguments_as_shown() -> Iterator[None]:
-    """The command line without keys and tokens while W&B notes it; started processes need it whole."""
+def _masked_arguments() -> Iterator[None]:
+    """Mask keys and tokens in ``sys.argv`` while W&B records it. Launched processes need the original."""
     argv, sys.argv = sys.argv, mask_arguments(sys.argv)
     try:
         yield
