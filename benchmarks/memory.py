@@ -1,4 +1,4 @@
-"""What ``audit --memory`` says of a ``fit`` beside what that ``fit`` takes: ``python -m benchmarks.memory``.
+"""What ``memory`` says of a ``fit`` beside what that ``fit`` takes: ``python -m benchmarks.memory``.
 
 Each run is a process of its own on a CPU, and the system tells the peak of its resident set. It trains on the longest
 of generated rows alone, so that its batches are the one that the estimate is for.
@@ -40,8 +40,8 @@ def write_longest_rows(path: Path, num_rows: int) -> None:
 
 
 def estimated_bytes(options: list[str]) -> dict[str, Any]:
-    """What ``audit --memory`` says."""
-    command = [sys.executable, "-m", "snake_lora_pl", "audit", "--memory", "--json", *options]
+    """What ``memory`` says."""
+    command = [sys.executable, "-m", "snake_lora_pl", "memory", "--json", *options]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS
+from snake_lora_pl.program import LIGHT_COMMANDS, LIGHTNING_COMMANDS
 
 PROGRAM = [sys.executable, "-m", "snake_lora_pl"]
 RUNS = {
@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     commands: dict[str, Callable[[], dict[str, float]]] = {}
     if options.only != "fit":
-        for verb in ("", *LIGHTNING_VERBS, *LIGHT_VERBS):
+        for verb in ("", *LIGHTNING_COMMANDS, *LIGHT_COMMANDS):
             arguments = [*([verb] if verb else []), "--help"]
             commands[" ".join(arguments)] = lambda arguments=arguments: time_help(arguments)
     if options.only != "help":

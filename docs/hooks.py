@@ -11,14 +11,14 @@ from mkdocs.structure.files import File, Files
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.paths import shipped_configs
-from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG
+from snake_lora_pl.program import LIGHT_COMMANDS, LIGHTNING_COMMANDS, PROG
 
 ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    commands = [f"## {command}\n\n```text\n{_help(command)}```\n" for command in [*LIGHTNING_VERBS, *LIGHT_VERBS]]
+    commands = [f"## {command}\n\n```text\n{_help(command)}```\n" for command in [*LIGHTNING_COMMANDS, *LIGHT_COMMANDS]]
     configs = [f"## {name}\n\n```yaml\n{path.read_text()}```\n" for name, path in shipped_configs().items()]
     pages = {
         "reference/cli.md": "\n".join(

@@ -1,12 +1,11 @@
-"""``python -m snake_lora_pl VERB``: this page is the map of the commands.
+"""``python -m snake_lora_pl COMMAND``; ``COMMANDS`` maps each command to the module that runs it.
 
-The verbs that train import Lightning, which takes seconds; this front end does not, so that a list of verbs, a help
-text or a mistyped verb answers at once.
+A module is imported when its command runs. The training commands import Lightning, which takes seconds; the list of
+commands, a cached help text and a mistyped command do not wait for it.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import os
@@ -15,23 +14,42 @@ import sys
 import textwrap
 from importlib import metadata
 
+from snake_lora_pl.cli.help import help_text
 from snake_lora_pl.console import wrap_for_terminal
-from snake_lora_pl.errors import UserError
-from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, PROG, RANK_VARIABLES, help_path
+from snake_lora_pl.errors import UserError, did_you_mean
+from snake_lora_pl.program import LIGHT_COMMANDS, LIGHTNING_COMMANDS, PROG, RANK_VARIABLES
 from snake_lora_pl.secrets import mask_secrets
 from snake_lora_pl.untrusted import printable
 
+# The function `run(arguments)` of the module runs the command and returns the exit code. The first four share a module,
+# whose `run` takes the command as the first argument.
+COMMANDS = {
+    "fit": "snake_lora_pl.cli.run",
+    "validate": "snake_lora_pl.cli.run",
+    "test": "snake_lora_pl.cli.run",
+    "predict": "snake_lora_pl.cli.run",
+    "memory": "snake_lora_pl.cli.commands.memory",
+    "generate": "snake_lora_pl.cli.commands.generate",
+    "audit": "snake_lora_pl.cli.commands.audit",
+    "adapters": "snake_lora_pl.cli.commands.adapters",
+    "report": "snake_lora_pl.cli.commands.report",
+    "merge": "snake_lora_pl.cli.commands.merge",
+    "export": "snake_lora_pl.cli.commands.export",
+    "push": "snake_lora_pl.cli.commands.push",
+    "completion": "snake_lora_pl.cli.commands.completion",
+}
+
 EXIT_USER_ERROR = 2
-# As shells have it: 128 and the number of the signal.
+# As in shells: 128 plus the number of the signal.
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a user's mistake is one line on stderr and exit code 2.
+    """Run one command; print a user error as one line on stderr.
 
     Args:
-        argv: Arguments without the program's name; None takes the process's.
+        argv: Arguments without the program's name; None for those of the process.
 
     Returns:
         The exit code.
@@ -39,81 +57,75 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         try:
-            return _dispatch(arguments)
+            return _run(arguments)
         finally:
-            # Here and not when the interpreter ends, where a closed pipe can no longer be caught; also after --help.
+            # While the interpreter shuts down, an error of a closed pipe could not be caught; --help raises SystemExit.
             sys.stdout.flush()
     except UserError as error:
         print(wrap_for_terminal(f"error: {printable(mask_secrets(str(error), arguments))}"), file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
-        # Who read the output, ``head`` say, has seen enough. Python would complain once more on closing it.
+        # The reader, such as `head`, has closed the pipe. Python would report the error again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"error: {printable(str(error.filename))}: too long for the name of a file", file=sys.stderr)
+        print(f"error: {printable(str(error.filename))}: the file name is too long", file=sys.stderr)
         return EXIT_USER_ERROR
     except ValueError as error:
         if str(error) != "embedded null byte":
             raise
-        print("error: a null byte in the name of a file", file=sys.stderr)
+        print("error: a file name contains a null byte", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _dispatch(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
+def _run(arguments: list[str]) -> int:
+    command, *options = arguments or ["--help"]
+    if command in ("-h", "--help"):
         print(_overview())
         return 0
-    if verb == "--version":
+    if command == "--version":
         print(metadata.version("snake_lora_pl"))
         return 0
-    _check_surroundings()
-    if verb in LIGHT_VERBS:
-        command = importlib.import_module(f"snake_lora_pl.cli.commands.{verb}")
-        return command.run(arguments[1:])
-    if verb not in LIGHTNING_VERBS:
-        verbs = [*LIGHTNING_VERBS, *LIGHT_VERBS]
-        near = difflib.get_close_matches(verb, verbs, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"unknown command '{verb}'. Commands: {', '.join(verbs)}.{hint}")
-    if arguments[1:] and arguments[-1] in ("-h", "--help"):
-        print(help_path(verb).read_text(encoding="utf-8"), end="")
+    _check_environment()
+    if command not in COMMANDS:
+        hint = did_you_mean(command, COMMANDS)
+        raise UserError(f"unknown command '{command}'. Commands: {', '.join(COMMANDS)}.{hint}")
+    if command in LIGHTNING_COMMANDS and options and options[-1] in ("-h", "--help"):
+        print(help_text(command), end="")
         return 0
-    from snake_lora_pl.cli.app import run
+    run = importlib.import_module(COMMANDS[command]).run
+    return run(arguments if COMMANDS[command] == "snake_lora_pl.cli.run" else options)
 
-    return run(arguments)
 
-
-def _check_surroundings() -> None:
-    """Look at what libraries take for granted while they are imported, and would say nothing clear of.
+def _check_environment() -> None:
+    """Check what libraries assume while they are imported, where they would fail with an unclear error.
 
     Raises:
-        UserError: If the working directory is gone, or what a launcher tells of this process's place is no number.
+        UserError: If the working directory does not exist, or a launcher's rank is not a number.
     """
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise UserError("the working directory has been removed. Change into one that exists.") from error
+        raise UserError("the working directory has been removed. Change to one that exists.") from error
     for name in RANK_VARIABLES:
         if not os.environ.get(name, "0").isdecimal():
-            raise UserError(f"{name}={os.environ[name]} in the environment is no number. Without a launcher, unset it.")
+            raise UserError(f"the environment variable {name}={os.environ[name]} is not a number. Unset it.")
 
 
 def _overview() -> str:
-    texts = LIGHTNING_VERBS | LIGHT_VERBS
-    width = max(map(len, texts))
+    descriptions = LIGHTNING_COMMANDS | LIGHT_COMMANDS
+    width = max(map(len, COMMANDS))
     columns = shutil.get_terminal_size().columns
     wrapper = textwrap.TextWrapper(max(columns, 40), subsequent_indent=" " * (width + 4), break_on_hyphens=False)
-    verbs = "\n".join(wrapper.fill(f"  {verb:<{width}}  {text}") for verb, text in texts.items())
+    commands = "\n".join(wrapper.fill(f"  {command:<{width}}  {descriptions[command]}") for command in COMMANDS)
     return (
-        f"usage: {PROG} VERB [options]\n\n{verbs}\n\n"
-        f"{PROG} VERB --help lists a verb's options.\n"
+        f"usage: {PROG} COMMAND [options]\n\n{commands}\n\n"
+        f"{PROG} COMMAND --help lists its options.\n"
         f"First run:\n{PROG} fit --config balanced.yaml --config quickstart.yaml"
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 
-from snake_lora_pl.cli.app import run
+from snake_lora_pl.cli.run import run
 
 
 def train_on_worker(config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Training in one call: the command ``fit`` with its options as arguments, and its results as values."""
+"""Training in one call: the command ``fit`` with its options as arguments and its results as values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.cli.app import SnakeCLI, build_and_run
+from snake_lora_pl.cli.app import SnakeCLI
+from snake_lora_pl.cli.run import run_cli
 from snake_lora_pl.console import suppress_library_output
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
@@ -25,19 +28,19 @@ DEFAULT_CONFIG = "balanced.yaml"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run left behind; every path is absolute.
+    """Files and metrics of a finished run; every path is absolute.
 
     Attributes:
         run_dir: Directory of the run.
-        adapter_dir: The adapter that was best by ``checkpoint.monitor``; ``load_player`` and PEFT load it.
-        checkpoint_path: State to go on from, with ``training_config={"ckpt_path": ...}``.
-        config_path: The resolved config, which ``fit --config`` runs again.
-        metrics_path: Every logged metric, a row a step.
-        games_dir: Games played at the end; None where ``play.final_games`` is 0 or no games could be played.
+        adapter_dir: The best adapter by ``checkpoint.monitor``, for ``load_player`` and PEFT.
+        checkpoint_path: State to resume from, with ``training_config={"ckpt_path": ...}``.
+        config_path: The resolved config, for ``fit --config``.
+        metrics_path: Every logged metric, one row per step.
+        games_dir: The final games; None if ``play.final_games`` is 0 or no games could be played.
         num_steps: Optimizer steps of the run.
-        adapter_step: Those that the adapter in ``adapter_dir`` has behind it.
-        metrics: Metrics of that adapter, ``val/loss`` among them.
-        play: Figures of each player of the games at the end, as in ``games/table.json``; empty without games.
+        adapter_step: Optimizer steps after which the adapter in ``adapter_dir`` was saved.
+        metrics: Metrics of that adapter, such as ``val/loss``.
+        play: Statistics of the final games by player, as in ``games/table.json``; empty without games.
     """
 
     run_dir: Path
@@ -57,48 +60,44 @@ def train_on_heuristic_data(
     adapter_config: LoRAConfig | str | None = None,
     training_config: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train an adapter on rows that heuristics wrote, as ``python -m snake_lora_pl fit`` does.
+    """Train an adapter on rows written by heuristics, as ``python -m snake_lora_pl fit`` does.
 
-    It is the same run: config files, seed, run directory, checkpoints, early stopping, games at the end. Nothing is
-    printed but the progress bar; what there is to say goes to the logger ``snake_lora_pl``.
+    The run is that of the command: config files, seed, run directory, checkpoints, early stopping, final games. Only
+    the progress bar is printed; messages go to the logger ``snake_lora_pl``.
 
     Args:
-        dataset_path: Rows with ``prompt`` and ``completion``: a JSONL file, a glob or several.
-        adapter_config: The adapter's settings, or the name of a preset; None leaves them to the config files.
-        training_config: Any other key of ``fit``, by its full name (``{"trainer.max_epochs": 3}``) or nested
-            (``{"trainer": {"max_epochs": 3}}``), with plain values. ``config`` names the config files to start from,
-            as ``--config`` takes them; without it ``balanced.yaml``.
+        dataset_path: JSONL file, glob or several, with rows of ``prompt`` and ``completion``.
+        adapter_config: Settings of the adapter, or the name of a preset; None leaves them to the config files.
+        training_config: Other keys of ``fit``, by full name (``{"trainer.max_epochs": 3}``) or nested
+            (``{"trainer": {"max_epochs": 3}}``), with plain values. ``config`` names the config files, as ``--config``
+            does; the default is ``balanced.yaml``.
 
     Returns:
-        Where everything lies, and the metrics.
+        The run's files and metrics.
 
     Raises:
-        UserError: For whatever is a mistake on the command line, with its one line.
-        KeyboardInterrupt: On Ctrl-C, when the step is finished and saved; it says how to go on.
+        UserError: For every user error of the command, with its one-line message.
+        KeyboardInterrupt: On Ctrl-C, after the step is finished and saved; the message says how to resume.
 
     Example:
         >>> train_on_heuristic_data("rows.jsonl", "lightweight", {"trainer.max_steps": 500})  # doctest: +SKIP
     """
-    arguments = _arguments(dataset_path, adapter_config, training_config or {})
+    settings = _fit_settings(dataset_path, adapter_config, training_config or {})
     with suppress_library_output():
         try:
-            run = build_and_run(arguments, _Fit)
+            run = run_cli({"fit": settings}, _Fit)
         except Interrupted as stop:
             if stop.signum != signal.SIGINT:
                 raise
-            way_on = (
-                f'; training_config={{"ckpt_path": "{stop.checkpoint_path}"}} goes on' if stop.checkpoint_path else ""
-            )
-            raise KeyboardInterrupt(f"{stop}{way_on}") from stop
+            hint = f'; resume with training_config={{"ckpt_path": "{stop.checkpoint_path}"}}'
+            raise KeyboardInterrupt(f"{stop}{hint if stop.checkpoint_path else ''}") from stop
     checkpoint: AdapterCheckpoint = run.config_init[run.subcommand].checkpoint
-    assert run.run_paths is not None
-    assert checkpoint.adapter_dir is not None
-    if not checkpoint.adapter_dir.is_dir():
+    if checkpoint.adapter_dir is None or not checkpoint.adapter_dir.is_dir():
         raise UserError(
-            "training_config: the run had no step to take, so there is no adapter. Raise trainer.max_steps, "
+            "training_config: the run made no step, so there is no adapter. Raise trainer.max_steps, "
             "trainer.max_epochs or trainer.limit_train_batches."
         )
-    # A program may change its working directory; a result stays true.
+    # Absolute, because the program may change its working directory.
     paths = RunPaths(run.run_paths.run_dir.absolute())
     metadata = store.read_metadata(checkpoint.adapter_dir)
     return TrainingResult(
@@ -116,36 +115,37 @@ def train_on_heuristic_data(
 
 
 class _Fit(SnakeCLI):
-    """The verb for a caller who reads values, not output."""
+    """The command for a caller that reads values instead of output."""
 
+    @override
     def before_instantiate_classes(self) -> None:
-        """Refuse a run that would leave nothing to return."""
-        trainer = self.config[self.subcommand].trainer
+        trainer = self.options.trainer
         if trainer.fast_dev_run or trainer.enable_checkpointing is False:
             key = "fast_dev_run" if trainer.fast_dev_run else "enable_checkpointing"
             raise UserError(
-                f"training_config: trainer.{key}={getattr(trainer, key)} writes no adapter, so there would be no "
-                "result. Leave it out, or run it from the command line."
+                f"training_config: trainer.{key}={getattr(trainer, key)} writes no adapter, so there is no result to "
+                "return. Remove the key, or use the command line."
             )
         super().before_instantiate_classes()
 
-    def say_what_came_out(self, paths: RunPaths) -> None:
-        """Nothing: it is returned."""
+    @override
+    def print_summary(self) -> None:
+        """Print nothing: the caller gets the values."""
 
 
-def _arguments(
+def _fit_settings(
     dataset_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     adapter_config: LoRAConfig | str | None,
     training_config: Mapping[str, Any],
-) -> list[str]:
-    """The command line that says the same."""
+) -> dict[str, Any]:
+    """Return the options of ``fit`` by full name."""
     if not isinstance(training_config, Mapping):
         raise UserError(f"training_config: a dict of fit's keys is needed, not {_described(training_config)}.")
-    settings = dict(_flat(training_config))
+    settings = dict(_flatten(training_config))
     configs = settings.pop("config", DEFAULT_CONFIG)
     names = [configs] if isinstance(configs, (str, os.PathLike)) else configs
     if not _are_paths(names):
-        raise UserError(f"training_config: config names files, one or a list; it is {_described(configs)}.")
+        raise UserError(f"training_config: config must be a file name or a list of them, not {_described(configs)}.")
     dataset_paths = [dataset_path] if isinstance(dataset_path, (str, os.PathLike)) else dataset_path
     if not _are_paths(dataset_paths):
         # Without any, `fit` would generate rows.
@@ -162,15 +162,11 @@ def _arguments(
             )
         given |= {f"model.lora.{name}": value for name, value in dataclasses.asdict(adapter_config).items()}
     for key in settings:
-        owner = "dataset_path" if key == "data.train_path" else "adapter_config"
         if key in given or (adapter_config is not None and key == "model.lora"):
-            raise UserError(f"training_config: {key} is what the argument {owner} says. Leave one of them out.")
-    options = {**settings, **given}
-    return [
-        "fit",
-        *(f"--config={os.fspath(name)}" for name in names),
-        *(f"--{key}={_text(key, value)}" for key, value in options.items()),
-    ]
+            argument = "dataset_path" if key == "data.train_path" else "adapter_config"
+            raise UserError(f"training_config: {key} is set by the argument {argument}. Remove one of them.")
+    options = {key: _plain_value(key, value) for key, value in {**settings, **given}.items()}
+    return {**options, "config": [os.fspath(name) for name in names]}
 
 
 def _are_paths(values: Any) -> bool:
@@ -181,24 +177,22 @@ def _described(value: Any) -> str:
     return f"{value!r:.60} of type {type(value).__name__}"
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by their full names; what lies deeper than a group's key is a value."""
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by full name; a mapping below the key of a group is a value."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and "." not in name:
-            yield from _flat(value, f"{name}.")
+            yield from _flatten(value, f"{name}.")
         else:
             yield name, value
 
 
-def _text(key: str, value: Any) -> str:
-    """A value as a command line has it."""
-    if isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
+def _plain_value(key: str, value: Any) -> Any:
+    """Return a value as a YAML config would hold it."""
     try:
-        return json.dumps(value, default=os.fspath)
+        return json.loads(json.dumps(value, default=os.fspath))
     except TypeError as error:
         raise UserError(
-            f"training_config: {key} holds an object of type {type(value).__name__}; only plain values have a place in "
-            "a config. For objects build a lightning.Trainer, as the README shows."
+            f"training_config: {key} holds an object of type {type(value).__name__}, but a config holds plain values "
+            "only. To pass objects, build a lightning.Trainer."
         ) from error

@@ -1,11 +1,12 @@
-"""A run rehearsed: what it would train on, in how much memory, one step of it, and where its files would go.
+"""Dry run of ``fit``: its data, its memory, one step, and the paths of its files.
 
-Nothing is written but a base model that is not on this machine yet: without it there is no step. Rows lie encoded in a
-temporary directory meanwhile.
+It writes nothing but a base model that is not on this machine yet, which the step needs. Encoded rows go to a temporary
+directory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -27,7 +28,7 @@ from snake_lora_pl.training.memory.estimate import MemoryEstimate, estimate_memo
 from snake_lora_pl.training.module import LoRALightningModule
 
 MAX_ROWS = 5_000
-"""Rows that are looked at: some seconds' work, and enough to see what is in them."""
+"""Rows that are read: enough to describe a data set, in seconds."""
 
 TRAINER_SETTINGS: dict[str, Any] = {
     "logger": False,
@@ -40,45 +41,57 @@ TRAINER_SETTINGS: dict[str, Any] = {
     "limit_val_batches": 0,
     "accumulate_grad_batches": 1,
 }
-"""What makes a trainer take one step and leave nothing behind; all else stays as the run would have it."""
+"""Trainer arguments for one step that writes nothing; the others are those of the run."""
 
 
-class Section(NamedTuple):
-    """One part of the report.
-
-    Attributes:
-        title: What it is about.
-        text: Lines to show.
-    """
+class _Section(NamedTuple):
+    """One titled part of the output."""
 
     title: str
     text: str
 
 
-def rehearse(
+def print_dry_run(
+    config_text: str,
     trainer: pl.Trainer,
     module: LoRALightningModule,
     data: SnakeJSONLDataModule,
     paths: RunPaths,
     accumulate_grad_batches: int,
-) -> Iterator[Section]:
-    """Go through the parts of a run, each told as soon as it is known.
+) -> None:
+    """Print the sections of a dry run, each as soon as it is known.
 
     Args:
-        trainer: Made with ``TRAINER_SETTINGS``.
-        module: What would be trained.
-        data: What it would be trained on.
-        paths: Where the run would lie.
-        accumulate_grad_batches: Micro-batches in an optimizer step of the run.
+        config_text: The resolved config.
+        trainer: A trainer with ``TRAINER_SETTINGS``.
+        module: The module that would be trained.
+        data: Its data.
+        paths: The files that the run would write.
+        accumulate_grad_batches: Micro-batches per optimizer step of the run.
 
     Raises:
-        UserError: For whatever would end the run before its first step is over.
+        UserError: For every error that would end the run before its first step is complete.
     """
+    sections = _sections(trainer, module, data, paths, accumulate_grad_batches)
+    for title, text in itertools.chain([("config", config_text.rstrip())], sections):
+        if trainer.is_global_zero:
+            print(f"{title}\n{text}\n", flush=True)
+    if trainer.is_global_zero:
+        print("Nothing was written. Without --dry_run this trains.")
+
+
+def _sections(
+    trainer: pl.Trainer,
+    module: LoRALightningModule,
+    data: SnakeJSONLDataModule,
+    paths: RunPaths,
+    accumulate_grad_batches: int,
+) -> Iterator[_Section]:
     with temporary_row_cache() as row_cache:
         num_games = data.generated_games
         data.limit_rows(MAX_ROWS)
         num_rows = data.batch_size if isinstance(data.batch_size, int) else DEFAULT_BATCH_SIZE
-        found_later = "" if data.batch_size == num_rows else "\n  data.batch_size=auto is found when training begins"
+        auto_note = "" if data.batch_size == num_rows else "\n  data.batch_size=auto is resolved when training starts"
         data.batch_size = num_rows
         data.trainer = trainer
         data.prepare_data()
@@ -89,26 +102,26 @@ def rehearse(
         share = num_read / count_lines(row_paths)
         if data.train_path is None:
             share *= data.generated_games / num_games
-        first = f"  the first {num_read:,} rows, {share:.1%} of all\n" if share < 1 else ""
-        yield Section("data", first + describe(audit).replace(str(row_cache), str(cache_dir())))
+        scope = f"  the first {num_read:,} rows, {share:.1%} of all\n" if share < 1 else ""
+        yield _Section("data", scope + describe(audit).replace(str(row_cache), str(cache_dir())))
 
         batch = data.longest_batch(num_rows)
         estimate = estimate_memory(module, dict(batch), trainer.strategy.root_device.type)
-        yield Section("memory", describe_memory(estimate, batch) + found_later)
+        yield _Section("memory", describe_memory(estimate, batch) + auto_note)
 
         num_batches = math.ceil(len(data.train_dataloader()) / share)
         steps_per_epoch = math.ceil(num_batches / accumulate_grad_batches)
         step = _take_step(trainer, module, batch, num_batches)
-        each = f" of {accumulate_grad_batches} such batches" if accumulate_grad_batches > 1 else ""
-        yield Section("one step", f"{step}\n  an epoch has {steps_per_epoch:,} steps{each}")
-    yield Section("files", _describe_files(paths))
+        per_step = f" of {accumulate_grad_batches} such batches" if accumulate_grad_batches > 1 else ""
+        yield _Section("one step", f"{step}\n  an epoch has {steps_per_epoch:,} steps{per_step}")
+    yield _Section("files", _describe_files(paths))
 
 
 def _take_step(trainer: pl.Trainer, module: LoRALightningModule, batch: Batch, num_batches: int) -> str:
-    clock = _OneStep()
-    trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    # As many batches as an epoch of the run has: schedules are laid out over all of its steps.
-    loader = DataLoader(_Repeated(batch, num_batches), batch_size=None, collate_fn=_as_it_is)
+    timer = _OneStep()
+    trainer.callbacks.append(timer)  # type: ignore[attr-defined]
+    # As many batches as an epoch of the run, because schedules span all of its steps.
+    loader = DataLoader(_Repeated(batch, num_batches), batch_size=None, collate_fn=_identity)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
         trainer.fit(module, loader)
@@ -118,31 +131,33 @@ def _take_step(trainer: pl.Trainer, module: LoRALightningModule, batch: Batch, n
     lines = [
         f"  {trained:,} of {total:,} parameters trained ({trained / total:.2%})",
         f"  loss {loss:.4f} on {targets:,} target tokens, gradient norm {norm:.3g}",
-        f"  {clock.seconds:.1f} s, {tokens / clock.seconds:,.0f} tokens/s; the first step is the slowest",
+        f"  {timer.duration_s:.1f} s, {tokens / timer.duration_s:,.0f} tokens/s; the first step is the slowest",
         f"  peak memory of this process so far {peak_memory_gib(module.device):.2f} GiB",
     ]
     return "\n".join(lines)
 
 
 class _OneStep(pl.Callback):
-    """Ends training after its first batch, and says how long that took."""
+    """Stops training after the first batch and measures its duration."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.duration_s = 0.0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.seconds = -time.perf_counter()
+        self.duration_s = -time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seconds += time.perf_counter()
+        self.duration_s += time.perf_counter()
         trainer.should_stop = True
 
 
-class _Repeated(Dataset):
+class _Repeated(Dataset[Batch]):
+    """One batch, repeated."""
+
     def __init__(self, batch: Batch, num_batches: int) -> None:
         self._batch = batch
         self._num_batches = num_batches
@@ -154,12 +169,12 @@ class _Repeated(Dataset):
         return self._batch
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def describe_memory(estimate: MemoryEstimate, batch: Batch) -> str:
-    """Lines that say what an estimate for a batch comes to, and of what it is made up."""
+    """Return lines with the total and the parts of an estimate for a batch."""
     rows, length = batch["input_ids"].shape
     parts = [(name, size) for name, size in asdict(estimate).items() if not isinstance(size, str) and size]
     return "\n".join(
@@ -172,7 +187,7 @@ def describe_memory(estimate: MemoryEstimate, batch: Batch) -> str:
 
 
 def _describe_files(paths: RunPaths) -> str:
-    places = {
+    files = {
         "run": paths.run_dir,
         "resolved config": paths.config_path,
         "metrics": paths.metrics_path,
@@ -181,4 +196,4 @@ def _describe_files(paths: RunPaths) -> str:
         "games": paths.games.games_dir,
         "cache": cache_dir(),
     }
-    return "\n".join(f"  {name:<16} {display_path(path)}" for name, path in places.items())
+    return "\n".join(f"  {name:<16} {display_path(path)}" for name, path in files.items())

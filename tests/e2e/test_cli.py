@@ -1,4 +1,4 @@
-"""The commands as a user gives them, in this process, with the tiny model."""
+"""The training commands, in this process, with the tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.paths import RunPaths, shipped_configs
-from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS
+from snake_lora_pl.program import LIGHT_COMMANDS, LIGHTNING_COMMANDS
 from tests.conftest import SAMPLE_DIR
 from tests.small_run import small_run
 
@@ -27,13 +27,13 @@ RUN_PATTERN = "logs/extensions/models/grid-size-10/llm_finetune_v0.03_*/snake_re
 
 @pytest.fixture(scope="module")
 def flags(tiny_llama_dir: Path, bfs512_sample_path: Path) -> list[str]:
-    """What makes a run small."""
+    """Options of a small run."""
     return small_run(tiny_llama_dir, bfs512_sample_path, "--data.max_length=1200")
 
 
 @pytest.fixture(scope="module")
 def finished_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory that a fit of three steps was run in, and what it printed."""
+    """The working directory of a finished fit of three steps, and its output."""
     import contextlib
     import io
 
@@ -60,8 +60,10 @@ def adapter_dir(run_dir: Path) -> Path:
 
 
 @pytest.fixture
-def complain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a command that must fail as a user's mistake does; return its one line."""
+def expect_user_error(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run a command that must end with a user error; return its one line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> str:
@@ -71,16 +73,13 @@ def complain(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         assert code == 2, output
         assert "Traceback" not in output.err
         assert len(errors) == 1, output.err
-        assert not list(tmp_path.glob("logs/**/checkpoints")), "a failed start left a checkpoint behind"
+        assert not list(tmp_path.glob("logs/**/checkpoints")), "a failed start wrote a checkpoint"
         return errors[0].strip()
 
     return run
 
 
-# ---------------------------------------------------------------------- fit
-
-
-def test_fit_writes_the_run_where_the_convention_says(run_dir: Path) -> None:
+def test_fit_writes_the_files_of_a_run(run_dir: Path) -> None:
     names = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
     artifacts = "lora_adapters/model_artifacts"
     assert {
@@ -95,19 +94,19 @@ def test_fit_writes_the_run_where_the_convention_says(run_dir: Path) -> None:
     } <= names
 
 
-def test_fit_ends_with_one_line_that_says_where_everything_lies_and_what_comes_next(
+def test_fit_ends_with_the_run_directory_and_the_next_command(
     finished_run: tuple[Path, str], run_dir: Path, adapter_dir: Path
 ) -> None:
     directory, printed = finished_run
     last = printed.strip().splitlines()[-1]
     adapter = adapter_dir.relative_to(directory)
-    assert f"Everything lies in {run_dir.relative_to(directory)}" in last
+    assert str(run_dir.relative_to(directory)) in last
     assert last.endswith(
         f"python -m snake_lora_pl test --config balanced.yaml --config quickstart.yaml --adapter {adapter}"
     )
 
 
-def test_metadata_says_what_was_trained_on_what(adapter_dir: Path, tiny_llama_dir: Path) -> None:
+def test_metadata_describes_the_training(adapter_dir: Path, tiny_llama_dir: Path) -> None:
     metadata = json.loads((adapter_dir / store.METADATA_FILE).read_text())
     assert metadata["adapter_type"] == "lora"
     assert metadata["base_model"] == str(tiny_llama_dir)
@@ -121,7 +120,7 @@ def test_metadata_says_what_was_trained_on_what(adapter_dir: Path, tiny_llama_di
     assert metadata["metrics"]["val/loss"] > 0
 
 
-def test_metrics_file_holds_every_metric_that_teacher_forcing_gives(run_dir: Path) -> None:
+def test_metrics_file_holds_every_teacher_forced_metric(run_dir: Path) -> None:
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     logged = {name for row in rows for name, value in row.items() if value}
@@ -133,7 +132,7 @@ def test_metrics_file_holds_every_metric_that_teacher_forcing_gives(run_dir: Pat
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
 
 
-def test_saved_config_is_the_resolved_one_and_fits_again(run_dir: Path, flags: list[str], tmp_path: Path) -> None:
+def test_saved_config_is_resolved_and_can_be_run_again(run_dir: Path, flags: list[str], tmp_path: Path) -> None:
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert saved["model"]["lora"]["rank"] == 16
     assert (
@@ -148,17 +147,19 @@ def test_saved_config_is_the_resolved_one_and_fits_again(run_dir: Path, flags: l
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
-@pytest.mark.parametrize("verb", LIGHTNING_VERBS)
-def test_saved_config_is_one_for_every_verb(verb: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", LIGHTNING_COMMANDS)
+def test_saved_config_is_valid_for_every_command(
+    command: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config_path = run_dir / "config.yaml"
-    # A checkpoint is where one run went on, and no setting.
+    # A checkpoint belongs to one run; it is not a setting.
     assert "ckpt_path" not in yaml.safe_load(config_path.read_text())
     with pytest.raises(SystemExit, match="0"):
-        main([verb, "--config", str(config_path), "--print_config"])
+        main([command, "--config", str(config_path), "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["model"]["lora"]["rank"] == 16
 
 
-def test_flags_win_over_configs_and_later_configs_over_earlier_ones(
+def test_flags_override_configs_and_later_configs_override_earlier_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text("model: {lora: {rank: 3}, learning_rate: 0.5}")
@@ -171,7 +172,7 @@ def test_flags_win_over_configs_and_later_configs_over_earlier_ones(
     assert resolved["trainer"]["max_epochs"] == 100
 
 
-def test_a_run_is_shown_in_every_place_that_an_overlay_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dashboard_configs_compose(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--config=balanced.yaml", "--config=wandb.yaml", "--config=tensorboard.yaml", "--print_config"])
     loggers = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]
@@ -180,7 +181,7 @@ def test_a_run_is_shown_in_every_place_that_an_overlay_names(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("name", shipped_configs())
-def test_every_shipped_config_parses_and_opens_with_the_command_that_runs_it(
+def test_shipped_config_opens_with_the_command_that_runs_it(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -207,11 +208,10 @@ def test_last_resumes_the_newest_run_in_its_own_directory(
     assert store.read_metadata(RunPaths(run_dir).artifacts_dir).step >= 2
 
 
-def test_auto_becomes_the_number_that_fits_and_stays_that_number(
+def test_auto_batch_size_is_resolved_once_per_run(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # The flags make a run of tests small; this one says how much memory there is instead.
     monkeypatch.setattr("snake_lora_pl.training.callbacks.auto_batch_size.available_bytes", lambda device: 2**30)
     command = ["fit", "--config=balanced.yaml", "--config=quickstart.yaml", *flags, "--data.batch_size=auto"]
     assert main([*command, "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]) == 0
@@ -224,35 +224,35 @@ def test_auto_becomes_the_number_that_fits_and_stays_that_number(
     assert yaml.safe_load(config_path.read_text())["data"]["batch_size"] == found
 
 
-def test_too_little_memory_is_one_line_with_settings_that_fit(
-    complain: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch
+def test_out_of_memory_suggests_settings_that_fit(
+    expect_user_error: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not really refused: how much an interpreter that has run other tests can still take is not to be foreseen.
+    # Simulated, because the memory that earlier tests left to this process is unknown.
     def refuse(*arguments: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr("snake_lora_pl.training.module.LoRALightningModule.on_train_batch_start", refuse)
     monkeypatch.setattr("snake_lora_pl.training.memory.out_of_memory.available_bytes", lambda device: 2**30)
-    line = complain("fit", "--config=balanced.yaml", *flags, "--data.batch_size=128", "--trainer.max_steps=1")
-    assert re.search(r"out of memory: a step on 128 rows of \d+ tokens asks for about [\d.]+ GiB", line)
+    line = expect_user_error("fit", "--config=balanced.yaml", *flags, "--data.batch_size=128", "--trainer.max_steps=1")
+    assert re.search(r"128 rows of \d+ tokens.* [\d.]+ GiB", line)
     assert "--data.batch_size=" in line
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_an_overlay_whose_package_is_not_installed_names_its_extra(
-    complain: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch, package: str
+def test_missing_dashboard_package_names_its_extra(
+    expect_user_error: Callable[..., str], flags: list[str], monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    line = complain("fit", "--config=balanced.yaml", f"--config={package}.yaml", *flags)
-    assert line.strip() == f"error: {package}.yaml needs {package}: pip install 'snake_lora_pl[{package}]'."
+    line = expect_user_error("fit", "--config=balanced.yaml", f"--config={package}.yaml", *flags)
+    assert f"pip install 'snake_lora_pl[{package}]'" in line
 
 
-def test_two_runs_that_start_in_one_second_get_two_directories(tmp_path: Path) -> None:
+def test_runs_that_start_in_the_same_second_get_two_directories(tmp_path: Path) -> None:
     runs = {RunPaths.claim(tmp_path, 10, "a").run_dir for _ in range(2)}
     assert len(runs) == 2
 
 
-def test_validation_follows_the_split_of_the_run(
+def test_validation_uses_the_split_of_the_run(
     adapter_dir: Path, flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -265,18 +265,20 @@ def test_validation_follows_the_split_of_the_run(
     assert not (tmp_path / "logs").exists()
 
 
-def test_validation_on_other_rows_says_that_they_may_have_been_trained_on(
+def test_validation_on_another_split_logs_a_warning(
     adapter_dir: Path, flags: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = ["validate", "--config", "balanced.yaml", *flags, "--adapter", str(adapter_dir)]
-    for seed, is_said in (("0", False), ("1", True)):
+    for seed, warns in (("0", False), ("1", True)):
         caplog.clear()
         assert main([*arguments, f"--data.seed={seed}"]) == 0
-        assert any("may have been trained on some of them" in message for message in caplog.messages) == is_said
+        assert any("may have been trained on" in message for message in caplog.messages) == warns
 
 
-def test_a_run_that_fails_before_it_writes_leaves_no_directory(complain: Callable[..., str], tmp_path: Path) -> None:
-    complain("fit", "--config", "balanced.yaml", "--model.base_model=nothing-like-it", "--data.generated_games=1")
+def test_failed_start_leaves_no_run_directory(expect_user_error: Callable[..., str], tmp_path: Path) -> None:
+    expect_user_error(
+        "fit", "--config", "balanced.yaml", "--model.base_model=nothing-like-it", "--data.generated_games=1"
+    )
     assert not (tmp_path / "logs").exists()
 
 
@@ -296,7 +298,7 @@ def test_predict_writes_a_completion_for_each_prompt(
     assert all(isinstance(row["completion"], str) for row in written)
 
 
-def test_without_a_train_path_a_seeded_data_set_is_generated_and_said_so(
+def test_rows_are_generated_and_logged_when_train_path_is_not_set(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -311,7 +313,7 @@ def test_without_a_train_path_a_seeded_data_set_is_generated_and_said_so(
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLE_DIR.glob("*/*/*.jsonl")), ids=lambda path: path.parent.name)
-def test_real_rows_of_every_style_train_as_they_are(
+def test_original_rows_of_every_style_train_unchanged(
     path: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -321,22 +323,22 @@ def test_real_rows_of_every_style_train_as_they_are(
     assert store.verify(RunPaths(run_dir).artifacts_dir).data["num_rows"] == len(path.read_text().splitlines())
 
 
-def test_nothing_to_validate_on_is_a_mistake(complain: Callable[..., str], flags: list[str], adapter_dir: Path) -> None:
+def test_validation_without_rows_is_a_user_error(
+    expect_user_error: Callable[..., str], flags: list[str], adapter_dir: Path
+) -> None:
     (path,) = SAMPLE_DIR.glob("*/bfs-2048/*.jsonl")
     arguments = ["validate", "--config", "balanced.yaml", *flags, f"--data.train_path={path}"]
-    assert "no rows to validate on" in complain(*arguments, "--adapter", str(adapter_dir))
+    assert "data.val_path" in expect_user_error(*arguments, "--adapter", str(adapter_dir))
 
 
-# ---------------------------------------------------------------------- mistakes
+def test_unknown_command_lists_the_commands_and_the_nearest(expect_user_error: Callable[..., str]) -> None:
+    line = expect_user_error("fti")
+    assert ", ".join([*LIGHTNING_COMMANDS, *LIGHT_COMMANDS]) in line
+    assert line.endswith("'fit'?")
 
 
-def test_unknown_command_names_the_nearest(complain: Callable[..., str]) -> None:
-    verbs = ", ".join([*LIGHTNING_VERBS, *LIGHT_VERBS])
-    assert f"unknown command 'fti'. Commands: {verbs}. Did you mean 'fit'?" in complain("fti")
-
-
-def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> None:
-    message = complain("fit", "--config", "balnced.yaml")
+def test_unknown_config_lists_the_shipped_ones(expect_user_error: Callable[..., str]) -> None:
+    message = expect_user_error("fit", "--config", "balnced.yaml")
     assert all(name in message for name in shipped_configs())
     assert message.endswith("'balanced.yaml'?")
 
@@ -350,8 +352,8 @@ def test_unknown_config_lists_the_shipped_ones(complain: Callable[..., str]) -> 
         ("--trainer.max_step=3", "trainer.max_steps"),
     ],
 )
-def test_unknown_flag_names_the_nearest(complain: Callable[..., str], flag: str, nearest: str) -> None:
-    assert f"Did you mean '{nearest}'?" in complain("fit", "--config", "balanced.yaml", flag)
+def test_unknown_flag_names_the_nearest(expect_user_error: Callable[..., str], flag: str, nearest: str) -> None:
+    assert f"'{nearest}'" in expect_user_error("fit", "--config", "balanced.yaml", flag)
 
 
 @pytest.mark.parametrize(
@@ -364,43 +366,43 @@ def test_unknown_flag_names_the_nearest(complain: Callable[..., str], flag: str,
         ("just text", "bad.yaml"),
     ],
 )
-def test_mistakes_inside_a_config_are_one_line(
-    complain: Callable[..., str], tmp_path: Path, content: str, part: str
+def test_error_inside_a_config_is_one_line(
+    expect_user_error: Callable[..., str], tmp_path: Path, content: str, part: str
 ) -> None:
     (tmp_path / "bad.yaml").write_text(content)
-    assert part in complain("fit", "--config", "bad.yaml")
+    assert part in expect_user_error("fit", "--config", "bad.yaml")
 
 
 @pytest.mark.parametrize(
     ("flag", "part"),
     [
         ("--data.train_path=nowhere.jsonl", "nowhere.jsonl"),
-        ("--model.lora.rank=0", "rank must lie between 1 and"),
-        ("--model.lora.target_modules=[qproj]", "'qproj' matches no layer"),
+        ("--model.lora.rank=0", "rank"),
+        ("--model.lora.target_modules=[qproj]", "'qproj'"),
         ("--model.adapter_type=lorra", "adapter_type"),
-        ("--model.learning_rate=-1", "model.learning_rate must be a number above 0"),
+        ("--model.learning_rate=-1", "model.learning_rate"),
         ("--model.base_model=nothing-like-it", "smollm2-135m"),
         ("--data.batch_size=0", "data.batch_size"),
         ("--data.val_fraction=2", "data.val_fraction"),
         ("--data.template=chatty", "data.template"),
         ("--data.max_length=40", "data.max_length"),
-        ("--checkpoint.monitor=val/los", "no metric 'val/los'"),
-        ("--ckpt_path=last", "no run of 'snake_reasoning'"),
-        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such file"),
-        ("--adapter=nowhere", "nowhere: no such directory"),
+        ("--checkpoint.monitor=val/los", "'val/los'"),
+        ("--ckpt_path=last", "'snake_reasoning'"),
+        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt"),
+        ("--adapter=nowhere", "--adapter nowhere"),
         ("--adapter_name=../up", "--adapter_name"),
         ("--trainer.devices=0", "devices"),
         ("--trainer.accelerator=gpu", "accelerator"),
         ("--model.dtype=float8", "float8"),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_it(
-    complain: Callable[..., str], flags: list[str], flag: str, part: str
+def test_invalid_value_is_one_line_that_names_it(
+    expect_user_error: Callable[..., str], flags: list[str], flag: str, part: str
 ) -> None:
-    assert part in complain("fit", "--config", "balanced.yaml", *flags, "--trainer.max_steps=1", flag)
+    assert part in expect_user_error("fit", "--config", "balanced.yaml", *flags, "--trainer.max_steps=1", flag)
 
 
-def test_bad_rows_are_listed_all_at_once(
+def test_all_invalid_rows_are_listed(
     flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -413,8 +415,8 @@ def test_bad_rows_are_listed_all_at_once(
     assert "Traceback" not in errors
 
 
-def test_an_adapter_of_another_base_is_refused(
-    complain: Callable[..., str], adapter_dir: Path, flags: list[str], tiny_llama_dir: Path, tmp_path: Path
+def test_adapter_of_another_base_is_refused(
+    expect_user_error: Callable[..., str], adapter_dir: Path, flags: list[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -423,18 +425,21 @@ def test_an_adapter_of_another_base_is_refused(
     other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     save_file({name: w * 2 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
-    message = complain(
+    message = expect_user_error(
         "validate", "--config", "balanced.yaml", *flags, f"--model.base_model={other}", "--adapter", str(adapter_dir)
     )
-    assert f"trained on {tiny_llama_dir}, not on {other}" in message
+    assert str(tiny_llama_dir) in message
+    assert str(other) in message
 
 
-def test_help_and_version_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_fits_the_terminal_and_version_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main([]) == 0
     overview = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == overview
-    assert all(verb in overview for verb in ("fit", "validate", "test", "predict"))
+    assert all(command in overview for command in (*LIGHTNING_COMMANDS, *LIGHT_COMMANDS))
     monkeypatch.setenv("COLUMNS", "60")
     assert main(["--help"]) == 0
     narrow = capsys.readouterr().out
@@ -445,25 +450,24 @@ def test_help_and_version_answer(capsys: pytest.CaptureFixture[str], monkeypatch
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-def test_nothing_of_a_run_stays_in_the_environment(finished_run: tuple[Path, str]) -> None:
+def test_run_directory_is_removed_from_the_environment(finished_run: tuple[Path, str]) -> None:
     assert "SNAKE_LORA_PL_RUN_DIR" not in os.environ
 
 
-def test_a_working_directory_that_is_gone_is_one_line(
+def test_removed_working_directory_is_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     directory = tmp_path / "gone"
     directory.mkdir()
     monkeypatch.chdir(directory)
     directory.rmdir()
-    for verb in ("adapters", "fit"):
-        assert main([verb, "."]) == 2
-        assert capfd.readouterr().err == "error: the working directory has been removed. Change into one that exists.\n"
+    for command in ("adapters", "fit"):
+        assert main([command, "."]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "working directory" in line
 
 
-def test_a_rank_that_is_no_number_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_must_be_a_number(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOCAL_RANK", "first")
     assert main(["fit"]) == 2
-    assert "error: LOCAL_RANK=first in the environment is no number" in capfd.readouterr().err
+    assert "LOCAL_RANK=first" in capfd.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-import snake_lora_pl.cli.app
+import snake_lora_pl.cli.games
 from benchmarks.same_run import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
@@ -176,7 +176,7 @@ def test_the_table_of_games_that_cannot_be_written_is_printed(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    refuse(monkeypatch, snake_lora_pl.cli.app, "write_games", 1)
+    refuse(monkeypatch, snake_lora_pl.cli.games, "write_games", 1)
     code, run_dir = fit(tmp_path / "full", "--play.final_games=1", "--play.max_steps=2")
     printed = capfd.readouterr()
     assert code == 2

@@ -22,7 +22,7 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.game import STYLES, TEACHERS, Board, Game, get_style
 from snake_lora_pl.paths import base_model_cache_dir
-from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS
+from snake_lora_pl.program import LIGHT_COMMANDS, LIGHTNING_COMMANDS
 from tests import documented
 from tests.adapters.test_gguf import CONVERTER
 from tests.documented import PAGES, README, ROOT, Example
@@ -120,7 +120,7 @@ def filled_in(command: tuple[str, ...], adapter_dir: Path) -> list[str]:
     values["OWNER/NAME"] = "me/snake"
     words = [values.get(word, word) for word in command]
     name = (documented.arguments(words) or [""])[0]
-    if name in (*LIGHTNING_VERBS, "memory") and "--help" not in words:
+    if name in (*LIGHTNING_COMMANDS, "memory") and "--help" not in words:
         words += ["--trainer.accelerator=cpu", "--model.dtype=float32", "--model.max_new_tokens=4"]
     return words
 
@@ -161,7 +161,7 @@ def run(
     "command", [pytest.param(c, id=f"{place} {' '.join(c[1:4])}") for c, place in COMMANDS.items()]
 )
 def test_documented_command_succeeds(command: tuple[str, ...], run: Callable[[tuple[str, ...]], str]) -> None:
-    if "memory" in command and "memory" not in (*LIGHTNING_VERBS, *LIGHT_VERBS):
+    if "memory" in command and "memory" not in (*LIGHTNING_COMMANDS, *LIGHT_COMMANDS):
         pytest.skip("no such command yet")
     if "push" in command:
         pytest.skip("tests/cli/commands/test_push.py uploads to a local hub")
@@ -343,7 +343,7 @@ def test_architecture_page_finds_what_a_newcomer_looks_for() -> None:
 def options() -> dict[str, set[str]]:
     """Return the long options of every command, from its help."""
     found = {}
-    for command in (*LIGHTNING_VERBS, *LIGHT_VERBS):
+    for command in (*LIGHTNING_COMMANDS, *LIGHT_COMMANDS):
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             main([command, "--help"])
         found[command] = set(re.findall(r"--([\w.]+)", text.getvalue()))

@@ -10,21 +10,21 @@ from typing import Any
 
 from snake_lora_pl.adapters.store import StoredAdapter, list_adapters
 from snake_lora_pl.adapters.vllm import adapter_rank, vllm_obstacles
-from snake_lora_pl.cli.commands.parser import Parser
+from snake_lora_pl.cli.commands.parser import CommandParser
 from snake_lora_pl.paths import display_path
 from snake_lora_pl.untrusted import printable
 
-_NOT_KNOWN = "-"
+_UNKNOWN = "-"
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """List adapters.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: If there is no such directory.
+        UserError: If the directory does not exist.
     """
     options = build_parser().parse(arguments)
     rows = [_describe(adapter) for adapter in list_adapters(options.root)]
@@ -32,9 +32,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def build_parser() -> Parser:
-    """The arguments of this verb."""
-    parser = Parser("adapters", epilog="Every adapter is verified; below the table stands what is wrong with one.")
+def build_parser() -> CommandParser:
+    """Return the parser of this command."""
+    parser = CommandParser("adapters", epilog="Every adapter is verified; problems are listed below the table.")
     parser.add_argument("root", nargs="?", default=".", metavar="ROOT", help="directory to look under")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -60,26 +60,26 @@ def _describe(adapter: StoredAdapter) -> dict[str, Any]:
 
 def _table(rows: Sequence[dict[str, Any]], root: str) -> str:
     if not rows:
-        return f"no adapter of snake_lora_pl under {root}"
-    header = ("kind", "base", "rank", "step", "val loss", "apples", "size", "date", "directory")
-    cells = [header, *(tuple(map(_on_one_line, _cells(row))) for row in rows)]
+        return f"no adapters under {root}"
+    header = ("type", "base", "rank", "step", "val loss", "apples", "size", "date", "directory")
+    cells = [header, *(tuple(map(_escape, _cells(row))) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    # A directory that the terminal would break has a line of its own. Elsewhere there is no width to keep to.
+    # In a terminal that is too narrow, directories go on separate lines.
     does_fit = not sys.stdout.isatty() or sum(widths) + 2 * len(widths) <= shutil.get_terminal_size().columns
     gap = "  " if does_fit else "\n    "
-    # Words to the left, numbers to the right; the last column is as long as it likes.
+    # Text is left-aligned, numbers are right-aligned; the last column has no fixed width.
     lines = [
         "  ".join(f"{cell:{'<' if i in (0, 1, 7) else '>'}{width}}" for i, (cell, width) in enumerate(pairs[:-1]))
         + f"{gap}{pairs[-1][0]}"
         for pairs in (list(zip(line, widths, strict=True)) for line in cells)
     ]
-    problems = [_on_one_line(f"damaged: {row['problem']}") for row in rows if row["problem"]]
+    problems = [_escape(f"damaged: {row['problem']}") for row in rows if row["problem"]]
     return "\n".join([*lines, *problems])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if "adapter_type" not in row:
-        return ("damaged", *[_NOT_KNOWN] * 7, row["path"])
+        return ("damaged", *[_UNKNOWN] * 7, row["path"])
     return (
         "damaged" if row["problem"] else row["adapter_type"],
         row["base_model"],
@@ -93,10 +93,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _on_one_line(text: str) -> str:
-    """Names of strangers' directories must not break a line, nor steer a terminal."""
+def _escape(text: str) -> str:
+    """Escape line breaks and control characters, which names of directories may contain."""
     return printable(text).replace("\n", "\\n")
 
 
 def _number(value: float | None, form: str) -> str:
-    return _NOT_KNOWN if value is None else format(value, form)
+    return _UNKNOWN if value is None else format(value, form)

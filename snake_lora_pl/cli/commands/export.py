@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
-from snake_lora_pl.cli.commands.parser import Parser, add_adapter_arguments
+from snake_lora_pl.cli.commands.parser import CommandParser, add_adapter_arguments
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import display_path
 
 FORMATS = ("gguf",)
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Export an adapter.
 
     Returns:
@@ -22,20 +23,20 @@ def run(arguments: list[str]) -> int:
     """
     options = build_parser().parse(arguments)
     if options.format not in FORMATS:
-        raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{options.format}'.")
+        raise UserError(f"--format must be one of {', '.join(FORMATS)} (found: {options.format})")
     from snake_lora_pl.adapters import store
     from snake_lora_pl.adapters.gguf import PROMPT, export_gguf, find_converter
     from snake_lora_pl.console import configure_logging
     from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
     from snake_lora_pl.models import BaseModelSpec, load_tokenizer
 
-    find_converter(options.converter)  # what is missing is said before anything is loaded
+    find_converter(options.converter)  # fails before anything is loaded
     metadata = store.verify(options.adapter)
     template = options.template or metadata.data.get("template")
     if template is None:
         raise UserError(
-            f"--adapter {options.adapter}: does not say how prompt and completion became one text, which the Modelfile "
-            f"must. Name it: --template {', '.join(get_args(TemplateName))}."
+            f"--adapter {options.adapter}: its metadata has no template, which the Modelfile needs. Set --template to "
+            f"{', '.join(get_args(TemplateName))}."
         )
     check_choice("--template", template, TemplateName)
     configure_logging()
@@ -58,16 +59,16 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def build_parser() -> Parser:
-    """The arguments of this verb."""
-    parser = Parser("export")
+def build_parser() -> CommandParser:
+    """Return the parser of this command."""
+    parser = CommandParser("export")
     add_adapter_arguments(parser)
     parser.add_argument("--format", default="gguf", metavar="NAME", help="gguf")
     parser.add_argument(
         "--out",
         required=True,
         metavar="PATH",
-        help="a file that ends in .gguf, or a directory that gets model.gguf; the Modelfile lies beside it",
+        help="a file that ends in .gguf, or a directory that gets model.gguf; the Modelfile is written next to it",
     )
     parser.add_argument(
         "--outtype", default="auto", metavar="NAME", help="type of the weights: auto, f32, f16, bf16 or q8_0"
@@ -75,11 +76,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--template",
         metavar="NAME",
-        help="how prompts became text in training: instruction, chat or raw; without it as the adapter says",
+        help="template of the training text: instruction, chat or raw; without it, the one in the adapter's metadata",
     )
     parser.add_argument(
         "--converter",
         metavar="PATH",
-        help="llama.cpp's convert_hf_to_gguf.py, or a checkout of llama.cpp; without it one that is installed",
+        help="llama.cpp's convert_hf_to_gguf.py, or a checkout of llama.cpp; without it, the one installed",
     )
     return parser

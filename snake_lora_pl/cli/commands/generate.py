@@ -5,28 +5,28 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from snake_lora_pl.cli.commands.parser import Parser
+from snake_lora_pl.cli.commands.parser import CommandParser
 from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import STYLES, TEACHERS
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Generate a data set.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: If an argument cannot be used or the file cannot be written.
+        UserError: If an argument is invalid or the file cannot be written.
     """
     options = build_parser().parse(arguments)
     path = Path(options.out)
     if path.exists() and not path.is_dir() and not options.overwrite:
-        raise UserError(f"--out {path}: exists already. Choose another name, or give --overwrite to replace it.")
+        raise UserError(f"--out {path}: the file exists. Choose another name, or add --overwrite to replace it.")
     start = time.perf_counter()
     try:
         with _progress_bar() as progress:
@@ -44,25 +44,27 @@ def run(arguments: list[str]) -> int:
                 progress=progress,
             )
     except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror}). Choose another place.") from error
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}). Choose another path.") from error
     duration_s = time.perf_counter() - start
     print(f"{path}: {num_rows:,} rows of {options.games:,} games in {duration_s:.1f} s")
     return 0
 
 
-def build_parser() -> Parser:
-    """The arguments of this verb."""
-    parser = Parser("generate", epilog="The same arguments give the same bytes, whatever the number of workers.")
+def build_parser() -> CommandParser:
+    """Return the parser of this command."""
+    parser = CommandParser("generate", epilog="The same arguments give the same bytes, whatever the number of workers.")
     parser.add_argument("--out", required=True, metavar="F.jsonl", help="file to write")
     parser.add_argument("--games", type=int, default=100, metavar="N", help="games to play")
     parser.add_argument("--grid_size", type=int, default=10, metavar="N", help="cells along one side of the board")
-    parser.add_argument("--teacher", default="bfs", metavar="NAME", help=f"who plays: {', '.join(sorted(TEACHERS))}")
+    parser.add_argument(
+        "--teacher", default="bfs", metavar="NAME", help=f"policy that plays: {', '.join(sorted(TEACHERS))}"
+    )
     parser.add_argument("--style", default="bfs-512", metavar="NAME", help=f"format of the text: {', '.join(STYLES)}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the data set")
     parser.add_argument(
         "--upstream_rules",
         action="store_true",
-        help="stop where no path leads to the apple and leave out each game's last move, as heuristics-v0.04 does",
+        help="stop where no path leads to the apple and omit each game's last move, as heuristics-v0.04 does",
     )
     parser.add_argument(
         "--noise",
@@ -74,7 +76,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--augment",
         action="store_true",
-        help="write each game in the board's 8 symmetries, under one game number; the teacher is asked again in each",
+        help="write each game in the 8 symmetries of the board, with a move of the teacher for each",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that play")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
@@ -83,7 +85,7 @@ def build_parser() -> Parser:
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere: a log has no use for one."""
+    """Show a progress bar on a terminal; elsewhere yield None."""
     if not sys.stderr.isatty():
         yield None
         return

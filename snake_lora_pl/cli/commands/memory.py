@@ -1,84 +1,91 @@
-"""``audit --memory``: the peak memory of a ``fit``, before it runs."""
+"""``memory``: the peak memory of a ``fit`` with the same options, without training."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
-from snake_lora_pl.cli.app import SnakeCLI, build_and_run
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+from snake_lora_pl.cli.app import SnakeCLI, build_parsers
 from snake_lora_pl.cli.dry_run import describe_memory
-from snake_lora_pl.console import configure_logging, ignore_known_warnings
+from snake_lora_pl.cli.run import run as run_training_command
 from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.program import LIGHTNING_COMMANDS, PROG
 from snake_lora_pl.training.callbacks.auto_batch_size import AUTO
 from snake_lora_pl.training.memory.available import available_bytes
 from snake_lora_pl.training.memory.estimate import MemoryEstimate, estimate_memory
 
 
-def run(arguments: Sequence[str], *, as_json: bool) -> int:
-    """Estimate what ``fit`` would take with a config, and say whether this machine has it.
+def run(arguments: Sequence[str]) -> int:
+    """Estimate the peak memory of ``fit``, and compare it with the free memory of this machine.
 
     Args:
-        arguments: Files of rows, and options as ``fit`` takes them, in any order.
-        as_json: Print JSON.
+        arguments: Options of ``fit``, and ``--json``.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: For whatever is a mistake in ``fit``.
+        UserError: For every user error of ``fit``.
     """
-    files, options = _split(arguments)
-    if files:
-        options.append(f"--data.train_path={files[0] if len(files) == 1 else json.dumps(files)}")
-    configure_logging()
-    ignore_known_warnings()
-    run = cast(_Estimated, build_and_run(["fit", *options, "--dry_run"], _Estimated))
-    available = available_bytes(run.trainer.strategy.root_device)
-    print(_json(run.estimate, run.batch, available) if as_json else _text(run.estimate, run.batch, available))
-    return 0
+    return run_training_command(["fit", *arguments], MemoryCLI)
 
 
-class _Estimated(SnakeCLI):
-    """A ``fit`` that is set up and looked at."""
+def training_parsers() -> dict[str, LightningArgumentParser]:
+    """Return the parsers of the commands that take the options of the model, the data and the trainer."""
+    return build_parsers() | {"memory": build_parsers(MemoryCLI)["fit"]}
 
-    estimate: MemoryEstimate
-    batch: Batch
 
+class MemoryCLI(SnakeCLI):
+    """A ``fit`` that prints an estimate of its memory instead of training."""
+
+    @classmethod
+    @override
+    def parser_settings(cls) -> dict[str, Any]:
+        settings = super().parser_settings()
+        settings["fit"] |= {"description": LIGHTNING_COMMANDS["memory"], "usage": f"{PROG} memory [options]"}
+        return settings
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": SnakeCLI.subcommands()["fit"]}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.config["fit"].dry_run = True  # claims no run directory
+
+    @override
     def fit(self, **kwargs: Any) -> None:
-        """Take the longest rows for the batch that needs most, and estimate the step on it."""
+        """Estimate the step on the batch of the longest rows."""
         data = self.datamodule
         if data.batch_size == AUTO:
-            raise UserError("data.batch_size=auto takes what there is. Give a number to estimate, or run fit.")
+            raise UserError("data.batch_size=auto depends on the free memory. Give a number to estimate, or run fit.")
         data.prepare_data()
         data.setup("fit")
-        self.batch = data.longest_batch(data.batch_size)
-        self.estimate = estimate_memory(self.model, dict(self.batch), self.trainer.strategy.root_device.type)
-
-
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell files from options and their values."""
-    files: list[str] = []
-    options: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("-"):
-            files.append(argument)
-            continue
-        options.append(argument)
-        if "=" not in argument:
-            options.extend(itertools.islice(rest, 1))
-    return files, options
+        batch = data.longest_batch(data.batch_size)
+        device = self.trainer.strategy.root_device
+        estimate = estimate_memory(self.model, dict(batch), device.type)
+        describe = _json if self.options.json else _text
+        print(describe(estimate, batch, available_bytes(device)))
 
 
 def _text(estimate: MemoryEstimate, batch: Batch, available: int) -> str:
     fits = (
-        "it fits"
+        "the step fits"
         if estimate.total <= available
-        else "it does not fit. `fit` with --data.batch_size=auto finds what does"
+        else "the step does not fit. fit with --data.batch_size=auto finds a batch size that does"
     )
     return f"{describe_memory(estimate, batch)}\n  {available / 2**30:.2f} GiB are free on this machine: {fits}."
 

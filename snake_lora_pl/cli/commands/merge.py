@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from snake_lora_pl.cli.commands.parser import Parser, add_adapter_arguments
+from collections.abc import Sequence
+
+from snake_lora_pl.cli.commands.parser import CommandParser, add_adapter_arguments
 from snake_lora_pl.paths import display_path
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Merge an adapter.
 
     Returns:
@@ -25,7 +27,7 @@ def run(arguments: list[str]) -> int:
     base_name = options.base_model or store.read_metadata(options.adapter).base_model_name
     base_model = BaseModelSpec(base_name, trust_remote_code=options.trust_remote_code)
     merged = merge(options.adapter, options.out, base_model=base_model, dtype=options.dtype)
-    rounding = "" if merged.dtype == "float32" else ", which is rounding: --dtype float32 has none"
+    rounding = "" if merged.dtype == "float32" else " (rounding; --dtype float32 avoids it)"
     print(
         f"{display_path(merged.path)}: {merged.num_parameters:,} parameters in {merged.dtype}; its logits differ from "
         f"the adapter's by at most {merged.logit_difference:.2g} of their standard deviation{rounding}. "
@@ -34,12 +36,14 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def build_parser() -> Parser:
-    """The arguments of this verb."""
-    parser = Parser("merge", epilog="Computed in float32: four bytes of memory a parameter, twice while it is checked.")
+def build_parser() -> CommandParser:
+    """Return the parser of this command."""
+    parser = CommandParser(
+        "merge", epilog="Takes 4 bytes of memory per parameter (float32), and twice that during the check."
+    )
     add_adapter_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; absent or empty")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; must not exist or be empty")
     parser.add_argument(
-        "--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16, or auto: as the base is stored"
+        "--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16, or auto for that of the base"
     )
     return parser

@@ -1,64 +1,66 @@
-"""Command lines whose mistakes are one line, with the nearest option that there is."""
+"""Parser of the light commands: one-line errors that name the nearest option."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from snake_lora_pl.errors import UserError
-from snake_lora_pl.program import LIGHT_VERBS, PROG
+from typing_extensions import override
+
+from snake_lora_pl.errors import UserError, did_you_mean
+from snake_lora_pl.program import LIGHT_COMMANDS, PROG
 
 
-class _DefaultsFormatter(argparse.HelpFormatter):
-    """Adds the default to the help of options that have one to speak of."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.help is None or action.default in (None, False, argparse.SUPPRESS):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
-
-
-class Parser(argparse.ArgumentParser):
-    """Parses the arguments of one verb.
+class CommandParser(argparse.ArgumentParser):
+    """Parser of one light command.
 
     Args:
-        verb: One of ``LIGHT_VERBS``.
-        epilog: What stands below the options.
+        command: One of ``LIGHT_COMMANDS``.
+        epilog: Text below the options.
     """
 
-    def __init__(self, verb: str, epilog: str | None = None) -> None:
+    def __init__(self, command: str, epilog: str | None = None) -> None:
+        self._options: list[str] = []
         super().__init__(
-            prog=f"{PROG} {verb}",
-            description=LIGHT_VERBS[verb],
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=_DefaultsFormatter,
+            prog=f"{PROG} {command}", description=LIGHT_COMMANDS[command], epilog=epilog, allow_abbrev=False
         )
 
-    def parse(self, arguments: list[str]) -> argparse.Namespace:
+    @override
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+        """Add an argument; a default other than None and False is appended to its help."""
+        if kwargs.get("default") not in (None, False, argparse.SUPPRESS):
+            kwargs["help"] += " (default: %(default)s)"
+        self._options += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **kwargs)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse arguments.
 
         Raises:
-            UserError: If an option is unknown, missing or has a value it cannot have.
+            UserError: If an option is unknown or missing, or its value is invalid.
         """
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].partition("=")[0]
-            options = [option for action in self._actions for option in action.option_strings if option != "-h"]
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f" Did you mean {near[0]}?" if near else f" Options: {', '.join(sorted(options))}."
-            raise UserError(f"{self.prog}: unknown argument {name!r}.{hint}")
+            hint = did_you_mean(name, self._options) or f" Options: {', '.join(sorted(self._options))}."
+            raise UserError(f"{self.prog}: unknown argument '{name}'.{hint}")
         return parsed
 
+    @override
     def error(self, message: str) -> NoReturn:
-        """Report a mistake in one line, without the usage."""
+        """Raise the error as one line, without the usage.
+
+        Raises:
+            UserError: Always.
+        """
         raise UserError(f"{self.prog}: {message}. See {self.prog} --help.")
 
 
-class _Once(argparse.Action):
-    """Takes a value, and not another in its place: who names two means both."""
+class _SingleValue(argparse.Action):
+    """Stores a value, and refuses a second one."""
 
+    @override
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
@@ -67,19 +69,25 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_adapter_argument(parser: Parser) -> None:
-    """The option that names an adapter."""
+def add_adapter_argument(parser: CommandParser) -> None:
+    """Add the option that names an adapter."""
     parser.add_argument(
-        "--adapter", required=True, action=_Once, metavar="DIR", help="adapter directory: the model_artifacts of a run"
+        "--adapter",
+        required=True,
+        action=_SingleValue,
+        metavar="DIR",
+        help="adapter directory: model_artifacts of a run",
     )
 
 
-def add_adapter_arguments(parser: Parser) -> None:
-    """The options that name an adapter and say how its base is loaded."""
+def add_adapter_arguments(parser: CommandParser) -> None:
+    """Add the options that name an adapter and its base model."""
     add_adapter_argument(parser)
     parser.add_argument(
         "--base_model",
         metavar="NAME",
-        help="where its base model lies now: a short name, a directory or a hub id; without it where it was trained on",
+        help="its base model: a short name, a directory or a Hub id; without it, the base that it was trained on",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="let code that comes with the base model run")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow code that comes with the base model to run"
+    )

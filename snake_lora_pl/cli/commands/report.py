@@ -1,19 +1,21 @@
-"""``report``: the page of a run, from the files in its directory."""
+"""``report``: the HTML report of a run, from the files in its directory."""
 
 from __future__ import annotations
 
-from snake_lora_pl.cli.commands.parser import Parser
+from collections.abc import Sequence
+
+from snake_lora_pl.cli.commands.parser import CommandParser
 from snake_lora_pl.paths import RunPaths, display_path
 
 
-def run(arguments: list[str]) -> int:
-    """Write the page of a run.
+def run(arguments: Sequence[str]) -> int:
+    """Write the report of a run.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: If no run lies there, one of its files cannot be read, or the page cannot be written.
+        UserError: If the directory is not a run's, one of its files cannot be read, or the report cannot be written.
     """
     options = build_parser().parse(arguments)
     from snake_lora_pl.reporting.html_report import write_report
@@ -22,8 +24,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def build_parser() -> Parser:
-    """The arguments of this verb."""
-    parser = Parser("report", epilog="fit and test write it too. It opens from disk and loads nothing.")
+def build_parser() -> CommandParser:
+    """Return the parser of this command."""
+    parser = CommandParser("report", epilog="fit and test write the report too. It is one self-contained file.")
     parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, or of its adapter")
     return parser

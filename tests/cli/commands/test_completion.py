@@ -1,4 +1,4 @@
-"""The scripts that complete command lines, in the shells they are for."""
+"""Completion scripts, run by the shells."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.cli.commands.completion import SHELLS, completion_script
+from snake_lora_pl.cli.help import help_text
 from snake_lora_pl.paths import shipped_configs
-from snake_lora_pl.program import LIGHT_VERBS, LIGHTNING_VERBS, help_path
+from snake_lora_pl.program import LIGHT_COMMANDS, LIGHTNING_COMMANDS
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -25,7 +26,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete(script: Path, *words: str, cwd: Path | None = None) -> set[str]:
-    """What bash offers for the last of the words that follow the program's name."""
+    """Return bash's candidates for the last of the words after the program name."""
     line = " ".join(f"'{word}'" for word in ("snake-lora", *words))
     program = (
         f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)};"
@@ -37,24 +38,24 @@ def complete(script: Path, *words: str, cwd: Path | None = None) -> set[str]:
     return set(result.stdout.split())
 
 
-def test_every_verb_is_offered(script: Path) -> None:
-    assert complete(script, "") == {*LIGHTNING_VERBS, *LIGHT_VERBS}
+def test_every_command_is_completed(script: Path) -> None:
+    assert complete(script, "") == {*LIGHTNING_COMMANDS, *LIGHT_COMMANDS}
     assert complete(script, "pre") == {"predict"}
 
 
-@pytest.mark.parametrize("verb", LIGHTNING_VERBS)
-def test_every_option_of_a_verbs_help_is_offered(script: Path, verb: str) -> None:
-    options = set(re.findall(r"^  (?:-\w [A-Z]+, )?(--[\w.]+)", help_path(verb).read_text(), flags=re.MULTILINE))
+@pytest.mark.parametrize("command", LIGHTNING_COMMANDS)
+def test_every_option_in_the_help_is_completed(script: Path, command: str) -> None:
+    options = set(re.findall(r"^  (?:-\w [A-Z]+, )?(--[\w.]+)", help_text(command), flags=re.MULTILINE))
     assert len(options) > 50
-    assert options <= complete(script, verb, "--")
+    assert options <= complete(script, command, "--")
 
 
-def test_options_of_a_light_verb_are_those_of_its_parser(script: Path) -> None:
+def test_options_of_light_commands_are_completed(script: Path) -> None:
     assert complete(script, "generate", "--s") == {"--style", "--seed"}
     assert complete(script, "merge", "--adapter", "DIR", "--o") == {"--out"}
 
 
-def test_choices_configs_and_files_are_offered(script: Path, tmp_path: Path) -> None:
+def test_choices_configs_and_files_are_completed(script: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     assert complete(script, "fit", "--data.template", "") == {"instruction", "chat", "raw"}
     assert complete(script, "fit", "--config", "", cwd=tmp_path) == {*shipped_configs(), "mine.yaml"}
@@ -65,15 +66,15 @@ def test_choices_configs_and_files_are_offered(script: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_script_is_printed_and_its_shell_reads_it(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_script_is_valid_in_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     printed = capsys.readouterr().out
     assert printed == completion_script(shell) + "\n"
     if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} on this machine")
+        pytest.skip(f"needs {shell}")
     assert subprocess.run([shell, "-n"], input=printed, capture_output=True, text=True, check=True).stderr == ""
 
 
-def test_another_shell_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_shell_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "csh"]) == 2
-    assert "no script for 'csh'. Shells: bash, zsh." in capsys.readouterr().err
+    assert "'csh'. Shells: bash, zsh" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.generated_rows import generate_rows
-from snake_lora_pl.program import LIGHT_VERBS
+from snake_lora_pl.program import LIGHT_COMMANDS
 
 
 @pytest.fixture
@@ -81,13 +81,13 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     assert "Did you mean 'generate'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", LIGHT_VERBS)
+@pytest.mark.parametrize("verb", LIGHT_COMMANDS)
 def test_help_answers_at_once(verb):
     start = time.perf_counter()
     command = [sys.executable, "-m", "snake_lora_pl", verb, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 2
-    assert LIGHT_VERBS[verb] in result.stdout
+    assert LIGHT_COMMANDS[verb] in result.stdout
 
 
 def test_a_closed_pipe_is_no_error():
