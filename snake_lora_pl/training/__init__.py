@@ -1,1 +1,1 @@
-"""One optimization step of an adapter, and its callbacks. Knows nothing of Snake and reads no rows."""
+"""Training of an adapter on a causal language model. Knows nothing of Snake and reads no files of rows."""

@@ -1,4 +1,4 @@
-"""``metrics.csv`` that a resumed run goes on with, instead of starting anew, and that no kill can spoil."""
+"""The logger that writes ``metrics.csv``: a resumed run appends to it, and a killed process cannot corrupt it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
+from typing_extensions import override
 
 from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
@@ -19,14 +20,14 @@ from snake_lora_pl.paths import RunPaths
 
 
 class MetricsCSVLogger(CSVLogger):
-    """Writes every metric to ``DIRECTORY/metrics.csv``, a row a logging step.
+    """Writes every metric to ``SAVE_DIR/metrics.csv``, one row per logging step.
 
-    Lightning's own logger deletes the file of an earlier run in the same directory, and rewrites the file in place
-    whenever a metric is new, so that a kill at that moment loses it; this one does neither. ``rewind`` drops what a
-    resumed run will log again.
+    Lightning's logger deletes the file of an earlier run in the same directory. And for every new metric it rewrites
+    the file in place, so that a process killed in that moment loses it. This one does neither. ``rewind`` drops the
+    rows that a resumed run will log again.
 
     Args:
-        save_dir: The run's directory.
+        save_dir: Run directory.
 
     Raises:
         UserError: If the file cannot be written.
@@ -37,61 +38,62 @@ class MetricsCSVLogger(CSVLogger):
         self._writer: _MetricsFile | None = None
 
     @property
+    @override
     def log_dir(self) -> str:
-        """The run's directory itself."""
-        return os.fspath(self._save_dir)
+        return os.fspath(self.save_dir)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> _MetricsFile:
-        """The file's writer."""
+        """The writer of the file, opened at the first use."""
         if self._writer is None:
             path = RunPaths(Path(self.log_dir)).metrics_path
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = _MetricsFile(path)
         return self._writer
 
+    @override
     @rank_zero_only
     def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: ``config.yaml`` beside the file holds the whole config."""
+        """Log nothing: ``config.yaml`` in the same directory holds the config."""
 
+    @override
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Take a row; it is in the file once ``save`` has run, which Lightning calls after each."""
         self.experiment.add({name: float(value) for name, value in metrics.items()}, step)
 
+    @override
     @rank_zero_only
     def save(self) -> None:
-        """Write what was logged since the last writing."""
         self.experiment.save()
 
+    @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what was logged since the last writing."""
         if self._writer is None:
             return
-        # A run that failed has something else to say, perhaps of the same disk; what follows here must still happen.
+        # A run that failed already reports an error, perhaps of the same disk; a second one must not hide it.
         with contextlib.suppress(*([] if status == "success" else [UserError])):
             self.save()
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write what was logged, through to the disk."""
+        """Write the rows logged so far and sync them to the disk."""
         self.experiment.save(sync=True)
 
     @property
     def num_rows(self) -> int:
-        """Rows in the file; 0 in all processes but the first, which writes it."""
+        """Rows in the file; 0 on all ranks but rank 0, which writes it."""
         return self._writer.num_rows if self._writer is not None else 0
 
     @rank_zero_only
     def rewind(self, num_rows: int) -> None:
-        """Keep the first ``num_rows`` rows: a run resumed there logs the others again."""
+        """Keep the first ``num_rows`` rows; a run resumed there logs the others again."""
         self.experiment.keep(num_rows)
 
 
 class _MetricsFile:
-    """A CSV file that grows by rows and, now and then, by a column."""
+    """CSV file that grows by rows and occasionally by a column."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +105,7 @@ class _MetricsFile:
         self._new_rows.append({**values, "step": self.num_rows + len(self._new_rows) if step is None else step})
 
     def save(self, *, sync: bool = False) -> None:
-        """Append the new rows, or write the file anew where they hold a name that it has no column for."""
+        """Append the new rows, or rewrite the file if they have a new column."""
         names = sorted(set(self._names).union(*self._new_rows))
         with explain_failed_writes(self.path, "the metrics"):
             if names != self._names or ((self._new_rows or sync) and not self.path.is_file()):
@@ -118,7 +120,7 @@ class _MetricsFile:
         self._new_rows.clear()
 
     def keep(self, num_rows: int) -> None:
-        """Drop all rows after the first ``num_rows``, among them a last line of which a kill left only a part."""
+        """Drop all rows after the first ``num_rows``, including a last line that a killed process wrote in part."""
         rows = _read(self.path)[1][:num_rows]
         if self._names:
             with explain_failed_writes(self.path, "the metrics"):
@@ -136,7 +138,7 @@ class _MetricsFile:
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Names and rows of a file that may not be there."""
+    """Return the column names and rows of a file, both empty if it does not exist."""
     if not path.is_file():
         return [], []
     with open(path, newline="", encoding="utf-8") as file:

@@ -34,7 +34,7 @@ from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.models.transformers_internals import commit_hash
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
-from snake_lora_pl.training.fused import FusedDecoder, why_not_fused
+from snake_lora_pl.training.fused import FusedDecoder, fusion_obstacle
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.packing import pack
 from snake_lora_pl.training.resume.checkpoint_state import explain_damage
@@ -221,7 +221,7 @@ class LoRALightningModule(pl.LightningModule):
     def _fuse(self) -> FusedDecoder | None:
         if self.fused_layers == "never" or self.compile_layers:
             return None
-        obstacle = "processes share its weights in slices" if self._sharding else why_not_fused(self.peft_model)
+        obstacle = "processes share its weights in slices" if self._sharding else fusion_obstacle(self.peft_model)
         if obstacle is None:
             return FusedDecoder(self.peft_model, gradient_checkpointing=self.gradient_checkpointing)
         if self.fused_layers == "always":

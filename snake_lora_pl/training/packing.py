@@ -1,8 +1,8 @@
-"""Rows of a batch laid end to end in one sequence: no padding, and the head that all rows share stands there once.
+"""Packing of a batch: rows end to end in one sequence, without padding and with their common prefix once.
 
-A batch of rows of unequal length, padded, spends work on positions that carry nothing; and prompts of one style begin
-with the same words, which a causal model maps to the same hidden state in every row. ``PackedBatch`` says which token
-goes where, so that layers which treat every token apart (all but attention) run over each distinct token once.
+A padded batch of rows of unequal length computes positions that carry no information. And prompts of one style begin
+with the same tokens, which a causal model maps to the same hidden states in every row. Layers that treat each token
+separately (all but attention) run over each distinct token of a ``PackedBatch`` once.
 """
 
 from __future__ import annotations
@@ -16,102 +16,100 @@ from snake_lora_pl.constants import IGNORE_INDEX
 
 
 class PackedBatch(NamedTuple):
-    """Index tensors of a packed batch; T is the number of packed tokens, B of rows, R the longest rest of a row.
+    """Token ids and index tensors of a packed batch.
 
-    The T tokens are the shared head, then what follows it in each row. Positions of a row behind its last label are
-    left out: attention is causal, so nothing that carries loss sees them.
-
-    Args:
-        token_ids: int64 of shape (T,).
-        position_ids: Position of each token within its row; int64 of shape (T,).
-        head_length: Tokens of the shared head.
-        num_rows: B.
-        rest_length: R.
-        padded_index: For each place of the padded rests, row by row, the packed token there (a place of padding names
-            any token); int64 of shape (B * R,), or of shape (0,) where the rests, unpadded, are that already.
-        rest_index: For each packed token behind the head, its place among the padded rests; int64 of shape
-            (T - head_length,), or (0,) likewise.
-        target_index: The packed token whose hidden state predicts each target; int64 of shape (num_targets,).
-        target_ids: The targets, row by row; int64 of shape (num_targets,).
+    The T packed tokens are the common prefix, followed by the suffix of each of the B rows. S is the length of the
+    longest suffix. Tokens after the last label of a row are dropped: attention is causal, so no loss depends on them.
     """
 
     token_ids: Tensor
+    """int64 of shape (T,)."""
     position_ids: Tensor
-    head_length: int
+    """Position of each token in its row; int64 of shape (T,)."""
+    prefix_length: int
+    """Tokens of the common prefix."""
     num_rows: int
-    rest_length: int
+    """B."""
+    suffix_length: int
+    """S."""
     padded_index: Tensor
-    rest_index: Tensor
+    """Packed index of each position of the padded suffixes, row by row; any index at padding. int64 of shape (B * S,),
+    or (0,) if all suffixes have the same length."""
+    suffix_index: Tensor
+    """Position of each packed suffix token in the padded suffixes; int64 of shape (T - prefix_length,), or (0,) if all
+    suffixes have the same length."""
     target_index: Tensor
+    """Packed index of the token whose hidden state predicts each target; int64 of shape (num_targets,)."""
     target_ids: Tensor
+    """Target token ids, row by row; int64 of shape (num_targets,)."""
 
-    def rests(self, x: Tensor) -> Tensor:
-        """What stands behind the head, a row each.
+    def pad_suffixes(self, x: Tensor) -> Tensor:
+        """Return the suffixes as padded rows.
 
         Args:
             x: A value for each packed token; shape (T, ...).
 
         Returns:
-            Shape (B, R, ...); places of padding hold any token's value.
+            Shape (B, S, ...); padding holds the value of an arbitrary token.
         """
-        own = x.index_select(0, self.padded_index) if self.padded_index.numel() else x[self.head_length :]
-        return own.unflatten(0, (self.num_rows, self.rest_length))
+        flat = x.index_select(0, self.padded_index) if self.padded_index.numel() else x[self.prefix_length :]
+        return flat.reshape(self.num_rows, self.suffix_length, *x.shape[1:])
 
-    def without_padding(self, rests: Tensor) -> Tensor:
-        """The inverse of ``rests``: from shape (B, R, ...) to (T - head_length, ...)."""
-        flat = rests.flatten(0, 1)
-        return flat.index_select(0, self.rest_index) if self.rest_index.numel() else flat
+    def unpad_suffixes(self, suffixes: Tensor) -> Tensor:
+        """Invert ``pad_suffixes``: from shape (B, S, ...) to (T - prefix_length, ...)."""
+        flat = suffixes.flatten(0, 1)
+        return flat.index_select(0, self.suffix_index) if self.suffix_index.numel() else flat
 
 
-def pack(input_ids: Tensor, labels: Tensor, *, share_head: bool = True) -> PackedBatch | None:
-    """Lay the rows of a right-padded batch end to end.
+def pack(input_ids: Tensor, labels: Tensor, *, share_prefix: bool = True) -> PackedBatch | None:
+    """Pack a right-padded batch.
 
     Args:
-        input_ids: int64 of shape (batch, length).
-        labels: int64 of the same shape, ``IGNORE_INDEX`` where there is no loss.
-        share_head: Whether the tokens that all rows begin with are packed once. Every row gets the hidden state it
-            has alone; under dropout, rows then also share their head's masks.
+        input_ids: int64 of shape (B, length).
+        labels: int64 of shape (B, length), ``IGNORE_INDEX`` where there is no loss.
+        share_prefix: Whether tokens that all rows begin with are packed once. Hidden states are the same as without
+            packing, except that under dropout all rows share the masks of their prefix.
 
     Returns:
-        The packed batch, or None where no position carries a label.
+        The packed batch, or None if no position has a label.
     """
-    labeled = labels != IGNORE_INDEX
-    labeled[:, 0] = False  # nothing stands before the first token to predict it from
-    used = labeled.any(dim=1)
-    if not used.any():
+    is_labeled = labels != IGNORE_INDEX
+    is_labeled[:, 0] = False  # no token precedes the first one to predict it from
+    is_used = is_labeled.any(dim=1)
+    if not is_used.any():
         return None
-    input_ids, labels, labeled = input_ids[used], labels[used], labeled[used]
-    batch, width = input_ids.shape
-    # The last label predicts nothing further, so its own token need not be read.
-    lengths = width - 1 - labeled.flip(1).int().argmax(dim=1)
+    input_ids, labels, is_labeled = input_ids[is_used], labels[is_used], is_labeled[is_used]
+    num_rows, width = input_ids.shape
+    # The token of the last label predicts nothing, so it is not needed as an input.
+    lengths = width - 1 - is_labeled.flip(1).int().argmax(dim=1)  # (B,)
     longest, shortest = int(lengths.max()), int(lengths.min())
-    head = 0
-    if share_head and batch > 1:
-        same = (input_ids[:, :shortest] == input_ids[:1, :shortest]).all(dim=0)
-        # Every row keeps a token of its own.
-        head = min(int(same.int().cumprod(0).sum()), shortest - 1)
+    prefix_length = 0
+    if share_prefix and num_rows > 1:
+        is_common = (input_ids[:, :shortest] == input_ids[:1, :shortest]).all(dim=0)
+        # Every row keeps a suffix of at least one token.
+        prefix_length = min(int(is_common.int().cumprod(0).sum()), shortest - 1)
     device = input_ids.device
-    rest_width = longest - head
-    offsets = torch.arange(rest_width, device=device)
-    filled = offsets < (lengths - head)[:, None]  # (batch, rest_width)
-    num_rest = int(filled.sum())
-    token_ids = torch.cat([input_ids[0, :head], input_ids[:, head:longest][filled]])
-    positions = torch.cat([torch.arange(head, device=device), (head + offsets).expand(batch, -1)[filled]])
-    # packed[row, position] is the packed index of a row's token.
-    rest_packed = torch.zeros(batch, rest_width, dtype=torch.int64, device=device)
-    rest_packed[filled] = torch.arange(head, head + num_rest, device=device)
-    packed = torch.cat([torch.arange(head, device=device).expand(batch, -1), rest_packed], dim=1)
-    predicted = labeled[:, 1 : longest + 1]
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    even = num_rest == batch * rest_width
+    suffix_length = longest - prefix_length
+    offsets = torch.arange(suffix_length, device=device)
+    is_filled = offsets < (lengths - prefix_length)[:, None]  # (B, S)
+    num_suffix_tokens = int(is_filled.sum())
+    prefix_positions = torch.arange(prefix_length, device=device)
+    suffix_positions = (prefix_length + offsets).expand(num_rows, -1)[is_filled]
+    suffix_packed = torch.zeros(num_rows, suffix_length, dtype=torch.int64, device=device)
+    suffix_packed[is_filled] = torch.arange(prefix_length, prefix_length + num_suffix_tokens, device=device)
+    # The packed index of each token of each row.
+    packed_index = torch.cat([prefix_positions.expand(num_rows, -1), suffix_packed], dim=1)  # (B, longest)
+    predicts = is_labeled[:, 1 : longest + 1]
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    needs_padding = num_suffix_tokens != num_rows * suffix_length
     return PackedBatch(
-        token_ids=token_ids,
-        position_ids=positions,
-        head_length=head,
-        num_rows=batch,
-        rest_length=rest_width,
-        padded_index=none if even else rest_packed.flatten(),
-        rest_index=none if even else filled.flatten().nonzero().squeeze(1),
-        target_index=packed[predicted],
-        target_ids=labels[:, 1 : longest + 1][predicted],
+        token_ids=torch.cat([input_ids[0, :prefix_length], input_ids[:, prefix_length:longest][is_filled]]),
+        position_ids=torch.cat([prefix_positions, suffix_positions]),
+        prefix_length=prefix_length,
+        num_rows=num_rows,
+        suffix_length=suffix_length,
+        padded_index=suffix_packed.flatten() if needs_padding else empty,
+        suffix_index=is_filled.flatten().nonzero().squeeze(1) if needs_padding else empty,
+        target_index=packed_index[predicts],
+        target_ids=labels[:, 1 : longest + 1][predicts],
     )

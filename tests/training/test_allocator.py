@@ -8,14 +8,14 @@ import pytest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-def test_a_step_that_takes_its_memory_again_faults_no_pages_in() -> None:
+def test_kept_memory_is_reused_without_page_faults() -> None:
     script = """
         import resource, torch
         from snake_lora_pl.training.allocator import keep_freed_memory
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            # 40 MiB each: past 32 MiB glibc never keeps a block of its own accord.
+            # 40 MiB each: above 32 MiB glibc never keeps a block by default.
             activations = [torch.empty(10 * 2**20).fill_(1.0) for _ in range(6)]
             del activations
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -30,13 +30,13 @@ def test_a_step_that_takes_its_memory_again_faults_no_pages_in() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-def test_memory_that_is_given_back_leaves_no_holes() -> None:
+def test_memory_that_is_given_back_does_not_fragment() -> None:
     script = """
         import psutil, torch
         from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 
         def held(num_mib):
-            # Every other block is freed; what comes then fits into none of the holes.
+            # Every other block is freed; the next allocation fits into none of the gaps.
             blocks = [torch.ones(num_mib * 2**18) for _ in range(40)]
             del blocks[::2]
             larger = torch.ones(num_mib * 20 * 2**18)

@@ -1,4 +1,4 @@
-"""The loss by Liger Kernel against whole logits: on a GPU, and on a CPU through Triton's interpreter."""
+"""Liger Kernel's loss is compared with that of whole logits, on a GPU and in Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def compare(device: str, dtype: torch.dtype, tolerance: float, *, bias: bool) ->
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_equals_whole_logits_under_the_interpreter(bias: bool) -> None:
-    # In a process of its own: Triton reads this variable when it is imported.
+def test_liger_loss_equals_that_of_whole_logits_in_the_interpreter(bias: bool) -> None:
+    # In another process, because Triton reads this variable at import.
     script = f"import torch; from {__name__} import compare; compare('cpu', torch.float32, 1e-5, bias={bias})"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
@@ -51,7 +51,9 @@ def test_it_equals_whole_logits_under_the_interpreter(bias: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-def test_it_equals_whole_logits_on_a_gpu(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liger_loss_equals_that_of_whole_logits_on_a_gpu(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     compare("cuda", dtype, tolerance, bias=False)
     head = nn.Linear(64, 1001, bias=False, device="cuda", dtype=dtype).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The chunked loss against its plain twin: the whole logits tensor and PyTorch's own cross-entropy."""
+"""The chunked loss is compared with PyTorch's cross-entropy of the whole logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plain_loss(hidden: Tensor, token_ids: Tensor, head: nn.Module) -> Tensor:
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
-def test_loss_and_gradients_equal_those_of_whole_logits(frozen: bool, bias: bool, chunk_tokens: int) -> None:
+def test_chunked_loss_and_gradients_equal_those_of_whole_logits(frozen: bool, bias: bool, chunk_tokens: int) -> None:
     head, twin = make_head(frozen, bias), make_head(frozen, bias)
     hidden = torch.randn(23, HIDDEN, requires_grad=True)
     token_ids = torch.randint(VOCAB, (23,))
@@ -58,7 +58,7 @@ def test_loss_in_bfloat16_stays_near_float32() -> None:
     assert difference < 2e-2
 
 
-def test_no_target_gives_zero_loss_and_zero_gradient() -> None:
+def test_batch_without_targets_has_zero_loss_and_zero_gradient() -> None:
     hidden = torch.randn(0, HIDDEN, requires_grad=True)
     loss = completion_loss(hidden, torch.empty(0, dtype=torch.int64), make_head(True))
     loss.backward()
@@ -66,7 +66,7 @@ def test_no_target_gives_zero_loss_and_zero_gradient() -> None:
     assert hidden.grad is not None
 
 
-def test_targets_are_the_labels_one_position_on() -> None:
+def test_targets_are_the_labels_shifted_by_one() -> None:
     labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]])
     targets = select_targets(labels)
     assert targets.token_ids.tolist() == [5, 6, 7]
@@ -74,7 +74,7 @@ def test_targets_are_the_labels_one_position_on() -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
-def test_predictions_are_the_most_likely_tokens_and_their_losses_add_up(chunk_tokens: int) -> None:
+def test_predictions_are_the_most_likely_tokens_and_their_losses_sum_to_the_loss(chunk_tokens: int) -> None:
     head = make_head(frozen=True)
     hidden, token_ids = torch.randn(23, HIDDEN), torch.randint(VOCAB, (23,))
     losses, predicted = completion_predictions(hidden, token_ids, head, chunk_tokens)

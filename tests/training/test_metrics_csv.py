@@ -22,12 +22,12 @@ def rows_of(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_grow_by_columns_and_keep_what_was_there(tmp_path: Path) -> None:
+def test_new_metric_adds_a_column_and_keeps_the_rows(tmp_path: Path) -> None:
     log(MetricsCSVLogger(str(tmp_path)), {"b": 1.5}, {"a": 2.0, "b": 0.1})
     assert rows_of(tmp_path) == [{"a": "", "b": "1.5", "step": "0"}, {"a": "2.0", "b": "0.1", "step": "1"}]
 
 
-def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint_and_drops_a_torn_line(tmp_path: Path) -> None:
+def test_resumed_run_keeps_the_rows_of_its_checkpoint_and_drops_an_incomplete_line(tmp_path: Path) -> None:
     first = MetricsCSVLogger(str(tmp_path))
     log(first, {"a": 1.0}, {"a": 2.0})
     num_rows = first.num_rows
@@ -40,21 +40,21 @@ def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint_and_drops_a_torn_line
     assert [(row["a"], row["c"]) for row in rows_of(tmp_path)] == [("1.0", ""), ("2.0", ""), ("", "5.0")]
 
 
-def test_a_kill_while_a_column_is_added_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_killed_while_adding_a_column_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = MetricsCSVLogger(str(tmp_path))
     log(logger, {"a": 1.0})
 
-    def die(*args: object) -> None:
+    def exit_process(*args: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(durable.os, "replace", die)
+    monkeypatch.setattr(durable.os, "replace", exit_process)
     with pytest.raises(SystemExit):
         log(logger, {"b": 1.0})
     assert rows_of(tmp_path) == [{"a": "1.0", "step": "0"}]
 
 
 @pytest.mark.parametrize("new_column", [True, False])
-def test_a_directory_deleted_under_the_run_is_one_line_and_not_made_again(tmp_path: Path, new_column: bool) -> None:
+def test_deleted_run_directory_is_an_error_and_is_not_created_again(tmp_path: Path, new_column: bool) -> None:
     directory = tmp_path / "run"
     logger = MetricsCSVLogger(str(directory))
     log(logger, {"a": 1.0})

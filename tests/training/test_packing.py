@@ -30,24 +30,24 @@ def batch_of(rows: list[list[tuple[int, bool]]]) -> tuple[torch.Tensor, torch.Te
 
 @given(rows_strategy, st.booleans())
 @settings(max_examples=300)
-def test_every_target_is_predicted_after_exactly_its_own_row(rows: list, share_head: bool) -> None:
+def test_each_target_is_predicted_from_exactly_the_tokens_before_it_in_its_row(rows: list, share_prefix: bool) -> None:
     input_ids, labels = batch_of(rows)
     targets = select_targets(labels)
-    batch = pack(input_ids, labels, share_head=share_head)
+    batch = pack(input_ids, labels, share_prefix=share_prefix)
     if batch is None:
         assert targets.token_ids.numel() == 0
         return
     assert batch.target_ids.tolist() == targets.token_ids.tolist()
-    assert share_head or batch.head_length == 0
+    assert share_prefix or batch.prefix_length == 0
 
-    # What each packed token may see, written down the slow way: the head, and the tokens of its row before it.
-    rest = list(range(batch.head_length, len(batch.token_ids)))
-    places = batch.rest_index.tolist() if batch.rest_index.numel() else [p - batch.head_length for p in rest]
-    row_of = {packed: place // batch.rest_length for packed, place in zip(rest, places, strict=True)}
+    # The context of each packed token, computed the slow way: the prefix, and the tokens of its row before it.
+    suffix = list(range(batch.prefix_length, len(batch.token_ids)))
+    positions = batch.suffix_index.tolist() if batch.suffix_index.numel() else [p - batch.prefix_length for p in suffix]
+    row_of = {packed: position // batch.suffix_length for packed, position in zip(suffix, positions, strict=True)}
     seen = []
     for packed in batch.target_index.tolist():
-        own_row = [p for p in rest if p <= packed and row_of[p] == row_of.get(packed)]
-        context = [*range(min(batch.head_length, packed + 1)), *own_row]
+        own_row = [p for p in suffix if p <= packed and row_of[p] == row_of.get(packed)]
+        context = [*range(min(batch.prefix_length, packed + 1)), *own_row]
         assert batch.position_ids[context].tolist() == list(range(len(context)))
         seen.append(batch.token_ids[context].tolist())
     expected = [input_ids[i, : j + 1].tolist() for i, j in targets.mask.nonzero().tolist()]
@@ -56,20 +56,20 @@ def test_every_target_is_predicted_after_exactly_its_own_row(rows: list, share_h
 
 @given(rows_strategy)
 @settings(max_examples=100)
-def test_padded_rests_hold_the_rows(rows: list) -> None:
+def test_unpadding_inverts_padding_of_suffixes(rows: list) -> None:
     batch = pack(*batch_of(rows))
-    if batch is None or not batch.padded_index.numel():
+    if batch is None:
         return
-    padded = batch.token_ids[batch.padded_index].view(batch.num_rows, batch.rest_length)
-    flat = padded.flatten()[batch.rest_index]
-    assert flat.tolist() == batch.token_ids[batch.head_length :].tolist()
+    padded = batch.pad_suffixes(batch.token_ids)
+    assert padded.shape == (batch.num_rows, batch.suffix_length)
+    assert torch.equal(batch.unpad_suffixes(padded), batch.token_ids[batch.prefix_length :])
 
 
-def test_padding_and_what_carries_no_loss_are_not_packed() -> None:
+def test_padding_and_tokens_after_the_last_label_are_not_packed() -> None:
     input_ids, labels = batch_of([[(1, False), (2, False), (3, True)], [(1, False), (1, True), (2, False), (2, False)]])
     batch = pack(input_ids, labels)
     assert batch is not None
-    assert batch.head_length == 0  # the second row is read up to its first token alone, and keeps that for itself
+    assert batch.prefix_length == 0  # only the first token of the second row is used, and it is its suffix
     assert batch.token_ids.tolist() == [1, 2, 1]
 
 
@@ -77,5 +77,5 @@ def test_equal_rows_share_all_but_their_last_token() -> None:
     row = [(1, False), (2, False), (3, False), (1, True)]
     batch = pack(*batch_of([row] * 4))
     assert batch is not None
-    assert batch.head_length == 2
+    assert batch.prefix_length == 2
     assert batch.token_ids.tolist() == [1, 2, 3, 3, 3, 3]

@@ -1,5 +1,5 @@
-"""A decoder of the Llama family whose forward and backward passes are written out for a frozen base and LoRA."""
+"""Llama-like decoder with hand-written forward and backward passes for a frozen base with LoRA."""
 
-from snake_lora_pl.training.fused.decoder import FusedDecoder, why_not_fused
+from snake_lora_pl.training.fused.decoder import FusedDecoder, fusion_obstacle
 
-__all__ = ["FusedDecoder", "why_not_fused"]
+__all__ = ["FusedDecoder", "fusion_obstacle"]

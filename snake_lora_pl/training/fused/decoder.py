@@ -1,4 +1,4 @@
-"""The decoder as a whole: which models it fits, and its layers in turn over a packed batch."""
+"""Fused decoder: which models it supports, and its layers over a packed batch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snake_lora_pl.training.fused.attention import Heads, attend
+from snake_lora_pl.training.fused.attention import HeadLayout, attend
 from snake_lora_pl.training.fused.functions import NormProjection, ProjectionResidual, SwiGLU
 from snake_lora_pl.training.fused.projection import Projection
 from snake_lora_pl.training.packing import PackedBatch
+from snake_lora_pl.training.torch_internals import has_forward_hooks
 
-# Architectures whose layers are: norm, attention with rotary positions, norm, gated SiLU; residuals around both.
+# Architectures whose layers are norm, attention with rotary positions, norm, gated SiLU, with residuals around both.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 
 
-def why_not_fused(peft_model: Any) -> str | None:
-    """Say why a model cannot run fused, or None where it can.
+def fusion_obstacle(peft_model: Any) -> str | None:
+    """Return why a model cannot run fused, as a clause for messages, or None if it can.
 
     Args:
         peft_model: A PEFT causal language model with one active adapter.
@@ -27,22 +28,22 @@ def why_not_fused(peft_model: Any) -> str | None:
     if config.model_type not in MODEL_TYPES:
         return f"its architecture is {config.model_type}, not one of {', '.join(MODEL_TYPES)}"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "it attends within a sliding window"
+        return "its attention uses a sliding window"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}, not silu"
     if getattr(config, "attention_dropout", 0.0):
-        return "it has dropout on attention"
+        return "its attention uses dropout"
     decoder = peft_model.get_base_model().base_model
     for name, module in decoder.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_forward_hooks(module):
             return f"{name or 'the decoder'} has a hook on its forward pass"
-        problem = _why_not_linear(module)
-        if problem:
-            return f"{name} {problem}"
+        obstacle = _linear_obstacle(module)
+        if obstacle:
+            return f"{name} {obstacle}"
     return None
 
 
-def _why_not_linear(module: nn.Module) -> str | None:
+def _linear_obstacle(module: nn.Module) -> str | None:
     from peft.tuners.lora import Linear as LoRALinear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -50,10 +51,10 @@ def _why_not_linear(module: nn.Module) -> str | None:
         if type(module) is not LoRALinear or type(module.base_layer) is not nn.Linear:
             return f"is a {type(module).__module__}.{type(module).__name__}, not plain LoRA on a linear layer"
         if len(module.active_adapters) != 1 or module.merged or module.disable_adapters:
-            return "has no single active, unmerged adapter"
+            return "does not have exactly one active, unmerged adapter"
         name = module.active_adapters[0]
         if name in module.lora_variant or module.lora_bias.get(name):
-            return "carries a variant of LoRA (DoRA, or a bias on B)"
+            return "uses a LoRA variant (DoRA, or a bias on B)"
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, whose weight is quantized"
     return None
@@ -70,13 +71,13 @@ class _Layer:
 
 
 class FusedDecoder:
-    """Last hidden state of a Llama-like decoder over a packed batch.
+    """Forward pass of a Llama-like decoder over a packed batch.
 
-    Reads the weights of the model's own modules and changes none of their values; the model works on as it was.
+    It reads the weights of the model's own modules and changes none of their values, so the model remains usable.
 
     Args:
-        peft_model: One that ``why_not_fused`` has no objection to.
-        gradient_checkpointing: Keep only each layer's input, and compute the layer again in the backward pass.
+        peft_model: A model for which ``fusion_obstacle`` returns None.
+        gradient_checkpointing: Keep only the input of each layer and recompute the layer in the backward pass.
     """
 
     def __init__(self, peft_model: Any, *, gradient_checkpointing: bool = False) -> None:
@@ -84,7 +85,7 @@ class FusedDecoder:
         self._gradient_checkpointing = gradient_checkpointing
         config = self._decoder.config
         attention = self._decoder.layers[0].self_attn
-        self._heads = Heads(
+        self._layout = HeadLayout(
             config.num_attention_heads, config.num_key_value_heads, attention.head_dim, float(attention.scaling)
         )
         self._layers = [
@@ -100,29 +101,30 @@ class FusedDecoder:
         ]
 
     def target_states(self, batch: PackedBatch) -> Tensor:
-        """Hidden state, after the last norm, that predicts each target; shape (num_targets, hidden_size)."""
+        """Return the hidden state, after the last norm, that predicts each target; (num_targets, hidden_size)."""
         decoder = self._decoder
-        # Its own casts are all that is wanted: parameters keep their types under autocast too.
+        # Autocast would cast the parameters again at every use; the functions cast where necessary.
         with torch.autocast(batch.token_ids.device.type, enabled=False):
-            x = decoder.embed_tokens(batch.token_ids)
+            x = decoder.embed_tokens(batch.token_ids)  # (T, hidden_size)
             cos, sin = decoder.rotary_emb(x[None], batch.position_ids[None])
-            cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+            cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)  # (T, 1, head_size)
             for index, layer in enumerate(self._layers):
-                last = index == len(self._layers) - 1
+                is_last = index == len(self._layers) - 1
                 if self._gradient_checkpointing and torch.is_grad_enabled():
                     x = torch.utils.checkpoint.checkpoint(
-                        self._run, layer, x, cos, sin, batch, last, use_reentrant=False
+                        self._run, layer, x, cos, sin, batch, is_last, use_reentrant=False
                     )
                 else:
-                    x = self._run(layer, x, cos, sin, batch, last)
-            return decoder.norm(x)
+                    x = self._run(layer, x, cos, sin, batch, is_last)
+            states: Tensor = decoder.norm(x)
+            return states
 
-    def _run(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, last: bool) -> Tensor:
+    def _run(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, is_last: bool) -> Tensor:
         norm = layer.input_norm
         qkv = NormProjection.apply(x, norm.weight, norm.variance_epsilon, layer.qkv, *layer.qkv.factors)
-        attended = attend(qkv, cos, sin, self._heads, batch)
-        if last:
-            # Behind the last attention only what predicts a target is ever read.
+        attended = attend(qkv, cos, sin, self._layout, batch)  # (T, num_queries * head_size)
+        if is_last:
+            # After the last attention only the positions that predict a target are used.
             attended, x = attended[batch.target_index], x[batch.target_index]
         output = layer.attention_output
         x = ProjectionResidual.apply(attended, x, output, *output.factors)

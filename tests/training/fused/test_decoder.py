@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from snake_lora_pl.constants import IGNORE_INDEX
-from snake_lora_pl.training.fused import FusedDecoder, projection, why_not_fused
+from snake_lora_pl.training.fused import FusedDecoder, fusion_obstacle, projection
 from snake_lora_pl.training.loss import completion_loss
 from snake_lora_pl.training.packing import pack
 
@@ -53,11 +53,11 @@ def make_model(architecture: str = "llama", targets: Any = ATTENTION, dropout: f
     return model
 
 
-def make_batch(num_rows: int = 4, head: int = 5) -> tuple[Tensor, Tensor]:
+def make_batch(num_rows: int = 4, prefix: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(head + 4, 40, (num_rows,), generator=generator).tolist()
+    lengths = torch.randint(prefix + 4, 40, (num_rows,), generator=generator).tolist()
     input_ids = torch.randint(0, 97, (num_rows, max(lengths)), generator=generator)
-    input_ids[:, :head] = input_ids[0, :head].clone()
+    input_ids[:, :prefix] = input_ids[0, :prefix].clone()
     labels = input_ids.clone()
     for row, length in enumerate(lengths):
         labels[row, : length // 2] = IGNORE_INDEX
@@ -71,7 +71,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def plain_loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """The model's own layers, an attention mask, whole logits."""
+    """Compute the loss with the model's own layers, an attention mask and whole logits."""
     mask = torch.ones_like(input_ids)
     for row, row_labels in enumerate(labels):
         mask[row, int((row_labels != IGNORE_INDEX).nonzero().max()) + 1 :] = 0
@@ -92,21 +92,21 @@ def assert_same(model: Any, loss: Tensor, expected: Tensor, tolerance: float) ->
     assert all(grad.norm() > 0 for grad in expected_grads.values())
     whole, expected_whole = (torch.cat([g.flatten() for g in gs.values()]) for gs in (grads, expected_grads))
     assert (whole - expected_whole).norm() < tolerance * expected_whole.norm()
-    for name, grad in grads.items():  # none is lost among the larger ones
+    for name, grad in grads.items():  # small gradients must not hide behind large ones
         assert (grad - expected_grads[name]).norm() < 10 * tolerance * expected_grads[name].norm(), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_loss_and_gradients_equal_the_models_own(architecture: str, targets: str) -> None:
+def test_fused_loss_and_gradients_equal_the_models_own(architecture: str, targets: str) -> None:
     model = make_model(architecture, TARGETS[targets])
-    assert why_not_fused(model) is None
+    assert fusion_obstacle(model) is None
     batch = make_batch()
     assert_same(model, fused_loss(model, *batch), plain_loss(model, *batch), 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_in_bfloat16_they_agree_within_its_precision(rows: int) -> None:
+def test_fused_loss_in_bfloat16_agrees_within_its_precision(rows: int) -> None:
     model = make_model()
     for name, parameter in model.named_parameters():
         if "lora" not in name:
@@ -116,7 +116,7 @@ def test_in_bfloat16_they_agree_within_its_precision(rows: int) -> None:
         assert_same(model, fused_loss(model, *batch), plain_loss(model, *batch), 2e-2)
 
 
-def test_checkpointed_layers_give_the_same_also_under_dropout() -> None:
+def test_gradient_checkpointing_changes_nothing_even_with_dropout() -> None:
     model = make_model(dropout=0.3).train()
     batch = make_batch()
     results = []
@@ -129,7 +129,7 @@ def test_checkpointed_layers_give_the_same_also_under_dropout() -> None:
     assert all(torch.equal(grads[name], checkpointed[name]) for name in grads)
 
 
-def test_rank_stabilised_scale_is_followed() -> None:
+def test_rank_stabilized_scale_is_used() -> None:
     model = make_model(use_rslora=True)
     batch = make_batch()
     assert_same(model, fused_loss(model, *batch), plain_loss(model, *batch), 1e-5)
@@ -144,7 +144,7 @@ class FixedMask(nn.Module):
         return x * self.mask[: x.shape[1]] * self.scale
 
 
-def test_under_dropout_each_layer_sees_its_mask_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_uses_the_same_mask_in_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(targets="all-linear", dropout=0.5).train()
     input_ids, labels = make_batch(1)
     tokens = int((labels[0] != IGNORE_INDEX).nonzero().max())
@@ -156,11 +156,11 @@ def test_under_dropout_each_layer_sees_its_mask_in_both_passes(monkeypatch: pyte
         drawn.append(next(masks)[-len(like) :])
         return drawn[-1], 1.5
 
-    monkeypatch.setattr(projection, "draw_kept", draw)
+    monkeypatch.setattr(projection, "draw_mask", draw)
     loss = fused_loss(model, input_ids[:, : tokens + 1], labels[:, : tokens + 1])
     assert len(drawn) == 8
 
-    # The last layer's output and feed-forward run over what predicts a target alone: the end of the only row.
+    # Output projection and MLP of the last layer run only over positions that predict a target: the end of the row.
     filled = iter([torch.cat([torch.ones(tokens - len(m), m.shape[1]), m]) for m in drawn])
     for layer in model.get_base_model().model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -172,28 +172,28 @@ def test_under_dropout_each_layer_sees_its_mask_in_both_passes(monkeypatch: pyte
     assert_same(model, loss, plain_loss(model, input_ids[:, : tokens + 1], labels[:, : tokens + 1]), 1e-5)
 
 
-def test_dropout_keeps_the_share_it_should() -> None:
+def test_dropout_mask_keeps_the_expected_fraction() -> None:
     torch.manual_seed(0)
-    kept, scale = projection.draw_kept(torch.empty(501, 999), 0.05)
+    kept, scale = projection.draw_mask(torch.empty(501, 999), 0.05)
     assert kept.unique().tolist() == [0, 1]
     assert abs(kept.mean() - 0.95) < 0.002
-    assert abs(kept[:, ::4].mean() - kept[:, 1::4].mean()) < 0.004  # elements that share a draw are alike
+    assert abs(kept[:, ::4].mean() - kept[:, 1::4].mean()) < 0.004  # no bias between elements that share a draw
     assert abs(scale - 1 / 0.95) < 1e-4
-    again, _ = projection.draw_kept(torch.empty(501, 999), 0.05)
+    again, _ = projection.draw_mask(torch.empty(501, 999), 0.05)
     assert not torch.equal(kept, again)
 
 
-@pytest.mark.parametrize("head", [0, 6])
-def test_no_row_sees_another(head: int) -> None:
+@pytest.mark.parametrize("prefix", [0, 6])
+def test_rows_do_not_see_each_other(prefix: int) -> None:
     model = make_model()
-    input_ids, labels = make_batch(4, head)
+    input_ids, labels = make_batch(4, prefix)
     changed = input_ids.clone()
-    changed[2, head:] = (changed[2, head:] + 1) % 97
+    changed[2, prefix:] = (changed[2, prefix:] + 1) % 97
     states = []
     for ids in (input_ids, changed):
         batch = pack(ids, labels)
         assert batch is not None
-        assert batch.head_length == head
+        assert batch.prefix_length == prefix
         hidden = FusedDecoder(model).target_states(batch)
         row_sizes = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
         states.append(model.get_base_model().lm_head(hidden).split(row_sizes))
@@ -202,7 +202,7 @@ def test_no_row_sees_another(head: int) -> None:
     assert not torch.equal(states[0][2], states[1][2])
 
 
-def test_the_model_works_on_as_it_was() -> None:
+def test_model_remains_usable_and_unchanged() -> None:
     model = make_model(architecture="llama-with-biases").eval()
     input_ids, labels = make_batch()
     before, names = model(input_ids=input_ids).logits, list(model.state_dict())
@@ -211,7 +211,7 @@ def test_the_model_works_on_as_it_was() -> None:
     assert torch.equal(model(input_ids=input_ids).logits, before)
 
 
-def test_weights_that_were_moved_are_found_again() -> None:
+def test_moved_weights_are_used() -> None:
     model = make_model()
     batch = make_batch()
     decoder = FusedDecoder(model)
@@ -238,15 +238,15 @@ def obstacles() -> dict[str, Any]:
     return {
         "layers.1.self_attn.q_proj has a hook": hooked,
         "DoRA": make_model(use_dora=True),
-        "active, unmerged": disabled,
-        "single active": two,
+        "unmerged": disabled,
+        "exactly one active": two,
         "architecture is gpt2": gpt2,
         "sliding window": get_peft_model(windowed, LoraConfig(r=2, target_modules=["q_proj"])),
     }
 
 
-def test_what_cannot_be_fused_is_named() -> None:
-    for words, model in obstacles().items():
-        reason = why_not_fused(model)
-        assert reason is not None, words
-        assert words in reason
+def test_fusion_obstacles_are_named() -> None:
+    for expected, model in obstacles().items():
+        obstacle = fusion_obstacle(model)
+        assert obstacle is not None, expected
+        assert expected in obstacle
