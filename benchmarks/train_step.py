@@ -350,7 +350,7 @@ def make_step(base_model: str, rank: int, dtype: str) -> Callable[[dict[str, Any
         batch = module.on_before_batch_transfer(dict(batch), 0)
         batch = move_data_to_device(batch, module.device)
         module.training_step(batch, 0).backward()
-        module.watch.clear()
+        module.step_loss.clear()
         optimizer.step()
         optimizer.zero_grad()
         if module.device.type == "cuda":

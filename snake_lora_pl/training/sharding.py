@@ -62,7 +62,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """How rows are divided among the ranks; prompts to complete are not divided.
+        """Division of rows among the ranks; prompts to complete are not divided.
 
         Completions differ in length, and a rank that still generates needs the shards of all others.
         """

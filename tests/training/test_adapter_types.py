@@ -86,7 +86,7 @@ def fit(
 def mean_loss(module: LoRALightningModule) -> float:
     with torch.no_grad(), module.compute_context():
         loss = module.training_step(collate(ROWS), 0)
-    module.watch.clear()
+    module.step_loss.clear()
     return float(loss)
 
 

@@ -158,4 +158,4 @@ def _as_if_nothing_had_run(module: Any, device: torch.device) -> Iterator[None]:
             yield
         finally:
             module.zero_grad(set_to_none=True)
-            module.watch.clear()
+            module.step_loss.clear()

@@ -1,7 +1,7 @@
 """Parts of a decoder layer as autograd functions that keep and compute only what LoRA needs.
 
-With a layer as it is usually written, autograd keeps every intermediate and makes many small passes over memory. With
-LoRA it also draws a dropout mask and multiplies matrices separately for q, k and v although they read the same input.
+In a layer of separate operations autograd keeps every intermediate and makes many small passes over memory. With LoRA
+it also draws a dropout mask and multiplies matrices separately for q, k and v although they read the same input.
 Here projections of one input are one product, and cheap results are recomputed instead of kept, as Unsloth
 (https://github.com/unslothai/unsloth) and Liger Kernel (https://arxiv.org/abs/2410.10989) do on GPUs.
 

@@ -1,0 +1,207 @@
+"""Checks before training: settings, tokenizer, logits, sharding, and checkpoints of another adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snake_lora_pl.adapters.adapter_type import adapter_tensors
+from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.quantization import compute_dtype, quantization_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_MAX_TOKENS = 2**20
+"""Upper limit of ``max_new_tokens`` and ``loss_chunk_tokens``."""
+
+
+def check_settings(
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    warmup_steps: int,
+    final_learning_rate_fraction: float,
+    adapter_type: str,
+    lora: LoRAConfig,
+    **token_counts: int,
+) -> None:
+    """Check arguments of ``LoRALightningModule``.
+
+    Args:
+        learning_rate: See ``LoRALightningModule``.
+        weight_decay: See ``LoRALightningModule``.
+        betas: See ``LoRALightningModule``.
+        warmup_steps: See ``LoRALightningModule``.
+        final_learning_rate_fraction: See ``LoRALightningModule``.
+        adapter_type: See ``LoRALightningModule``.
+        lora: See ``LoRALightningModule``.
+        token_counts: Arguments that are numbers of tokens.
+
+    Raises:
+        UserError: If any argument is invalid; the message lists all of them.
+    """
+    problems = []
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        problems.append(f"model.learning_rate must be a number above 0, not {learning_rate}")
+    if not weight_decay >= 0:
+        problems.append(f"model.weight_decay must be at least 0, not {weight_decay}")
+    if warmup_steps < 0:
+        problems.append(f"model.warmup_steps must be at least 0, not {warmup_steps}")
+    if not 0 <= final_learning_rate_fraction <= 1:
+        problems.append(
+            f"model.final_learning_rate_fraction must be between 0 and 1, not {final_learning_rate_fraction}"
+        )
+    if adapter_type not in AdapterFactory.registered():
+        known = ", ".join(AdapterFactory.registered())
+        problems.append(f"model.adapter_type must be one of {known}, not '{adapter_type}'")
+    if not all(0 <= beta < 1 for beta in betas):
+        problems.append(f"model.betas must be at least 0 and below 1, not {list(betas)}")
+    for name, count in token_counts.items():
+        if not 1 <= count <= _MAX_TOKENS:
+            problems.append(f"model.{name} must be between 1 and {_MAX_TOKENS:,}, not {count}")
+    if problems:
+        raise UserError("; ".join(problems) + ".")
+    AdapterFactory.get_adapter_type(adapter_type).check(adapter_type, lora)
+
+
+def check_vocabulary(model: PeftModel, tokenizer: Any, base_model: str) -> None:
+    """Check that the model has an embedding for every token of its tokenizer.
+
+    Raises:
+        UserError: If it has fewer.
+    """
+    ordinary_ids = {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
+    num_tokens = 1 + max(tokenizer.eos_token_id, tokenizer.pad_token_id, *ordinary_ids)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if num_tokens > num_embeddings:
+        raise UserError(
+            f"model.base_model {base_model}: its tokenizer has {num_tokens:,} tokens, its weights have embeddings for "
+            f"{num_embeddings:,}. The files are from different models: copy all of them again."
+        )
+
+
+def check_logits(model: PeftModel, training_logits: Callable[[Tensor], Tensor], source: str) -> None:
+    """Check that the logits are finite and equal the output head applied to the last hidden state.
+
+    Some architectures scale or cap their logits after the output head. Training computes the loss from the hidden state
+    and would optimize another function than the model's.
+
+    Args:
+        model: The PEFT model.
+        training_logits: The computation that training uses: from token ids of shape (B, T) to the logits of all
+            positions but the last, of shape (B * (T - 1), vocab_size).
+        source: The key and value that the model was loaded from, for messages.
+
+    Raises:
+        UserError: If the logits are not finite or differ.
+    """
+    head_weight = model.get_base_model().get_output_embeddings().weight
+    # Token ids spread over the vocabulary. The first ids are often special tokens, for which a trained adapter's hidden
+    # states are so large that logits in 16 bits are meaningless.
+    steps = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=head_weight.device)
+    input_ids = steps * (len(head_weight) // 8)
+    was_training = model.training
+    model.eval()
+    actual = training_logits(input_ids)
+    expected = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    model.train(was_training)
+    if not expected.isfinite().all():
+        dtype = str(compute_dtype(model.get_base_model())).removeprefix("torch.")
+        raise UserError(
+            f"{source}: the model's logits are not finite. Its weights are damaged, or they overflow in {dtype}. Copy "
+            "its files again, or set model.dtype=float32."
+        )
+    # The two sum in different order. In 16 bits a few positions may differ by their whole size, but the median agrees.
+    tolerance = 1e-3 if actual.dtype == torch.float32 else 0.1
+    difference = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    if not difference.median() <= tolerance:
+        raise UserError(
+            f"{source}: {type(model.get_base_model()).__name__} changes its logits after the output head (a soft cap "
+            "or a scale), which training does not support. Choose another base model."
+        )
+
+
+def check_shardable(model: PeftModel, adapter_type: str, lora: LoRAConfig) -> None:
+    """Check that base and adapter can be sharded with FSDP2.
+
+    bitsandbytes finds its 8-bit weights through an attribute that sharded tensors lack. And only trained parameters are
+    gathered and saved, so an adapter with frozen tensors would be saved in part.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    quantization = quantization_of(model.get_base_model())
+    if quantization is not None and quantization.bits == 8:
+        raise UserError(
+            "trainer.strategy: an 8-bit base cannot be sharded. Use --config ddp.yaml, or "
+            "--model.lora.quantization.bits=4."
+        )
+    frozen = [name for name, tensor in adapter_tensors(model).items() if not tensor.requires_grad]
+    if frozen:
+        raise UserError(
+            f"trainer.strategy: an adapter of type {adapter_type} with init_lora_weights={lora.init_lora_weights} "
+            f"cannot be sharded: {frozen[0]} is not trained and would not be saved. Use --config ddp.yaml."
+        )
+
+
+def check_prompt_lengths(batch: dict[str, Any], model: PeftModel) -> None:
+    """Check that the model can read every prompt of a batch.
+
+    Raises:
+        UserError: If a prompt has more tokens than the model has positions; the message names its row.
+    """
+    max_tokens = getattr(model.get_base_model().config, "max_position_embeddings", None)
+    lengths = [len(token_ids) for token_ids in batch["input_ids"]]
+    if max_tokens is not None and max(lengths) > max_tokens:
+        source = batch["sources"][lengths.index(max(lengths))]
+        raise UserError(
+            f"{source}: the prompt has {max(lengths):,} tokens, but the model reads at most {max_tokens:,}. Shorten "
+            "the prompt or drop the row."
+        )
+
+
+def check_checkpoint_tensors(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint holds exactly the tensors of this adapter.
+
+    Raises:
+        UserError: If a name is missing or unknown, or a shape differs.
+    """
+    different = sorted(saved.keys() ^ own.keys()) or sorted(k for k in own if saved[k].shape != own[k].shape)
+    if different:
+        raise UserError(
+            f"The checkpoint does not hold this adapter: {len(different)} parameters differ, such as {different[0]}. "
+            "Use the config it was trained with (config.yaml in its run directory)."
+        )
+
+
+def check_checkpoint_identity(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was written with the base model and scale of this adapter.
+
+    Args:
+        saved: Values by key, from the checkpoint.
+        own: Values by key, of this adapter.
+
+    Raises:
+        UserError: If a value differs; the message names the key.
+    """
+    for key, value in own.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"The checkpoint was written by a run with another {key} ({_format(saved.get(key))}, here "
+                f"{_format(value)}), so its adapter would compute something else. Use the config it was trained with "
+                "(config.yaml in its run directory)."
+            )
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+    return f"{value!s:.60}"
