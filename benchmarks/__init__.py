@@ -1,1 +1,1 @@
-"""Side-by-side runs against peers, which need the extra ``bench``, and the players that ours are measured by."""
+"""Benchmarks, each a command: ``python -m benchmarks.NAME --help``."""

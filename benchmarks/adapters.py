@@ -1,9 +1,9 @@
-"""What each kind of adapter costs and learns in the same number of steps on the same real rows.
+"""Cost and validation loss of each adapter type after the same number of steps on the same upstream rows.
 
     python -m benchmarks.adapters
 
-Each kind runs in a process of its own, one after the other, so that its peak memory is its own. All see the same rows
-in the same order, batches of the same size and one learning rate; none was tuned.
+Each variant trains in a new process, one after the other, so that the others do not affect its peak memory. All use the
+same rows in the same order, the same batch size and the same learning rate; none is tuned.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS = "tests/data/heuristics_v0.04/grid-size-10/bfs-512/BFS-512_dataset.jsonl"
+from benchmarks.common import UPSTREAM_ROWS, add_json_option, make_parser, markdown_table, settings_of, write_json
+
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0}
-# name: (model.adapter_type, what differs in model.lora, bits of the base)
-KINDS: dict[str, tuple[str, dict[str, Any], int | None]] = {
+# Name: (model.adapter_type, differences in model.lora, bits of the base model)
+VARIANTS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "lora": ("lora", {}, None),
     "lora, use_dora": ("lora", {"use_dora": True}, None),
     "lora, init pissa": ("lora", {"init_lora_weights": "pissa"}, None),
@@ -30,19 +31,20 @@ KINDS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "qlora, 8 bits": ("qlora", {}, 8),
     "adalora": ("adalora", {}, None),
 }
+# Result: (column of the table, number format)
 COLUMNS = {
-    "trained_parameters": "trained parameters",
-    "base_mib": "base MiB",
-    "peak_memory_gib": "peak memory GiB",
-    "seconds_per_step": "s/step",
-    "val_loss": "val loss",
-    "adapter_mib": "adapter MiB",
-    "checkpoint_mib": "checkpoint MiB",
+    "trained_parameters": ("trained parameters", ",d"),
+    "base_mib": ("base MiB", ".0f"),
+    "peak_memory_gib": ("peak memory GiB", ".2f"),
+    "seconds_per_step": ("s/step", ".2f"),
+    "val_loss": ("val loss", ".3f"),
+    "adapter_mib": ("adapter MiB", ".1f"),
+    "checkpoint_mib": ("checkpoint MiB", ".1f"),
 }
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train one kind and measure it."""
+    """Train one variant and return its results."""
     import lightning.pytorch as pl
 
     from snake_lora_pl import AdapterCheckpoint, LoRAConfig, LoRALightningModule, SnakeJSONLDataModule
@@ -51,107 +53,118 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     from snake_lora_pl.models.quantization import weight_bytes
     from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
-    class Clock(pl.Callback):
+    class StepTimer(pl.Callback):
         def __init__(self) -> None:
-            self.seconds: list[float] = []
+            self.durations_s: list[float] = []
 
         def on_train_batch_start(self, *args: Any) -> None:
             self.start = time.perf_counter()
 
         def on_train_batch_end(self, *args: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
+            self.durations_s.append(time.perf_counter() - self.start)
 
-    adapter_type, differs, bits = KINDS[name]
+    adapter_type, lora_options, bits = VARIANTS[name]
     if bits is not None:
-        differs = {**differs, "quantization": QuantizationConfig(bits=bits)}
+        lora_options = {**lora_options, "quantization": QuantizationConfig(bits=bits)}
     pl.seed_everything(0, verbose=False)
     module = LoRALightningModule(
-        options.base_model, adapter_type, LoRAConfig(**LORA, **differs), learning_rate=options.learning_rate,
-        warmup_steps=0, dtype=options.dtype,
-    )  # fmt: skip
+        options.base_model,
+        adapter_type,
+        LoRAConfig(**LORA, **lora_options),
+        learning_rate=options.learning_rate,
+        warmup_steps=0,
+        dtype=options.dtype,
+    )
     data = SnakeJSONLDataModule(
         base_model=options.base_model, train_path=options.rows, batch_size=options.batch_size, max_length=512, seed=0
     )
-    clock = Clock()
+    timer = StepTimer()
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = AdapterCheckpoint(f"{directory}/checkpoints", f"{directory}/adapter", monitor=None)
         trainer = pl.Trainer(
-            max_steps=options.steps, max_epochs=-1, val_check_interval=options.steps, check_val_every_n_epoch=None,
-            limit_val_batches=options.val_batches, num_sanity_val_steps=0, gradient_clip_val=1.0, logger=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=directory,
-            callbacks=[clock, checkpoint],
-        )  # fmt: skip
+            max_steps=options.steps,
+            max_epochs=-1,
+            val_check_interval=options.steps,
+            check_val_every_n_epoch=None,
+            limit_val_batches=options.val_batches,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=directory,
+            callbacks=[timer, checkpoint],
+        )
         trainer.fit(module, data)
-        weights = Path(f"{directory}/adapter") / store.WEIGHTS_FILE
-        last = Path(f"{directory}/checkpoints/last.ckpt")
-        trained = store.read_metadata(weights.parent).trainable_parameters
+        weights_path = Path(f"{directory}/adapter") / store.WEIGHTS_FILE
+        checkpoint_path = Path(f"{directory}/checkpoints/last.ckpt")
+        trained_parameters = store.read_metadata(weights_path.parent).trainable_parameters
         return {
-            "trained_parameters": trained,
+            "trained_parameters": trained_parameters,
             "base_mib": weight_bytes(module.peft_model.unload()) / 2**20,
             "peak_memory_gib": peak_memory_gib(module.device),
-            # The first step warms up.
-            "seconds_per_step": statistics.median(clock.seconds[1:]),
+            # Without the first step, which warms up.
+            "seconds_per_step": statistics.median(timer.durations_s[1:]),
             "val_loss": float(trainer.callback_metrics["val/loss"]),
-            "adapter_mib": weights.stat().st_size / 2**20,
-            "checkpoint_mib": last.stat().st_size / 2**20,
+            "adapter_mib": weights_path.stat().st_size / 2**20,
+            "checkpoint_mib": checkpoint_path.stat().st_size / 2**20,
         }
 
 
-def _measure_into(name: str, options: argparse.Namespace, path: str) -> None:
+def _measure_to_file(name: str, options: argparse.Namespace, path: str) -> None:
     Path(path).write_text(json.dumps(measure(name, options)))
 
 
-def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """``measure`` in a fresh process."""
+def measure_in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Call ``measure`` in a new process."""
     with tempfile.TemporaryDirectory() as directory:
-        path = f"{directory}/figures.json"
-        process = multiprocessing.get_context("spawn").Process(target=_measure_into, args=(name, options, path))
+        path = f"{directory}/results.json"
+        process = multiprocessing.get_context("spawn").Process(target=_measure_to_file, args=(name, options, path))
         process.start()
         process.join()
         if process.exitcode != 0:
-            raise SystemExit(f"{name}: ended with exit code {process.exitcode}")
-        figures: dict[str, float] = json.loads(Path(path).read_text())
-        return figures
+            raise SystemExit(f"variant '{name}' failed with exit code {process.exitcode}; see its output above")
+        results: dict[str, float] = json.loads(Path(path).read_text())
+        return results
 
 
-def table(figures: dict[str, dict[str, float]]) -> str:
-    """A Markdown table, a line a kind."""
-    lines = [f"| kind | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, row in figures.items():
-        cells = [
-            f"{row['trained_parameters']:,}", f"{row['base_mib']:.0f}", f"{row['peak_memory_gib']:.2f}",
-            f"{row['seconds_per_step']:.2f}", f"{row['val_loss']:.3f}", f"{row['adapter_mib']:.1f}",
-            f"{row['checkpoint_mib']:.1f}",
-        ]  # fmt: skip
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Return the Markdown table, one line per variant."""
+    header = ["variant", *(column for column, _ in COLUMNS.values())]
+    rows = [
+        [f"`{name}`", *(format(result[key], number_format) for key, (_, number_format) in COLUMNS.items())]
+        for name, result in results.items()
+    ]
+    return markdown_table(header, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("adapters", __doc__)
     parser.add_argument("--base_model", default="smollm2-135m")
-    parser.add_argument("--rows", default=ROWS, help="JSONL file")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each kind")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--val_batches", type=int, default=4)
+    parser.add_argument(
+        "--rows", default=UPSTREAM_ROWS, metavar="FILE", help="JSONL file of rows (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each variant (default: 20)")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows per step (default: 4)")
+    parser.add_argument("--val_batches", type=int, default=4, help="batches of the validation (default: 4)")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument(
+        "--variants", "--kinds", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="variants to train"
+    )
+    add_json_option(parser)
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     from snake_lora_pl.models import prepare_base_model
 
     prepare_base_model(options.base_model)
-    figures = {}
-    for name in options.kinds:
-        figures[name] = in_process(name, options)
-        print(f"{name}: {json.dumps(figures[name])}", flush=True)
-    print(f"\n{table(figures)}")
-    if options.json is not None:
-        settings = {key: str(value) for key, value in vars(options).items()}
-        options.json.write_text(json.dumps({"settings": settings, "kinds": figures}, indent=2) + "\n")
+    results = {}
+    for name in options.variants:
+        results[name] = measure_in_process(name, options)
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
+    print(f"\n{table(results)}")
+    write_json(options.json, {"settings": settings_of(options), "variants": results})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Kill a run at random moments, let it go on, and compare its end with that of a run that was never killed.
+"""Crash safety: runs that are killed at random moments and resumed, compared with a run that is not killed.
 
     python -m benchmarks.kill --kills 50
 
-Real processes that run the command ``fit`` die by SIGKILL: a third of them while they start or take up a checkpoint, a
-third while they train, validate or play, a third while a file is being written. They are forked from one process that
-has imported everything, which saves ten seconds a kill. Each run is killed ten times and then let go to its end, five
-runs side by side. The model is a tiny random one, so that the time goes into dying; ``--base_model`` takes another.
+Processes that run the command ``fit`` are killed with SIGKILL: a third of them while they start or load a checkpoint, a
+third while they train, validate or play, and a third while they write a file. Each run is killed ten times, then runs
+to its end and must equal the uninterrupted run bit for bit. Processes are forked from one process that has imported
+everything, which saves ten seconds per kill. The model is a tiny random one on the CPU, unless ``--base_model`` is set.
+Exits with code 1 if anything is lost, corrupt or different.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -30,11 +30,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.same_run import differences
+from benchmarks.common import make_parser
+from benchmarks.run_comparison import differences
 from snake_lora_pl.paths import RunPaths
 
 SAVE_EVERY_N_STEPS = 5
-# Validation and games once an epoch, so that most steps are saved by their number; dropout, and steps of two batches.
+# Validation and games run once per epoch, so that most checkpoints are written by the number of steps. Dropout and
+# accumulated batches make the runs sensitive to the restored state.
 SETTINGS = [
     "--config=balanced.yaml",
     "--data.batch_size=8",
@@ -53,36 +55,41 @@ SETTINGS = [
     f"--checkpoint.save_every_n_steps={SAVE_EVERY_N_STEPS}",
 ]
 MOMENTS = ("starting", "training", "writing")
-KILLS_A_RUN = 10
+KILLS_PER_RUN = 10
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
 @dataclasses.dataclass
 class Kill:
-    """What one kill left behind.
+    """State of a run after a kill.
 
     Attributes:
-        moment: What the process was to be killed at, one of ``MOMENTS``.
-        half_written: Names of the files and directories that it was writing.
-        steps_done: Optimizer steps that the run had done, as ``metrics.csv`` tells.
-        steps_saved: Optimizer steps that ``last.ckpt`` holds.
-        complaints: What was lost or corrupt.
+        moment: The moment at which the process was to be killed, one of ``MOMENTS``.
+        partial_files: Names of the files and directories that were being written.
+        steps_done: Optimizer steps that the run had done, according to ``metrics.csv``.
+        steps_saved: Optimizer steps in ``last.ckpt``.
+        problems: What was lost or corrupt.
     """
 
     moment: str
-    half_written: list[str]
+    partial_files: list[str]
     steps_done: int
     steps_saved: int
-    complaints: list[str]
+    problems: list[str]
+
+    @property
+    def steps_lost(self) -> int:
+        """Optimizer steps that the resumed run must repeat."""
+        return self.steps_done - self.steps_saved
 
 
 @dataclasses.dataclass
 class Pace:
-    """How long a process took.
+    """Durations of an uninterrupted process.
 
     Attributes:
-        start_s: Until its first step.
-        training_s: From there to the run's end.
+        start_s: Seconds until its first step.
+        training_s: Seconds from there to its end.
     """
 
     start_s: float
@@ -90,7 +97,7 @@ class Pace:
 
 
 def fit(arguments: Sequence[str], output_path: Path, environment: dict[str, str]) -> None:
-    """Be the process of a run: the command as a user gives it, its output in a file."""
+    """Run a command line in this process, with its output in a file, and exit."""
     import torch
 
     from snake_lora_pl.__main__ import main
@@ -105,18 +112,18 @@ def fit(arguments: Sequence[str], output_path: Path, environment: dict[str, str]
 
 
 def warm_up() -> None:
-    """Start the process that all others are forked from; it imports what every run does."""
+    """Start the process that all others are forked from and import everything in it."""
     PROCESSES.set_forkserver_preload(["snake_lora_pl.cli.app", "transformers.models.llama.modeling_llama"])
     process = PROCESSES.Process(target=os.getpid)
     process.start()
     process.join()
 
 
-class Victim:
-    """A run that is killed now and then.
+class KilledRun:
+    """A run that is killed and resumed.
 
     Args:
-        root: Where its directory is made.
+        root: Directory to create for the run.
         arguments: The command ``fit`` and its options.
     """
 
@@ -126,191 +133,197 @@ class Victim:
         root.mkdir()
 
     @property
-    def run(self) -> RunPaths | None:
-        """The run's places, once it has a directory; one that died before its first checkpoint begins in a new one."""
+    def paths(self) -> RunPaths | None:
+        """The paths of the newest run directory, if there is one.
+
+        A run that was killed before its first checkpoint starts again in a new directory.
+        """
         directories = sorted(self.root.glob("logs/extensions/models/*/*/*"))
         return RunPaths(directories[-1]) if directories else None
 
     @property
     def output(self) -> str:
-        """What its processes have printed."""
+        """The output of all its processes."""
         path = self.root / "output.txt"
         return path.read_text() if path.exists() else ""
 
     def start(self) -> BaseProcess:
-        """Begin, or go on where the last process died."""
+        """Start or resume the run."""
         arguments = (self.arguments, self.root / "output.txt", dict(os.environ))
         process = PROCESSES.Process(target=fit, args=arguments)
         process.start()
         return process
 
     def num_steps(self) -> int:
-        """Optimizer steps that are logged."""
-        if self.run is None or not self.run.metrics_path.is_file():
+        """Return the number of optimizer steps in ``metrics.csv``."""
+        if self.paths is None or not self.paths.metrics_path.is_file():
             return 0
-        with open(self.run.metrics_path, newline="") as file:
+        with open(self.paths.metrics_path, newline="") as file:
             return sum(bool(row.get("train/loss")) for row in csv.DictReader(file))
 
-    def half_written(self) -> list[str]:
-        """Files and directories on their way to their place."""
-        if self.run is None:
+    def partial_files(self) -> list[str]:
+        """Return the names of temporary files and directories, which are being written."""
+        if self.paths is None:
             return []
-        directories = [self.run.run_dir, self.run.checkpoints_dir, self.run.artifacts_dir.parent]
+        directories = [self.paths.run_dir, self.paths.checkpoints_dir, self.paths.artifacts_dir.parent]
         return [path.name for directory in directories for path in directory.glob(".*.tmp")]
 
-    def run_to_its_end(self) -> tuple[Path, Pace]:
-        """Let it end by itself; its directory, and how long things took."""
-        begin = time.monotonic()
-        num_steps = self.num_steps()
-        process = self.start()
+    def wait_for_step(self, process: BaseProcess, num_steps: int) -> None:
+        """Wait until more than ``num_steps`` steps are logged or the process has ended."""
         while self.num_steps() <= num_steps and process.is_alive():
             time.sleep(0.01)
+
+    def finish(self) -> tuple[Path, Pace]:
+        """Run to the end without a kill; return the run directory and the durations."""
+        start = time.monotonic()
+        num_steps = self.num_steps()
+        process = self.start()
+        self.wait_for_step(process, num_steps)
         first_step = time.monotonic()
         process.join()
-        if process.exitcode != 0 or self.run is None:
-            raise SystemExit(f"exit code {process.exitcode}:\n{self.output[-2000:]}")
-        return self.run.run_dir, Pace(first_step - begin, time.monotonic() - first_step)
+        if process.exitcode != 0 or self.paths is None:
+            raise SystemExit(f"the run failed with exit code {process.exitcode}:\n{self.output[-2000:]}")
+        return self.paths.run_dir, Pace(first_step - start, time.monotonic() - first_step)
 
 
-def kill_once(victim: Victim, moment: str, pace: Pace, draw: random.Random) -> Kill | None:
-    """Let a run go on and kill it; None if it came to its end first."""
-    first_step = victim.num_steps()
-    left_before = victim.half_written()
-    process = victim.start()
+def kill_once(run: KilledRun, moment: str, pace: Pace, rng: random.Random) -> Kill | None:
+    """Resume a run and kill it; return None if it ended before."""
+    num_steps = run.num_steps()
+    previous_partial_files = run.partial_files()
+    process = run.start()
     if moment == "starting":
-        time.sleep(draw.uniform(0, pace.start_s))
+        time.sleep(rng.uniform(0, pace.start_s))
     else:
-        while victim.num_steps() <= first_step and process.is_alive():
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, pace.training_s / KILLS_A_RUN))
+        run.wait_for_step(process, num_steps)
+        time.sleep(rng.uniform(0, pace.training_s / KILLS_PER_RUN))
     if moment == "writing":
-        stop_while_writing(victim, process, draw)
+        stop_while_writing(run, process, rng)
     process.kill()
     process.join()
     if process.exitcode == 0:
         return None
     if process.exitcode != -signal.SIGKILL:
-        raise SystemExit(f"the run failed by itself, exit code {process.exitcode}:\n{victim.output[-2000:]}")
-    half_written = [name for name in victim.half_written() if name not in left_before]
-    return Kill(moment, half_written, *look_at(victim))
+        raise SystemExit(f"the run failed with exit code {process.exitcode}:\n{run.output[-2000:]}")
+    partial_files = [name for name in run.partial_files() if name not in previous_partial_files]
+    return Kill(moment, partial_files, *inspect_files(run))
 
 
-def stop_while_writing(victim: Victim, process: BaseProcess, draw: random.Random) -> None:
-    """Freeze a process somewhere in the writing of a file, unless it ends before."""
-    assert process.pid is not None
+def stop_while_writing(run: KilledRun, process: BaseProcess, rng: random.Random) -> None:
+    """Stop a process with SIGSTOP while it writes a file; return without a stop if it ends first."""
+    if process.pid is None:
+        raise ValueError("the process has not been started")
     with contextlib.suppress(ProcessLookupError):
         while process.is_alive():
             time.sleep(0.0005)
-            if victim.half_written():
-                time.sleep(draw.uniform(0, 0.003))
+            if run.partial_files():
+                time.sleep(rng.uniform(0, 0.003))
                 os.kill(process.pid, signal.SIGSTOP)
-                if victim.half_written():
+                if run.partial_files():
                     return
                 os.kill(process.pid, signal.SIGCONT)
 
 
-def look_at(victim: Victim) -> tuple[int, int, list[str]]:
-    """Read all that a dead process left behind: the steps done, the steps saved, and what cannot be read."""
+def inspect_files(run: KilledRun) -> tuple[int, int, list[str]]:
+    """Read the files of a killed run; return the steps done, the steps saved, and the problems."""
     import torch
     import yaml
 
     from snake_lora_pl.adapters import store
     from snake_lora_pl.errors import UserError
 
-    complaints = []
+    problems = []
     steps_saved = 0
-    run = victim.run
-    if run is None:
+    paths = run.paths
+    if paths is None:
         return 0, 0, []
-    for path in run.checkpoints_dir.glob("*.ckpt"):
+    for path in paths.checkpoints_dir.glob("*.ckpt"):
         try:
             step = torch.load(path, weights_only=True)["global_step"]
         except Exception as error:
-            complaints.append(f"{path.name}: {error}")
+            problems.append(f"{path.name}: {error}")
             continue
-        steps_saved = step if path == run.last_checkpoint_path else steps_saved
-    if run.artifacts_dir.exists():
+        steps_saved = step if path == paths.last_checkpoint_path else steps_saved
+    if paths.artifacts_dir.exists():
         try:
-            store.verify(run.artifacts_dir)
+            store.verify(paths.artifacts_dir)
         except UserError as error:
-            complaints.append(str(error))
-    if run.last_checkpoint_path.exists() and "model" not in (yaml.safe_load(run.config_path.read_text()) or {}):
-        complaints.append("config.yaml has no model")
-    return victim.num_steps(), steps_saved, complaints
+            problems.append(str(error))
+    if paths.last_checkpoint_path.exists() and "model" not in (yaml.safe_load(paths.config_path.read_text()) or {}):
+        problems.append("config.yaml has no key 'model'")
+    return run.num_steps(), steps_saved, problems
 
 
-def kill_a_run(victim: Victim, num_kills: int, pace: Pace, draw: random.Random) -> list[Kill]:
-    """Kill a run some times, or as often as it takes it to come to its end."""
-    moments = draw.sample(MOMENTS, len(MOMENTS))
+def kill_repeatedly(run: KilledRun, num_kills: int, pace: Pace, rng: random.Random) -> list[Kill]:
+    """Kill a run a number of times, or until it ends."""
+    moments = rng.sample(MOMENTS, len(MOMENTS))
     kills: list[Kill] = []
     for moment in itertools.islice(itertools.cycle(moments), num_kills):
-        kill = kill_once(victim, moment, pace, draw)
+        kill = kill_once(run, moment, pace, rng)
         if kill is None:
             break
         if kills and kill.steps_saved < kills[-1].steps_saved:
-            kill.complaints.append(f"last.ckpt went back from step {kills[-1].steps_saved} to {kill.steps_saved}")
+            kill.problems.append(f"last.ckpt went back from step {kills[-1].steps_saved} to {kill.steps_saved}")
         kills.append(kill)
-        print(f"{victim.root.name}: {kill}", file=sys.stderr)
+        print(f"{run.root.name}: {kill}", file=sys.stderr)
     return kills
 
 
 def kill_runs(
-    work_dir: Path, arguments: Sequence[str], num_kills: int, seed: int, at_once: int = 1
+    work_dir: Path, arguments: Sequence[str], num_kills: int, seed: int, num_parallel: int = 1
 ) -> tuple[list[Kill], list[list[str]]]:
-    """Kill runs until there were enough kills, and compare the end of each with that of one that was left alone.
+    """Kill runs until there are enough kills, and compare the end of each with an uninterrupted run.
 
     Args:
-        work_dir: Where the runs' directories are made.
+        work_dir: Directory in which the runs' directories are created.
         arguments: The command ``fit`` and its options.
-        num_kills: How often.
-        seed: Of the moments.
-        at_once: Runs that go on side by side.
+        num_kills: Number of kills.
+        seed: Seed of the moments of the kills.
+        num_parallel: Number of concurrent runs.
 
     Returns:
-        The kills, and of each run that was killed every difference between its end and that of the one left alone.
+        The kills, and the differences of each killed run from the uninterrupted one.
     """
     warm_up()
-    straight, pace = Victim(work_dir / "straight", arguments).run_to_its_end()
+    reference_dir, pace = KilledRun(work_dir / "reference", arguments).finish()
     kills: list[Kill] = []
-    found: list[list[str]] = []
+    differences_by_run: list[list[str]] = []
 
-    def kill_and_compare(number: int, share: int) -> tuple[list[Kill], list[str]]:
-        victim = Victim(work_dir / f"killed-{number}", arguments)
-        of_this = kill_a_run(victim, share, pace, random.Random(f"{seed} {number}"))
-        return of_this, differences(straight, victim.run_to_its_end()[0])
+    def kill_and_compare(number: int, num_kills_of_run: int) -> tuple[list[Kill], list[str]]:
+        run = KilledRun(work_dir / f"killed-{number}", arguments)
+        kills_of_run = kill_repeatedly(run, num_kills_of_run, pace, random.Random(f"{seed} {number}"))
+        return kills_of_run, differences(reference_dir, run.finish()[0])
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(num_parallel) as pool:
         while (missing := num_kills - len(kills)) > 0:
-            shares = [min(KILLS_A_RUN, missing - begin) for begin in range(0, missing, KILLS_A_RUN)]
-            for of_one, differing in pool.map(kill_and_compare, itertools.count(len(found)), shares):
-                kills += of_one
-                found.append(differing)
-    return kills, found
+            shares = [min(KILLS_PER_RUN, missing - begin) for begin in range(0, missing, KILLS_PER_RUN)]
+            results = pool.map(kill_and_compare, itertools.count(len(differences_by_run)), shares)
+            for kills_of_run, differences_of_run in results:
+                kills += kills_of_run
+                differences_by_run.append(differences_of_run)
+    return kills, differences_by_run
 
 
 def table(kills: Sequence[Kill]) -> Table:
-    """What the kills did, in figures."""
-    result = Table(
-        "killed while", "kills", "in a half-written file", "lost or corrupt", "steps done twice: mean", "most"
-    )
+    """Return a table of the kills by moment."""
+    result = Table("killed while", "kills", "with partial files", "problems", "steps lost, mean", "maximum")
     for moment in (*MOMENTS, "all"):
-        of_moment = [kill for kill in kills if moment in (kill.moment, "all")]
-        if not of_moment:
+        selected = [kill for kill in kills if moment in (kill.moment, "all")]
+        if not selected:
             continue
-        twice = [kill.steps_done - kill.steps_saved for kill in of_moment]
+        steps_lost = [kill.steps_lost for kill in selected]
         result.add_row(
             moment,
-            str(len(of_moment)),
-            str(sum(bool(kill.half_written) for kill in of_moment)),
-            str(sum(len(kill.complaints) for kill in of_moment)),
-            f"{sum(twice) / len(twice):.1f}",
-            str(max(twice)),
+            str(len(selected)),
+            str(sum(bool(kill.partial_files) for kill in selected)),
+            str(sum(len(kill.problems) for kill in selected)),
+            f"{sum(steps_lost) / len(steps_lost):.1f}",
+            str(max(steps_lost)),
         )
     return result
 
 
 def write_tiny_model(directory: Path) -> None:
-    """A random Llama of two layers with SmolLM2's tokenizer."""
+    """Write a random Llama with two layers and SmolLM2's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -333,12 +346,12 @@ def write_tiny_model(directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how often")
-    parser.add_argument("--base_model", help="directory, hub id or short name; by default a tiny random model")
-    parser.add_argument("--max_epochs", type=int, default=12, help="epochs of each run")
-    parser.add_argument("--at_once", type=int, default=5, help="runs that go on side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser = make_parser("kill", __doc__)
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
+    parser.add_argument("--base_model", help="directory, hub id or short name; a tiny random model if not set")
+    parser.add_argument("--max_epochs", type=int, default=12, help="epochs of each run (default: 12)")
+    parser.add_argument("--at_once", type=int, default=5, help="number of concurrent runs (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: 0)")
     options = parser.parse_args()
 
     from snake_lora_pl.data.generated_rows import write_dataset
@@ -352,19 +365,19 @@ def main() -> None:
             write_tiny_model(Path(base_model))
         arguments = ["fit", *SETTINGS, f"--trainer.max_epochs={options.max_epochs}", f"--data.train_path={rows_path}"]
         arguments.append(f"--model.base_model={base_model}")
-        kills, found = kill_runs(Path(work_dir), arguments, options.kills, options.seed, options.at_once)
+        kills, differences_by_run = kill_runs(Path(work_dir), arguments, options.kills, options.seed, options.at_once)
     console = Console(width=110, highlight=False)
     console.print(table(kills))
-    same = sum(not differing for differing in found)
+    num_equal = sum(not found for found in differences_by_run)
     console.print(
-        f"{len(found)} runs were killed again and again; {same} of them ended bit for bit as the run left alone. "
-        f"checkpoint.save_every_n_steps is {SAVE_EVERY_N_STEPS}."
+        f"{num_equal} of {len(differences_by_run)} killed runs ended bit for bit like the uninterrupted run "
+        f"(checkpoint.save_every_n_steps={SAVE_EVERY_N_STEPS})."
     )
-    complaints = [text for texts in [*(kill.complaints for kill in kills), *found] for text in texts]
-    for text in complaints:
+    problems = [text for texts in [*(kill.problems for kill in kills), *differences_by_run] for text in texts]
+    for text in problems:
         console.print(text)
-    twice = max(kill.steps_done - kill.steps_saved for kill in kills)
-    sys.exit(bool(complaints or twice > SAVE_EVERY_N_STEPS))
+    max_steps_lost = max(kill.steps_lost for kill in kills)
+    sys.exit(bool(problems or max_steps_lost > SAVE_EVERY_N_STEPS))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What ``memory`` says of a ``fit`` beside what that ``fit`` takes: ``python -m benchmarks.memory``.
+"""Estimated peak memory of ``fit`` (command ``memory``), compared with the measured peak.
 
-Each run is a process of its own on a CPU, and the system tells the peak of its resident set. It trains on the longest
-of generated rows alone, so that its batches are the one that the estimate is for.
+    python -m benchmarks.memory
+
+Each run is a new process on the CPU, and its peak resident set is read from the operating system. It trains only on the
+longest of generated rows, so that its batches are those of the estimate.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,22 +15,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import PROGRAM, add_json_option, make_parser, run_for_json, write_json
+
 ROWS_8, ROWS_2 = "--data.batch_size=8", "--data.batch_size=2"
-CHECKPOINTED = "--model.gradient_checkpointing=true"
+CHECKPOINTING = "--model.gradient_checkpointing=true"
 CASES = {
     "lora, 2 rows": [ROWS_2],
     "lora, 8 rows": [ROWS_8],
-    "lora, 8 rows, checkpointed": [ROWS_8, CHECKPOINTED],
+    "lora, 8 rows, checkpointing": [ROWS_8, CHECKPOINTING],
     "lora, 2 rows, float32": [ROWS_2, "--model.dtype=float32"],
-    "lora, 8 rows, the model's own layers": [ROWS_8, "--model.fused_layers=never"],
+    "lora, 8 rows, no fused layers": [ROWS_8, "--model.fused_layers=never"],
     "qlora, 2 rows": [ROWS_2, "--config=qlora.yaml"],
     "qlora, 8 rows": [ROWS_8, "--config=qlora.yaml"],
-    "qlora, 8 rows, checkpointed": [ROWS_8, CHECKPOINTED, "--config=qlora.yaml"],
+    "qlora, 8 rows, checkpointing": [ROWS_8, CHECKPOINTING, "--config=qlora.yaml"],
 }
 
 
 def write_longest_rows(path: Path, num_rows: int) -> None:
-    """The longest rows of some games, which are then of one game."""
+    """Write the longest rows of 20 generated games, without game ids."""
     from snake_lora_pl.data.generated_rows import write_dataset
 
     all_path = path.with_name("all.rows")
@@ -39,33 +41,32 @@ def write_longest_rows(path: Path, num_rows: int) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def estimated_bytes(options: list[str]) -> dict[str, Any]:
-    """What ``memory`` says."""
-    command = [sys.executable, "-m", "snake_lora_pl", "memory", "--json", *options]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def estimate(options: list[str]) -> dict[str, Any]:
+    """Return the estimate of the command ``memory``."""
+    return run_for_json([*PROGRAM, "memory", "--json", *options])
 
 
-def measured_bytes(options: list[str], steps: int, directory: str) -> int:
-    """Peak resident set of a ``fit`` of some steps, without validation and games."""
-    command = [sys.executable, "-m", "snake_lora_pl", "fit", *options]
-    command += [f"--trainer.max_steps={steps}", f"--root={directory}", "--trainer.enable_progress_bar=false"]
+def measure_peak_bytes(options: list[str], num_steps: int, directory: str) -> int:
+    """Return the peak resident set of a ``fit`` of some steps."""
+    command = [*PROGRAM, "fit", *options]
+    command += [f"--trainer.max_steps={num_steps}", f"--root={directory}", "--trainer.enable_progress_bar=false"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}; its own message stands above")
+        raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}; see its output above")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("memory", __doc__)
     parser.add_argument("--base_model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run (default: 3)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_json_option(parser)
     options = parser.parse_args()
-    figures: dict[str, Any] = {}
-    print("| run | estimated GiB | measured GiB | off by |")
+    results: dict[str, Any] = {}
+    print("| run | estimated GiB | measured GiB | error |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         rows_path = Path(directory) / "longest.jsonl"
@@ -80,15 +81,13 @@ def main() -> None:
         ]
         for name in options.cases:
             arguments = [*common, *CASES[name]]
-            estimate = estimated_bytes(arguments)
-            measured = measured_bytes(arguments, options.steps, directory)
-            figures[name] = {**estimate, "measured_bytes": measured}
-            off = estimate["total_bytes"] / measured - 1
-            print(
-                f"| {name} | {estimate['total_bytes'] / 2**30:.2f} | {measured / 2**30:.2f} | {off:+.0%} |", flush=True
-            )
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+            estimated = estimate(arguments)
+            measured_bytes = measure_peak_bytes(arguments, options.steps, directory)
+            results[name] = {**estimated, "measured_bytes": measured_bytes}
+            error = estimated["total_bytes"] / measured_bytes - 1
+            gib = [f"{num_bytes / 2**30:.2f}" for num_bytes in (estimated["total_bytes"], measured_bytes)]
+            print(f"| {name} | {gib[0]} | {gib[1]} | {error:+.0%} |", flush=True)
+    write_json(options.json, results)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,36 @@
-"""Moves per second: games in lockstep against one game at a time with transformers' ``generate`` on the PEFT model.
+"""Moves per second of games in lockstep, compared with one game at a time by ``generate`` of transformers and PEFT.
 
     python -m benchmarks.play --adapter path/to/model_artifacts
 
-Without an adapter one is trained first, for a few steps: its words have the form of its rows, which is what the speed
-depends on. The contenders take turns (see ``contest``) and play the same games, which begin where a snake has grown to
-some length: few of the positions of whole games are beginnings.
+Without ``--adapter``, an adapter is trained for a few steps first: the speed depends only on the format of its
+completions. The contenders take turns (see ``interleaved``) on the CPU and play the same games, which start with snakes
+of various lengths, because few positions of whole games are beginnings.
 
-Moves are compared twice. In the turns themselves, which run in the type that the model plays in: in bfloat16 two tokens
-can be equally likely to the last bit, and then the order of a sum decides, so that the share of equal moves is printed.
-And in float32, where words and moves must be the same; otherwise the run fails.
+Moves are compared twice: in the turns, in the dtype of the model, where rounding can decide between equally likely
+tokens, so the number of equal moves is printed; and in float32, where completions and moves must be equal, or the
+command fails.
+
+To add a contender, write a function ``run(timer, settings, num_turns, *, num_games)`` that plays ``settings.num_moves``
+moves of each game per turn, and add it in ``main``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contest import Referee, Turn, ratio, run_contest
+from benchmarks.common import PROGRAM, add_json_option, make_parser, markdown_table, settings_of, write_json
+from benchmarks.interleaved import Turn, TurnTimer, run_interleaved, speed_ratio
 
 if TYPE_CHECKING:
     from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
@@ -39,14 +42,31 @@ MAX_NEW_TOKENS = 192
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-class Slots:
-    """Games side by side; where one ends the next begins, so that there are always as many.
+@dataclass(frozen=True)
+class PlaySettings:
+    """Settings shared by all contenders.
 
-    The first snakes of any number of slots have lengths spread evenly from 1 to the longest.
+    Attributes:
+        adapter: Directory of the adapter.
+        num_moves: Moves of each game in a turn.
+        max_start_length: Maximum length of the snakes that games start with.
+        dtype: Data type of the base model.
     """
 
-    def __init__(self, num_slots: int, longest: int) -> None:
-        self._longest = longest
+    adapter: str
+    num_moves: int
+    max_start_length: int
+    dtype: str
+
+
+class GameSlots:
+    """A constant number of concurrent games: when one ends, the next one starts in its slot.
+
+    The initial lengths of the snakes are spread evenly from 1 to a maximum, for any number of slots.
+    """
+
+    def __init__(self, num_slots: int, max_start_length: int) -> None:
+        self._max_start_length = max_start_length
         self._num_started = [0] * num_slots
         self.games = [self._start(slot) for slot in range(num_slots)]
         self.moves: list[list[str]] = [[] for _ in range(num_slots)]
@@ -54,7 +74,7 @@ class Slots:
     def _start(self, slot: int) -> Game:
         from snake_lora_pl.game import Game, get_teacher
 
-        length = 1 + int(slot * GOLDEN_RATIO % 1 * self._longest)
+        length = 1 + int(slot * GOLDEN_RATIO % 1 * self._max_start_length)
         teacher = get_teacher("safe_greedy")
         while True:
             game = Game(GRID_SIZE, slot + 1_000 * self._num_started[slot])
@@ -66,29 +86,35 @@ class Slots:
 
     @property
     def boards(self) -> list[Board]:
-        """Where the games stand."""
+        """Current board of each game."""
         return [game.board for game in self.games]
 
     def play(self, slot: int, move: Move | None) -> None:
-        """One move in one game."""
+        """Play one move in one game."""
         self.moves[slot].append("none" if move is None else move.name)
         if self.games[slot].play(move) is not None:
             self.games[slot] = self._start(slot)
 
 
-class Plain:
-    """One game at a time, as one would write it with transformers and PEFT."""
+class PlainModel:
+    """The obvious implementation with transformers and PEFT: one prompt, one call of ``generate``."""
 
     def __init__(self, adapter: str, dtype: str) -> None:
         from peft import PeftModel
 
-        from snake_lora_pl.models import load_base_model
+        from snake_lora_pl.adapters import store
+        from snake_lora_pl.data.encoding import Encoder
+        from snake_lora_pl.game import get_style
+        from snake_lora_pl.models import load_base_model, load_tokenizer
 
-        metadata, self.tokenizer, self.encoder, self.style = read_adapter(adapter)
+        metadata = store.read_metadata(adapter)
+        self.tokenizer = load_tokenizer(metadata.base_model_name)
+        self.encoder = Encoder(self.tokenizer, metadata.data["template"])
+        self.style = get_style(metadata.data["prompt_format"])
         self.model = PeftModel.from_pretrained(load_base_model(metadata.base_model_name, dtype=dtype), adapter).eval()
 
-    def words(self, board: Board) -> str:
-        """What the model says of a board."""
+    def complete(self, board: Board) -> str:
+        """Return the model's completion for a board."""
         import torch
 
         ids = torch.tensor([self.encoder.encode_prompt(self.style.write_prompt(board))])
@@ -103,21 +129,9 @@ class Plain:
         return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def read_adapter(adapter: str) -> tuple[Any, Any, Any, Any]:
-    """Metadata, tokenizer, encoder and style of an adapter."""
-    from snake_lora_pl.adapters import store
-    from snake_lora_pl.data.encoding import Encoder
-    from snake_lora_pl.game import get_style
-    from snake_lora_pl.models import load_tokenizer
-
-    metadata = store.read_metadata(adapter)
-    tokenizer = load_tokenizer(metadata.base_model_name)
-    return metadata, tokenizer, Encoder(tokenizer, metadata.data["template"]), get_style(metadata.data["prompt_format"])
-
-
 @contextlib.contextmanager
 def open_policy(adapter: str, dtype: str) -> Iterator[LanguageModelPolicy]:
-    """This project's player."""
+    """Load this project's player."""
     import torch
 
     from snake_lora_pl.api.player import load_player
@@ -127,102 +141,112 @@ def open_policy(adapter: str, dtype: str) -> Iterator[LanguageModelPolicy]:
         yield player.policy
 
 
-def run_generate(
-    referee: Referee, adapter: str, num_slots: int, num_moves: int, longest: int, dtype: str, rounds: int
-) -> None:
-    import torch
-
+def run_generate(timer: TurnTimer, settings: PlaySettings, num_turns: int, *, num_games: int) -> None:
+    """Play games one after the other with ``PlainModel``."""
     from snake_lora_pl.game import read_move
-    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
-    plain, slots = Plain(adapter, dtype), Slots(num_slots, longest)
-    for _ in range(rounds):
-        referee.start_turn()
-        for slot in range(num_slots):
-            for _ in range(num_moves):
-                slots.play(slot, read_move(plain.words(slots.games[slot].board)))
-        memory = peak_memory_gib(torch.device("cpu"))
-        referee.end_turn(num_slots * num_moves, math.nan, memory, slots.moves)
+    model = PlainModel(settings.adapter, settings.dtype)
+    slots = GameSlots(num_games, settings.max_start_length)
+    for _ in range(num_turns):
+        timer.start()
+        for slot in range(num_games):
+            for _ in range(settings.num_moves):
+                slots.play(slot, read_move(model.complete(slots.games[slot].board)))
+        _stop(timer, settings, slots)
 
 
-def run_lockstep(
-    referee: Referee, adapter: str, num_slots: int, num_moves: int, longest: int, dtype: str, rounds: int
-) -> None:
+def run_lockstep(timer: TurnTimer, settings: PlaySettings, num_turns: int, *, num_games: int) -> None:
+    """Play games in lockstep with this project's player."""
+    slots = GameSlots(num_games, settings.max_start_length)
+    with open_policy(settings.adapter, settings.dtype) as policy:
+        for _ in range(num_turns):
+            timer.start()
+            play_rounds(policy, slots, settings.num_moves)
+            _stop(timer, settings, slots)
+
+
+def _stop(timer: TurnTimer, settings: PlaySettings, slots: GameSlots) -> None:
     import torch
 
     from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
 
-    slots = Slots(num_slots, longest)
-    with open_policy(adapter, dtype) as policy:
-        for _ in range(rounds):
-            referee.start_turn()
-            play_rounds(policy, slots, num_moves)
-            memory = peak_memory_gib(torch.device("cpu"))
-            referee.end_turn(num_slots * num_moves, math.nan, memory, slots.moves)
+    num_moves = len(slots.games) * settings.num_moves
+    timer.stop(num_moves, math.nan, peak_memory_gib(torch.device("cpu")), slots.moves)
 
 
-def play_rounds(policy: LanguageModelPolicy, slots: Slots, num_moves: int) -> None:
-    for _ in range(num_moves):
+def play_rounds(policy: LanguageModelPolicy, slots: GameSlots, num_rounds: int) -> None:
+    """Play one move in every game, ``num_rounds`` times."""
+    for _ in range(num_rounds):
         for slot, answer in enumerate(policy.answer(slots.boards, range(len(slots.games)))):
             slots.play(slot, answer.move)
 
 
 def count_equal_moves(moves: list[list[str]], others: list[list[str]]) -> tuple[int, int]:
-    """Moves that are equal, and moves that were compared: each game's up to the first that differs."""
-    equal = compared = 0
-    for ours, theirs in zip(moves, others, strict=False):
-        for move, other in zip(ours, theirs, strict=False):
-            compared += 1
+    """Return how many moves are equal and how many were compared: each game's moves up to the first difference."""
+    num_equal = num_compared = 0
+    for game_moves, other_moves in zip(moves, others, strict=False):
+        for move, other in zip(game_moves, other_moves, strict=False):
+            num_compared += 1
             if move != other:
                 break
-            equal += 1
-    return equal, compared
+            num_equal += 1
+    return num_equal, num_compared
 
 
-def check_same_words(adapter: str, num_boards: int, longest: int) -> None:
-    """Compare words in float32.
+def check_equal_completions(adapter: str, num_boards: int, max_start_length: int) -> None:
+    """Compare completions and moves in float32.
 
     Raises:
         SystemExit: If they differ.
     """
     from snake_lora_pl.game import read_move
 
-    plain, boards = Plain(adapter, "float32"), Slots(num_boards, longest).boards
+    model, boards = PlainModel(adapter, "float32"), GameSlots(num_boards, max_start_length).boards
     with open_policy(adapter, "float32") as policy:
         for board, answer in zip(boards, policy.answer(boards, range(num_boards)), strict=True):
-            words = plain.words(board)
-            # Ours stops behind the conclusion; what is cut off ends in dots.
-            if answer.move is not read_move(words) or not words.startswith(answer.completion.removesuffix("...")):
-                raise SystemExit(f"float32: not the same words on {board}:\n{answer.completion!r}\n{words!r}")
-    print(f"float32: the same words and moves on {num_boards} boards")
+            expected = model.complete(board)
+            # The player stops after the conclusion, and marks truncated completions with dots.
+            is_prefix = expected.startswith(answer.completion.removesuffix("..."))
+            if answer.move is not read_move(expected) or not is_prefix:
+                raise SystemExit(f"float32: completions differ on {board}:\n{answer.completion!r}\n{expected!r}")
+    print(f"float32: equal completions and moves on {num_boards} boards")
 
 
-def matrix_product_share(adapter: str, num_slots: int, longest: int, dtype: str) -> dict[str, float]:
-    """Shares of the computing time of a lockstep round that matrix products and attention take."""
+def time_shares(adapter: str, num_games: int, max_start_length: int, dtype: str) -> dict[str, float]:
+    """Return the shares of matrix products and attention in the CPU time of a lockstep round."""
     from torch.profiler import ProfilerActivity, profile
 
-    slots = Slots(num_slots, longest)
+    slots = GameSlots(num_games, max_start_length)
     with open_policy(adapter, dtype) as policy:
         play_rounds(policy, slots, 1)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             play_rounds(policy, slots, 1)
     times: dict[str, float] = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     total = sum(times.values())
-    names = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("flash", "efficient")}
+    operators = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("flash", "efficient")}
     return {
         name: sum(time for key, time in times.items() if any(part in key for part in parts)) / total
-        for name, parts in names.items()
+        for name, parts in operators.items()
     }
 
 
 def train_adapter(directory: Path, style: str, num_steps: int) -> str:
-    """A few steps of training on generated rows."""
+    """Train an adapter for a few steps on generated rows and return its directory."""
     command = [
-        sys.executable, "-m", "snake_lora_pl", "fit", "--config", "balanced.yaml", "--trainer.accelerator=cpu",
-        f"--trainer.max_steps={num_steps}", f"--data.generated_style={style}", "--data.generated_games=30",
-        "--data.generated_noise=0.1", "--model.learning_rate=2e-3", "--model.lora.dropout=0",
-        "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={directory}",
-    ]  # fmt: skip
+        *PROGRAM,
+        "fit",
+        "--config=balanced.yaml",
+        "--trainer.accelerator=cpu",
+        f"--trainer.max_steps={num_steps}",
+        "--trainer.limit_val_batches=1",
+        f"--trainer.default_root_dir={directory}",
+        f"--data.generated_style={style}",
+        "--data.generated_games=30",
+        "--data.generated_noise=0.1",
+        "--model.learning_rate=2e-3",
+        "--model.lora.dropout=0",
+    ]
+    # The run must find the package from its own directory.
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     subprocess.run(command, check=True, cwd=directory, env={**os.environ, "PYTHONPATH": path})
@@ -231,61 +255,66 @@ def train_adapter(directory: Path, style: str, num_steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.play", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--adapter", default=None, help="model_artifacts directory; without it one is trained")
+    parser = make_parser("play", __doc__)
+    parser.add_argument("--adapter", metavar="DIR", help="model_artifacts directory; without it, one is trained")
     parser.add_argument("--style", default="bfs-512", help="style of the adapter that is trained (default: bfs-512)")
     parser.add_argument("--train_steps", type=int, default=40, help="optimizer steps of that training (default: 40)")
     parser.add_argument(
-        "--games", type=int, nargs="+", default=[1, 16, 64], help="games in lockstep (default: 1 16 64)"
+        "--games", type=int, nargs="+", default=[1, 16, 64], help="numbers of games in lockstep (default: 1 16 64)"
     )
-    parser.add_argument("--plain_games", type=int, default=4, help="games of the plain contender, one after the other")
+    parser.add_argument("--plain_games", type=int, default=4, help="games played by generate (default: 4)")
     parser.add_argument("--moves", type=int, default=1, help="moves of each game in a turn (default: 1)")
-    parser.add_argument("--longest", type=int, default=20, help="longest snake that a game begins with (default: 20)")
+    parser.add_argument("--longest", type=int, default=20, help="maximum initial length of a snake (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each contender (default: 5)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--check_boards", type=int, default=4, help="boards that are compared in float32 (default: 4)")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument("--check_boards", type=int, default=4, help="boards compared in float32 (default: 4)")
+    add_json_option(parser)
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     with tempfile.TemporaryDirectory() as directory:
         adapter = options.adapter or train_adapter(Path(directory), options.style, options.train_steps)
-        contenders = {GENERATE: partial(run_generate, num_slots=options.plain_games)}
-        contenders |= {f"lockstep, {n} games": partial(run_lockstep, num_slots=n) for n in options.games}
-        turns = run_contest(
-            contenders,
-            options.rounds,
-            {"adapter": adapter, "num_moves": options.moves, "longest": options.longest, "dtype": options.dtype},
-        )
-        figures = report(turns, options)
-        shares = matrix_product_share(adapter, max(options.games), options.longest, options.dtype)
-        print(
-            f"of a round of {max(options.games)} games: {', '.join(f'{n} {share:.0%}' for n, share in shares.items())}"
-        )
-        if options.json is not None:
-            options.json.write_text(json.dumps(figures | {"time_shares": shares}, indent=2) + "\n")
+        contenders = {GENERATE: partial(run_generate, num_games=options.plain_games)}
+        contenders |= {f"lockstep, {n} games": partial(run_lockstep, num_games=n) for n in options.games}
+        settings = PlaySettings(adapter, options.moves, options.longest, options.dtype)
+        results = report(run_interleaved(contenders, settings, options.rounds), options)
+        most_games = max(options.games)
+        shares = time_shares(adapter, most_games, options.longest, options.dtype)
+        print(f"\nCPU time of a round of {most_games} games: {', '.join(f'{s:.0%} {n}' for n, s in shares.items())}")
+        write_json(options.json, results | {"time_shares": shares})
         if options.check_boards:
-            check_same_words(adapter, options.check_boards, options.longest)
+            check_equal_completions(adapter, options.check_boards, options.longest)
 
 
 def report(turns: dict[str, list[Turn]], options: argparse.Namespace) -> dict[str, Any]:
-    """Print the table; the figures in it."""
-    figures: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}, "contenders": {}}
-    print(f"\n{'':18} {'moves/s':>8} {'ratio':>6} {'least':>6} {'most':>6} {'peak GiB':>9} {'equal moves':>12}")
+    """Print the table of contenders and return its values."""
+    results: dict[str, Any] = {}
+    rows = []
     plain = turns[GENERATE]
-    for name, done in turns.items():
-        rate = statistics.median(turn.tokens / turn.seconds for turn in done)
-        median, least, greatest = ratio(done, plain)
-        memory = max(turn.peak_memory_gib for turn in done)
-        equal, compared = count_equal_moves(done[-1].report, plain[-1].report)
-        ratios = f"{median:6.1f} {least:6.1f} {greatest:6.1f}"
-        print(f"{name:18} {rate:8.3f} {ratios} {memory:9.2f} {f'{equal}/{compared}':>12}")
-        figures["contenders"][name] = {
-            "moves_per_second": rate, "peak_memory_gib": memory, "equal_moves": equal, "compared_moves": compared,
-            "ratio_to_generate": {"median": median, "min": least, "max": greatest},
-        }  # fmt: skip
-    print(flush=True)
-    return figures
+    for name, taken in turns.items():
+        moves_per_second = statistics.median(turn.speed for turn in taken)
+        ratio = speed_ratio(taken, plain)
+        memory = max(turn.peak_memory_gib for turn in taken)
+        num_equal, num_compared = count_equal_moves(taken[-1].details, plain[-1].details)
+        rows.append(
+            [
+                name,
+                f"{moves_per_second:.3f}",
+                f"{ratio.median:.1f} ({ratio.min:.1f} to {ratio.max:.1f})",
+                f"{memory:.2f}",
+                f"{num_equal} of {num_compared}",
+            ]
+        )
+        results[name] = {
+            "moves_per_second": moves_per_second,
+            "peak_memory_gib": memory,
+            "equal_moves": num_equal,
+            "compared_moves": num_compared,
+            "ratio_to_generate": asdict(ratio),
+        }
+    header = ["contender", "moves/s", "speedup over generate", "peak GiB", "equal moves"]
+    print("\n" + markdown_table(header, rows), flush=True)
+    return {"settings": settings_of(options), "contenders": results}
 
 
 if __name__ == "__main__":

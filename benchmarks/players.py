@@ -1,12 +1,13 @@
-"""How well the teachers play, beside the figures measured elsewhere: ``python -m benchmarks.players [--games 1000]``.
+"""Playing strength of the teachers, compared with published or independently measured values.
 
-A game ends with STARVED where the player walks in circles. The limit matters to ``random_legal`` most of all: 4.4
-apples with the default of 400 steps without an apple, 6.1 without a limit.
+    python -m benchmarks.players --games 1000
+
+Plays seeded games on 10x10 and prints apples, wins and steps of each teacher. The limit of steps without an apple
+affects ``random_legal`` most: its mean is 4.4 apples with the default limit of 400 steps, and 6.1 without a limit.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import Counter
@@ -16,13 +17,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.common import make_parser
 from snake_lora_pl.game import TEACHERS, Game, get_teacher
 
 GRID_SIZE = 10
 UPSTREAM = " (upstream's rules)"
 
-# Mean apples and, where known, mean steps of independent programs on 10x10. What limit or rules the 4.6 of random_legal
-# were measured under is not known.
+# Mean apples, and mean steps where known, of independent programs on 10x10. The limit of steps and the rules of the
+# measurement for random_legal are unknown.
 REFERENCE_APPLES = {
     "random_legal": 4.6,
     f"bfs{UPSTREAM}": 19.6,
@@ -35,7 +37,7 @@ REFERENCE_STEPS = {"hamiltonian": 2518, "hamiltonian_shortcuts": 1476}
 
 
 class Result(NamedTuple):
-    """What one player did."""
+    """Outcomes of one teacher's games."""
 
     apples: list[int]
     steps: list[int]
@@ -44,7 +46,7 @@ class Result(NamedTuple):
 
 
 def play(teacher: str, num_games: int, max_steps_without_apple: int, *, upstream_rules: bool = False) -> Result:
-    """Play seeded games, the seeds counted from 0."""
+    """Play games with the seeds 0, 1, 2, ..."""
     start = time.process_time()
     games = []
     console = Console(stderr=True)
@@ -64,43 +66,42 @@ def play(teacher: str, num_games: int, max_steps_without_apple: int, *, upstream
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.players", description=__doc__)
-    parser.add_argument("--games", type=int, default=1_000, help="games of each player (default: 1000)")
-    parser.add_argument("--starvation", type=int, default=400, help="steps without an apple that end a game")
-    arguments = parser.parse_args()
-    num_games = arguments.games
+    parser = make_parser("players", __doc__)
+    parser.add_argument("--games", type=int, default=1_000, help="games of each teacher (default: 1000)")
+    parser.add_argument(
+        "--starvation", type=int, default=400, help="steps without an apple that end a game (default: 400)"
+    )
+    options = parser.parse_args()
+    num_games = options.games
 
     table = Table(
         title=f"{num_games:,} seeded games on {GRID_SIZE}x{GRID_SIZE}, "
-        f"at most {arguments.starvation} steps without an apple"
+        f"at most {options.starvation} steps without an apple"
     )
-    table.add_column("player")
+    table.add_column("teacher")
     for column in ("apples", "SD", "median", "reference", "ratio", "wins", "steps", "reference", "ratio", "CPU s"):
         table.add_column(column, justify="right")
     table.add_column("ends")
     for name in [*TEACHERS, f"bfs{UPSTREAM}"]:
-        result = play(
-            name.removesuffix(UPSTREAM), num_games, arguments.starvation, upstream_rules=name.endswith(UPSTREAM)
-        )
+        upstream_rules = name.endswith(UPSTREAM)
+        result = play(name.removesuffix(UPSTREAM), num_games, options.starvation, upstream_rules=upstream_rules)
         apples, steps = statistics.fmean(result.apples), statistics.fmean(result.steps)
-        ends = result.ends
         table.add_row(
             name,
             f"{apples:.1f}",
             f"{statistics.pstdev(result.apples):.1f}",
             f"{statistics.median(result.apples):.0f}",
-            *_against(apples, REFERENCE_APPLES.get(name)),
-            f"{ends['WIN'] / num_games:.0%}",
+            *_reference_cells(apples, REFERENCE_APPLES.get(name)),
+            f"{result.ends['WIN'] / num_games:.0%}",
             f"{steps:,.0f}",
-            *_against(steps, REFERENCE_STEPS.get(name)),
+            *_reference_cells(steps, REFERENCE_STEPS.get(name)),
             f"{result.cpu_s:.0f}",
-            ", ".join(f"{end} {count}" for end, count in ends.most_common()),
+            ", ".join(f"{end} {count}" for end, count in result.ends.most_common()),
         )
     Console(width=160).print(table)
 
 
-def _against(measured: float, reference: float | None) -> tuple[str, str]:
+def _reference_cells(measured: float, reference: float | None) -> tuple[str, str]:
     return ("", "") if reference is None else (f"{reference:,}", f"{measured / reference:.3f}")
 
 

@@ -1,17 +1,45 @@
-"""Benchmarks reach into the package: their own step still is one."""
+"""Tests of benchmarks that depend on internals of the package."""
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.train_step import make_step, seconds_of
-from snake_lora_pl.training.memory.estimate import blank_batch
+from benchmarks.interleaved import Turn, TurnTimer, run_interleaved, speed_ratio
+from benchmarks.train_step import make_step, min_duration_s
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_the_step_that_is_timed_runs(tiny_llama_dir: Path) -> None:
+def test_the_timed_training_step_runs(tiny_llama_dir: Path) -> None:
+    # Imported here, because the contenders below import this module in new processes.
+    from snake_lora_pl.training.memory.estimate import blank_batch
+
     step = make_step(str(tiny_llama_dir), rank=4, dtype="float32")
-    assert seconds_of(step, blank_batch(2, 32, 8), repeats=1) > 0
+    assert min_duration_s(step, blank_batch(2, 32, 8), num_repeats=1) > 0
+
+
+def count_turns(timer: TurnTimer, first_units: int, num_turns: int) -> None:
+    for turn in range(num_turns):
+        timer.start()
+        timer.stop(first_units + turn, math.nan, 0.0, time.perf_counter())
+
+
+def test_contenders_alternate_and_the_first_round_is_not_counted() -> None:
+    turns = run_interleaved({"a": count_turns, "b": count_turns}, 10, num_rounds=3)
+    assert {name: [turn.num_units for turn in taken] for name, taken in turns.items()} == {
+        "a": [11, 12, 13],
+        "b": [11, 12, 13],
+    }
+    ends = sorted((turn.details, name) for name, taken in turns.items() for turn in taken)
+    assert [{name for _, name in ends[i : i + 2]} for i in (0, 2, 4)] == [{"a", "b"}] * 3
+
+
+def test_the_speed_ratio_is_taken_within_each_round() -> None:
+    turns = [Turn(1.0, 40, 0.0, 0.0), Turn(2.0, 40, 0.0, 0.0), Turn(1.0, 90, 0.0, 0.0)]
+    baseline = [Turn(1.0, 20, 0.0, 0.0), Turn(2.0, 10, 0.0, 0.0), Turn(1.0, 30, 0.0, 0.0)]
+    ratio = speed_ratio(turns, baseline)
+    assert (ratio.median, ratio.min, ratio.max) == (3, 2, 4)

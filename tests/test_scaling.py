@@ -1,4 +1,4 @@
-"""The cost model's tables in ``docs/explanation/scaling.md`` are what ``python -m benchmarks.scaling`` works out."""
+"""Tests of the cost model, and of its tables in ``docs/explanation/scaling.md``."""
 
 from __future__ import annotations
 
@@ -6,53 +6,55 @@ import re
 
 import pytest
 
-from benchmarks.scaling import CONFIGS, PAGE_PATH, TABLES, sizes_of, step_of
-from snake_lora_pl.training.memory.estimate import MemoryEstimate
+from benchmarks.cost_model import CONFIGS, sizes_of, step_of
+from benchmarks.scaling import PAGE_PATH, TABLES
 
-WORKED_OUT_AGAIN = ["135M", "7B"]
+CHECKED_MODELS = ["135M", "7B"]
 
 
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
-    # As their model cards have them.
+    # From the model cards.
     [("135M", 134_515_008), ("1.5B", 1_543_714_304), ("7B", 7_615_616_512), ("70B", 70_553_706_496)],
 )
-def test_the_configs_are_those_of_the_models_they_are_named_after(name: str, num_parameters: int) -> None:
+def test_configs_have_the_parameters_of_their_models(name: str, num_parameters: int) -> None:
     assert sizes_of(CONFIGS[name]).total == num_parameters
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_in_the_page_is_what_the_script_prints(name: str) -> None:
-    (there,) = re.findall(rf"<!-- begin {name}: .*?-->\n\n(.*?)\n\n<!-- end {name}: ", PAGE_PATH.read_text(), re.DOTALL)
-    lines = there.splitlines()
-    header, rule, *rows = TABLES[name](WORKED_OUT_AGAIN).splitlines()
-    assert lines[:2] == [header, rule]
+def test_the_page_contains_the_computed_tables(name: str) -> None:
+    page = PAGE_PATH.read_text(encoding="utf-8")
+    (table,) = re.findall(rf"<!-- begin {name}: .*?-->\n\n(.*?)\n\n<!-- end {name}: ", page, re.DOTALL)
+    lines = table.splitlines()
+    header, separator, *rows = TABLES[name](CHECKED_MODELS).splitlines()
+    assert lines[:2] == [header, separator]
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(CONFIGS)
-    assert [lines[2 + list(CONFIGS).index(model)] for model in WORKED_OUT_AGAIN] == rows
+    assert [lines[2 + list(CONFIGS).index(model)] for model in CHECKED_MODELS] == rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", WORKED_OUT_AGAIN)
-def test_counted_operations_are_those_of_the_textbook(model: str) -> None:
-    # A frozen weight: two operations forward and two for the gradient of its input; the head at 160 of 512 tokens.
-    step, config = step_of(model, in_slices=True), CONFIGS[model]
-    head = config.vocab_size * config.hidden_size * 160 / 512
-    # Queries times keys and probabilities times values forward; backward the first once more, and two for each.
+@pytest.mark.parametrize("model", CHECKED_MODELS)
+def test_counted_operations_agree_with_the_textbook_formula(model: str) -> None:
+    # A frozen weight costs two operations forward and two for the gradient of its input. The LM head runs for 160 of
+    # 512 tokens.
+    step, config = step_of(model, sharded=True), CONFIGS[model]
+    lm_head = config.vocab_size * config.hidden_size * 160 / 512
+    # Forward, queries by keys and probabilities by values; backward, the first of them again and two for each.
     attention = 4 * 3.5 * 512 * config.hidden_size * config.num_hidden_layers
-    products = 4 * (step.sizes.in_layers + head)
+    products = 4 * (step.sizes.in_layers + lm_head)
     assert step.base_flops_per_token == pytest.approx(products + attention, rel=0.01)
 
 
 @pytest.mark.slow
-def test_slices_and_wires_follow_from_the_sizes() -> None:
+def test_memory_and_communication_follow_from_the_sizes() -> None:
     step = step_of("135M")
-    assert isinstance(step.memory, MemoryEstimate)
-    # One process has it all, two layers of it twice; with ever more only what is not cut is left.
-    assert step.bytes_in_slices(1) == step.bytes_whole() + 2 * step.layer_bytes / 30
-    left = step.outside_bytes + step.memory.activations + 2 * step.layer_bytes / 30
-    assert step.bytes_in_slices(10**6) == pytest.approx(left, rel=1e-5)
+    two_layers = 2 * step.layer_bytes / 30
+    assert step.fsdp_bytes(1) == step.ddp_bytes + two_layers
+    # With many processes, only what is not sharded remains.
+    not_sharded = step.outside_bytes + step.memory.activations + two_layers
+    assert step.fsdp_bytes(10**6) == pytest.approx(not_sharded, rel=1e-5)
     # 1,843,200 trained parameters of 4 bytes.
-    assert step.bytes_sent_whole(2) == 1_843_200 * 4
-    assert step.bytes_sent_whole(1) == step.bytes_sent_in_slices(1) == 0
-    assert step.bytes_sent_in_slices(2) == step.layer_bytes + 1.5 * 1_843_200 * 4
+    assert step.ddp_sent_bytes(2) == 1_843_200 * 4
+    assert step.ddp_sent_bytes(1) == step.fsdp_sent_bytes(1) == 0
+    assert step.fsdp_sent_bytes(2) == step.layer_bytes + 1.5 * 1_843_200 * 4

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import snake_lora_pl.cli.games
-from benchmarks.same_run import differences
+from benchmarks.run_comparison import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.data.generated_rows import write_dataset

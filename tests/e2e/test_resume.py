@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import snake_lora_pl.cli.run_directory
-from benchmarks.same_run import differences
+from benchmarks.run_comparison import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.generated_rows import write_dataset

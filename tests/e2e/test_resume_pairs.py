@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.kill import PROCESSES, warm_up
-from benchmarks.same_run import differences
+from benchmarks.run_comparison import differences
 from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.paths import RunPaths
 from tests.e2e.test_resume import BASE, RUN_PATTERN
