@@ -14,8 +14,7 @@ from snake_lora_pl.console import suppress_library_output
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
-from snake_lora_pl.evaluation.policy import Answer
-from snake_lora_pl.evaluation.settings import Reading
+from snake_lora_pl.evaluation.policy import Answer, Reading
 from snake_lora_pl.game import STYLES, Board, Move, Style, get_style
 from snake_lora_pl.training.module import LoRALightningModule
 

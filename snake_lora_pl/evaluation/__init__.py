@@ -1,1 +1,1 @@
-"""Any policy plays or answers -> figures. Knows the game, not how a policy was trained."""
+"""Play evaluation: policies, the game loop, statistics and metrics; independent of how a policy was trained."""

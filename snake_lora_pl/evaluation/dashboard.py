@@ -1,8 +1,8 @@
-"""What a run has to show beside its scalar metrics, and who may show it.
+"""Interfaces of everything that reports a run: dashboards show it, run loggers are dashboards with a location.
 
-It is made once: ``SampleRows`` makes a ``Validation`` at each validation, ``PlayEvaluation`` and the end of a run play
-games. Every logger and callback of the trainer that is a ``Dashboard`` gets the same: files and ``report.html``
-(``RunRecord``), Weights & Biases, TensorBoard.
+``SampleRows`` passes a ``Validation`` to every dashboard at each validation; ``PlayEvaluation`` and the end of a run
+pass games. A logger or callback of the trainer is a dashboard if it implements ``Dashboard``: ``RunRecord`` (files and
+``report.html``), Weights & Biases, TensorBoard.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from snake_lora_pl.paths import RunPaths
 
 
 class RunOutcome(NamedTuple):
-    """What is there when a run has ended well.
+    """Results of a completed run.
 
     Attributes:
-        adapter_dir: The adapter it kept.
-        metadata: What is known of the adapter, as plain JSON.
-        data_paths: The files it was trained on.
-        data_summary: What the data module says of them.
+        adapter_dir: Directory of the saved adapter.
+        metadata: Metadata of the adapter, as plain JSON.
+        data_paths: Files that it was trained on.
+        data_summary: Summary of the data module.
     """
 
     adapter_dir: Path
@@ -38,47 +38,52 @@ class RunOutcome(NamedTuple):
 
 @runtime_checkable
 class Dashboard(Protocol):
-    """Shows a run somewhere. Only the first process calls it."""
+    """Shows validations, games and the outcome of a run. Only rank zero calls it."""
 
     def show_validation(self, validation: Validation) -> None:
-        """Show what a validation brought."""
+        """Show a validation."""
 
     def show_games(self, result: PlayerResult, step: int, *, is_final: bool) -> None:
         """Show games.
 
         Args:
-            result: The model's games.
-            step: Optimizer steps done when they were played.
-            is_final: Whether these are the games that the run ends with, by the adapter that was kept.
+            result: Games of the model.
+            step: Number of optimizer steps before the games.
+            is_final: Whether these are the games of the saved adapter at the end of the run.
         """
 
     def show_outcome(self, outcome: RunOutcome) -> None:
-        """Show what a run that ended well has left."""
+        """Show the results of a completed run."""
 
 
 @runtime_checkable
 class RunLogger(Protocol):
-    """A logger that a run tells of itself and that tells of its own place; ``package`` is what it needs installed."""
+    """Logger that is attached to the run directory and reports where it logs.
+
+    Attributes:
+        label: Name of the logger in the summary of a run.
+        package: Package that it needs.
+    """
 
     label: str
     package: str
 
     def attach(self, paths: RunPaths, name: str) -> None:
-        """Take the run's places, and a name for it, before anything is logged."""
+        """Set the paths and the name of the run, before anything is logged."""
 
     @property
     def location(self) -> str:
-        """An address, or the command that shows what was logged."""
+        """URL, or the command that shows what was logged."""
 
     def finish(self) -> None:
-        """Write what is left; nothing comes after."""
+        """Write pending data and close; nothing is logged afterwards."""
 
 
 def require_package(package: str) -> None:
-    """Make sure that the package of an optional place to show a run is there.
+    """Check that the package of an optional logger is installed.
 
     Args:
-        package: Its name, and that of the overlay and the extra.
+        package: Name of the package, which is also the name of the config and of the extra.
 
     Raises:
         UserError: If it is not installed.
@@ -88,6 +93,6 @@ def require_package(package: str) -> None:
 
 
 def dashboards(trainer: pl.Trainer) -> list[Dashboard]:
-    """Everything that shows the run of a trainer; nothing in all processes but the first."""
+    """Return the dashboards of a trainer on rank zero, and none on other ranks."""
     parts: list[Any] = [*trainer.loggers, *trainer.callbacks]  # type: ignore[attr-defined]
     return [part for part in parts if isinstance(part, Dashboard)] if trainer.is_global_zero else []

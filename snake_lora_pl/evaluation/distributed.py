@@ -1,4 +1,4 @@
-"""Games shared out among processes: every process plays as many, and all learn the figures of all games."""
+"""Games distributed over the ranks of a trainer: each rank plays an equal share, and all get all summaries."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share games, seen from one of them.
+    """The ranks that share games, as seen from one of them.
 
     Attributes:
-        rank: This process's number.
-        size: How many there are.
-        gather_rows: From this process's rows of whole numbers, as many of one width in each process, to those of all.
-        gather_objects: From anything to what each process gave; an empty list in all processes but the first.
+        rank: This rank.
+        size: Number of ranks.
+        gather_rows: All-gathers rows of integers; every rank passes the same number of rows of the same width.
     """
 
     rank: int = 0
     size: int = 1
     gather_rows: Callable[[list[list[int]]], list[list[list[int]]]] = lambda rows: [rows]
-    gather_objects: Callable[[Any], list[Any]] = lambda value: [value]
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> Ranks:
-        """The processes of a trainer.
+        """Return the ranks of a trainer.
 
-        Where they share one model in slices, each forward pass is a matter of all, so that games of unequal length
-        would hang them: then every process plays every game, in step, as if it were alone.
+        If the ranks hold shards of one model, every forward pass needs all of them, and games of unequal length would
+        deadlock. Every rank then plays every game, as if it were the only one.
         """
         if trainer.world_size == 1 or shares_model(trainer.strategy):
             return cls()
@@ -45,41 +43,37 @@ class Ranks:
 
         def gather_rows(rows: list[list[int]]) -> list[list[list[int]]]:
             own = torch.tensor(rows, dtype=torch.int64, device=trainer.strategy.root_device)
-            return trainer.strategy.all_gather(own).tolist()
+            gathered: list[list[list[int]]] = trainer.strategy.all_gather(own).tolist()
+            return gathered
 
-        def gather_objects(value: Any) -> list[Any]:
-            gathered = [None] * trainer.world_size if trainer.is_global_zero else None
-            torch.distributed.gather_object(value, gathered)
-            return gathered or []
-
-        return cls(trainer.global_rank, trainer.world_size, gather_rows, gather_objects)
+        return cls(trainer.global_rank, trainer.world_size, gather_rows)
 
     def share(self, seeds: Sequence[int]) -> list[int]:
-        """This process's part of some seeds. Every process gets as many; what is over repeats the first seed."""
+        """Return this rank's share of the seeds, padded with the first seed to the same length on every rank."""
         num_missing = -len(seeds) % self.size
         return [*seeds, *[seeds[0]] * num_missing][self.rank :: self.size]
 
     def join(self, parts: Sequence[Sequence[T]], num_seeds: int) -> list[T]:
-        """What each process has of its ``share`` in the order of the seeds, without what was over."""
+        """Return the results of the ranks' shares in the order of the seeds, without the padding."""
         return [parts[index % self.size][index // self.size] for index in range(num_seeds)]
 
 
 def shares_model(strategy: Any) -> bool:
-    """Whether a strategy cuts the model in slices, so that a forward pass needs all processes."""
+    """Return whether a strategy shards the model, so that a forward pass needs all ranks."""
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
     return isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
 
 
 class PlayerResult(NamedTuple):
-    """How one player did.
+    """Games of one player.
 
     Attributes:
         name: The player.
         reading: How its moves were read.
-        summaries: One for each game of all processes, in the order of the seeds.
-        games: The games that this process played.
-        num_ranks: Processes that shared the games.
+        summaries: One per game of all ranks, in the order of the seeds.
+        games: The games that this rank played.
+        num_ranks: Number of ranks that shared the games.
     """
 
     name: str
@@ -89,18 +83,18 @@ class PlayerResult(NamedTuple):
     num_ranks: int = 1
 
     def statistics(self) -> dict[str, float]:
-        """See ``figures.figures``."""
+        """Return ``compute_statistics`` of the games."""
         return compute_statistics(self.summaries, self.num_ranks)
 
 
 def play_shared(policy: Policy, seeds: Sequence[int], ranks: Ranks, **settings: Any) -> PlayerResult:
-    """Play a game of each seed, each in one of the processes; the summaries are the same for any number of them.
+    """Play one game per seed, each on one rank; the summaries do not depend on the number of ranks.
 
     Args:
         policy: The player.
-        seeds: Seeds of the games, the same in every process.
-        ranks: The processes.
-        settings: Passed to ``play_games``.
+        seeds: Seeds of the games, the same on every rank.
+        ranks: The ranks.
+        settings: Options of ``play_games``.
     """
     games = play_games(policy, ranks.share(seeds), **settings)
     rows = ranks.gather_rows([GameSummary.of(game).to_row() for game in games])

@@ -1,6 +1,6 @@
-"""Many games in lockstep, played by any policy, and what is to be said of each move. Imports no torch.
+"""Plays many games of one policy in lockstep and judges each move. Imports no torch.
 
-In each round the policy is asked once for the moves of all games that run. A game that ends makes room for the next.
+Each round asks the policy once for the moves of all running games. A game that ends is replaced by the next one.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from snake_lora_pl.game.game import starvation_cap
 from snake_lora_pl.game.replay import Frame, Recording
 
 DEATHS = (End.WALL, End.SELF, End.NO_VALID_ANSWER)
-"""Ends that a move of the player's own brings about."""
+"""Ends caused by a move of the player."""
 
-# So many games cost a model little more time than one, and no more memory than a small GPU has.
+# A model answers this many boards in little more time than one, within the memory of a small GPU.
 BATCH_SIZE = 64
 
 
 class Judgment(NamedTuple):
-    """What is to be said of one move.
+    """Assessment of one move.
 
     Attributes:
-        is_fatal: The move ended the game though a legal one was left: hitting wall or body, reversing, or naming none.
+        is_fatal: The move ended the game although there was a legal move: it hit a wall or the body, reversed, or named
+            no move.
         is_unparseable: No move could be read.
-        teacher_move: What the teacher does on that board.
-        optimal_moves: Every first move of a shortest path to the apple; empty where there is no path.
-        claims: For each thing that the words claim, whether it is so.
+        teacher_move: The teacher's move on the board.
+        optimal_moves: All first moves of shortest paths to the apple; empty without a path.
+        claims: Name -> truth of each claim in the completion.
     """
 
     is_fatal: bool
@@ -43,44 +44,40 @@ class Judgment(NamedTuple):
 
 @dataclass(frozen=True)
 class PlayedGame:
-    """A game that a policy played.
+    """A finished game.
 
     Attributes:
-        seed: The game's seed: the same moves make the same game of it.
-        recording: Every position, move and word, and the end.
-        judgments: One for each move asked for, the last one included.
+        seed: Seed of the game; seed and moves determine it.
+        recording: All positions, moves and completions.
+        judgments: One for each decision, the last included.
         answer_seconds: This game's share of the time that the policy took to answer.
+        end: Why the game ended.
     """
 
     seed: int
     recording: Recording
     judgments: tuple[Judgment, ...]
     answer_seconds: float
-
-    @property
-    def end(self) -> End:
-        """Why the game was over."""
-        assert self.recording.end is not None
-        return self.recording.end
+    end: End
 
     @property
     def num_apples(self) -> int:
-        """Apples eaten."""
+        """Number of apples eaten."""
         return self.recording.num_apples(-1)
 
     @property
     def num_steps(self) -> int:
-        """Steps survived: a move that ends the game in death is none."""
+        """Number of steps survived, without a move that ends the game in death."""
         return len(self.recording.frames) - 1
 
     @property
     def moves(self) -> list[Move | None]:
-        """The moves as the policy named them, the deadly one included."""
+        """Moves that the policy named, including a deadly last one."""
         return [frame.move for frame in decision_frames(self.recording)]
 
 
 def decision_frames(recording: Recording) -> tuple[Frame, ...]:
-    """The positions that a move was asked for: all, but for the last one of a game that outlived its last move."""
+    """Return the positions in which the player was asked for a move: all but the last of a game without a death."""
     return recording.frames if recording.ended_by_illegal_move else recording.frames[:-1]
 
 
@@ -95,18 +92,18 @@ def play_games(
     batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[PlayedGame]:
-    """Play a game of each seed to its end.
+    """Play one game per seed.
 
     Args:
         policy: The player.
-        seeds: Seeds of the games; ``game.seeds.play_seeds`` makes some that no data set has.
-        grid_size: Cells along one side of the grid.
-        max_steps: Steps after which a game ends with MAX_STEPS; None for no limit.
-        max_steps_without_apple: Steps without an apple after which a game ends with STARVED; None takes
-            ``game.starvation_cap``. A player that circles would never end without.
+        seeds: Seeds of the games; ``game.seeds.play_seeds`` returns seeds that no data set uses.
+        grid_size: Cells along one side of the board.
+        max_steps: Number of steps after which a game ends with MAX_STEPS; None for no limit.
+        max_steps_without_apple: Number of steps without an apple after which a game ends with STARVED, so that a player
+            that moves in circles ends; None for ``game.starvation_cap``.
         teacher: Name of the teacher that moves are compared with.
-        batch_size: Most games at a time. It bounds memory and changes nothing else.
-        progress: Called after each round with the number of games that are over and the number of all.
+        batch_size: Maximum number of games played at a time; affects memory, not results.
+        progress: Called after each round with the number of finished games and of all games.
 
     Returns:
         The games in the order of their seeds.
@@ -134,11 +131,11 @@ def play_games(
             running.extend(islice(waiting, batch_size - len(running)))
             if progress is not None:
                 progress(sum(game.end is not None for game in games), len(games))
-    return [game.judged(policy.name, judge) for game in games]
+    return [game.finish(policy.name, judge) for game in games]
 
 
 class _RunningGame:
-    """A game and the record of it."""
+    """A game and its record."""
 
     def __init__(self, game: Game, seed: int) -> None:
         self._game = game
@@ -159,15 +156,17 @@ class _RunningGame:
         self._answer_seconds += seconds
         self._game.play(answer.move)
 
-    def judged(self, player: str, judge: TeacherPolicy) -> PlayedGame:
-        assert self.end is not None
+    def finish(self, player: str, judge: TeacherPolicy) -> PlayedGame:
+        if self.end is None:
+            raise RuntimeError(f"game {self.seed} is not over")
         frames = self._frames if self.end in DEATHS else [*self._frames, Frame(self.board)]
         recording = Recording(tuple(frames), self.end, f"{player}, game {self.seed}")
-        return PlayedGame(self.seed, recording, tuple(judge_moves(recording, self.seed, judge)), self._answer_seconds)
+        judgments = tuple(judge_moves(recording, self.seed, judge))
+        return PlayedGame(self.seed, recording, judgments, self._answer_seconds, self.end)
 
 
 def _play_round(policy: Policy, games: Sequence[_RunningGame]) -> None:
-    """One move of each game."""
+    """Play one move of each game."""
     start = time.perf_counter()
     answers = policy.answer([game.board for game in games], [game.seed for game in games])
     seconds = (time.perf_counter() - start) / len(games)
@@ -178,22 +177,20 @@ def _play_round(policy: Policy, games: Sequence[_RunningGame]) -> None:
 
 
 def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterator[Judgment]:
-    """What is to be said of each move of a game, in turn.
+    """Judge each move of a game in turn.
 
     Args:
         recording: The game.
-        seed: Its seed, for a teacher that draws.
+        seed: Its seed, for a teacher that draws random numbers.
         judge: The teacher that moves are compared with.
     """
     frames = decision_frames(recording)
-    for index, (board, move, words) in enumerate(frames):
-        ended_in_death = recording.ended_by_illegal_move and index == len(frames) - 1
-        (answer,) = judge.answer([board], [seed])
-        assert answer.move is not None
+    for index, (board, move, completion) in enumerate(frames):
+        is_death = recording.ended_by_illegal_move and index == len(frames) - 1
         yield Judgment(
-            is_fatal=ended_in_death and bool(board.legal_moves()),
+            is_fatal=is_death and bool(board.legal_moves()),
             is_unparseable=move is None,
-            teacher_move=answer.move,
+            teacher_move=judge.move(board, seed),
             optimal_moves=tuple(shortest_moves(board)),
-            claims=check_claims(board, move, words) if words else {},
+            claims=check_claims(board, move, completion) if completion else {},
         )

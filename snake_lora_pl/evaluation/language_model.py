@@ -1,7 +1,8 @@
-"""A language model as a policy: boards become prompts, completions become moves, many games in one batch.
+"""Language model as a policy: boards become prompts, completions become moves, many games per batch.
 
-While games are played the adapter is merged into its base, and what all prompts of a style begin with is read once. How
-many texts are written together, and several tokens of each in one pass, stands in ``lockstep_decoder``.
+``Style.write_prompt`` turns a board into a prompt, and ``game.text.read_move`` turns a completion into a move. While
+games are played, the adapter is merged into its base model and the prefix that the prompts of a style share is cached.
+``decoding.lockstep_decoder`` generates the completions.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,42 +20,40 @@ from snake_lora_pl.adapters.temporary_merge import temporarily_merged
 from snake_lora_pl.decoding.drafter import Drafter
 from snake_lora_pl.decoding.lockstep_decoder import Completion, LockstepDecoder, common_prefix_length
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.evaluation.policy import Answer
+from snake_lora_pl.evaluation.policy import Answer, reading_problems
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text import Style, read_move
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-READINGS = ("generate", "score")
-
-# Boards whose true completions the drafter begins with; from then on it learns what the model writes.
-_NUM_FIRST_BOARDS = 16
+# Number of boards whose target completions the drafter learns first; later it learns the model's completions.
+_NUM_DRAFTER_BOARDS = 16
 
 
 class LanguageModelPolicy:
     """Plays by greedy decoding.
 
-    Two ways to read a move, named in every result:
+    There are two ways to read a move, and every result names the one used:
 
-    - ``generate``: the model writes its completion, and the move is read from its conclusion; anything else is no move.
-    - ``score``: the completions of the four moves are compared at the token where they part, in one pass. It fits a
-      style whose completions part at one token; the model cannot answer nonsense then.
+    - ``generate``: decode a completion and read the move from its conclusion; any other completion names no move.
+    - ``score``: compare the likelihoods of the four moves' completions at the first token in which they differ, in one
+      forward pass. The style's completions must differ at one token; the model cannot give an invalid answer.
 
     Args:
         model: A causal language model, with an adapter or without.
         tokenizer: Its tokenizer.
-        encode_prompts: From prompts to token ids, as in training: template included.
-        style: The text format that the model was trained on.
-        name: What to call the policy in a table.
+        encode_prompts: Returns the token ids of prompts, encoded with the template of the training.
+        style: Text format that the model was trained on.
+        name: Name of the policy in tables.
         reading: ``generate`` or ``score``.
         legal_mask: Compare legal moves only; needs ``score``.
-        max_new_tokens: Longest completion; a longer one names no move.
-        max_batch: Boards in one pass; more are taken in turns.
-        compute_context: Makes the context that the model computes in, such as autocast.
+        max_new_tokens: Maximum length of a completion; a longer one names no move.
+        max_batch: Maximum number of boards decoded at a time.
+        compute_context: Returns the context for forward passes, such as autocast.
 
     Raises:
-        UserError: If ``reading`` is unknown, does not fit the style, or ``legal_mask`` goes without ``score``.
+        UserError: If ``reading`` is unknown or does not fit the style, or ``legal_mask`` is set without ``score``.
     """
 
     def __init__(
@@ -69,19 +68,17 @@ class LanguageModelPolicy:
         legal_mask: bool = False,
         max_new_tokens: int = 192,
         max_batch: int = 128,
-        compute_context: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        compute_context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        if reading not in READINGS:
-            raise UserError(f"play.reading must be one of {', '.join(READINGS)}, not '{reading}'.")
-        if legal_mask and reading != "score":
-            raise UserError("play.legal_mask=true needs play.reading=score: a mask compares moves, it does not write.")
+        if problems := reading_problems(reading, legal_mask=legal_mask):
+            raise UserError("; ".join(problems))
         self.name = name
         self.reading = f"{reading}+mask" if legal_mask else reading
         self._model = model
         self._tokenizer = tokenizer
         self._encode_prompts = encode_prompts
         self._style = style
-        self._scores = reading == "score"
+        self._uses_score = reading == "score"
         self._legal_mask = legal_mask
         self._max_new_tokens = max_new_tokens
         self._max_batch = max_batch
@@ -89,61 +86,70 @@ class LanguageModelPolicy:
         self._pad_id = int(tokenizer.pad_token_id)
         self._eos_id = int(tokenizer.eos_token_id)
         self._session: _Session | None = None
-        self._line_ends: dict[int, bool] = {}
-        self._lead_ids, self._move_ids = self._find_parting() if self._scores else ([], {})
+        self._ends_line: dict[int, bool] = {}
+        self._shared_ids, self._move_ids = self._find_move_tokens() if self._uses_score else ([], {})
 
     @contextlib.contextmanager
     def playing(self) -> Iterator[None]:
-        """Keep what many answers share from one to the next, as long as the context lasts.
+        """Cache what answers share while the context is open.
 
-        The adapter is merged, the model in eval mode, the beginning of the prompts read; so nobody may change the
-        weights meanwhile. Then all is as it was, to the last bit.
+        The adapter is merged, the model is in eval mode and the prefix of the prompts is cached, so the weights must
+        not change meanwhile. Afterwards the weights are restored bit for bit.
         """
-        if self._session is not None:
+        with self._open_session():
             yield
+
+    @contextlib.contextmanager
+    def _open_session(self) -> Iterator[_Session]:
+        if self._session is not None:
+            yield self._session
             return
         with in_eval_mode(self._model), temporarily_merged(self._model):
             self._session = _Session()
             try:
-                yield
+                yield self._session
             finally:
                 self._session = None
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
-        """The model's words and move on each board; the seeds are not used, decoding is greedy."""
-        # Every pass has another shape, so that layers compiled for training would be compiled anew and anew.
+        """Return the model's completion and move on each board; greedy decoding does not use the seeds."""
+        # Every pass has another shape, for which layers compiled for training would be compiled again.
         eager = torch.compiler.set_stance("force_eager")
-        with self.playing(), eager, torch.no_grad(), self._compute_context():
-            assert self._session is not None
-            answers = self._session.answers
-            # The same board gets the same answer: a snake that circles until it starves costs one round.
-            new = [board for board in dict.fromkeys(boards) if board not in answers]
+        with self._open_session() as session, eager, torch.no_grad(), self._compute_context():
+            # Equal boards have equal answers, so a snake that circles until it starves is decoded for one round only.
+            new = [board for board in dict.fromkeys(boards) if board not in session.answers]
             for start in range(0, len(new), self._max_batch):
                 batch = new[start : start + self._max_batch]
-                answers.update(zip(batch, self._answer_batch(batch, self._session.decoders), strict=True))
-            return [answers[board] for board in boards]
+                session.answers.update(zip(batch, self._answer_batch(batch, session.decoders), strict=True))
+            return [session.answers[board] for board in boards]
 
     def _answer_batch(self, boards: Sequence[Board], decoders: dict[int, LockstepDecoder]) -> list[Answer]:
         grid_size = boards[0].size
         if grid_size not in decoders:
             decoders[grid_size] = self._make_decoder(boards)
-        prompts = [ids + self._lead_ids for ids in self._encode(boards)]
-        if self._scores:
+        prompts = [ids + self._shared_ids for ids in self._encode(boards)]
+        if self._uses_score:
             logits = decoders[grid_size].next_logits(prompts)
             return [self._best_move(row, board) for row, board in zip(logits, boards, strict=True)]
-        texts = map(self._text, decoders[grid_size].complete(prompts))
+        texts = map(self._decode_completion, decoders[grid_size].complete(prompts))
         return [Answer(read_move(text), text) for text in texts]
 
     def _encode(self, boards: Sequence[Board]) -> list[list[int]]:
         return self._encode_prompts([self._style.write_prompt(board) for board in boards])
 
+    def _encode_completion(self, board: Board, move: Move) -> list[int]:
+        text = self._style.write_completion(board, move)
+        return cast(list[int], self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
+        return cast(str, self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
     def _make_decoder(self, boards: Sequence[Board]) -> LockstepDecoder:
-        """A decoder for boards of the size of these, with the tokens that every prompt begins with."""
+        """Return a decoder for boards of the size of ``boards``, with the prefix that their prompts share."""
         drafter = Drafter()
-        for board in () if self._scores else boards[:_NUM_FIRST_BOARDS]:
+        for board in () if self._uses_score else boards[:_NUM_DRAFTER_BOARDS]:
             for move in Move:
-                text = self._style.write_completion(board, move)
-                drafter.learn([*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._eos_id])
+                drafter.learn([*self._encode_completion(board, move), self._eos_id])
         samples = self._encode(_sample_boards(boards[0].size))
         return LockstepDecoder(
             self._model,
@@ -152,54 +158,51 @@ class LanguageModelPolicy:
             samples[0],
             pad_id=self._pad_id,
             eos_id=self._eos_id,
-            is_finished=self._ends_text,
+            is_finished=self._is_finished,
             max_new_tokens=self._max_new_tokens,
         )
 
-    # ------------------------------------------------------------------ the two readings
-
-    def _find_parting(self) -> tuple[list[int], dict[Move, int]]:
-        """The tokens that the four moves' completions share at their beginning, and the one that tells each apart."""
+    def _find_move_tokens(self) -> tuple[list[int], dict[Move, int]]:
+        """Return the tokens that the completions of the four moves begin with, and each move's next token."""
         board = _sample_boards(10)[0]
-        texts = [self._style.write_completion(board, move) for move in Move]
-        encoded = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        encoded = [self._encode_completion(board, move) for move in Move]
         num_shared = common_prefix_length(*encoded)
-        parting = {move: ids[num_shared] for move, ids in zip(Move, encoded, strict=True) if len(ids) > num_shared}
-        if len(set(parting.values())) < len(Move):
+        next_tokens = {move: ids[num_shared] for move, ids in zip(Move, encoded, strict=True) if len(ids) > num_shared}
+        if len(set(next_tokens.values())) < len(Move):
             raise UserError(
-                f"play.reading=score does not fit style '{self._style.name}': with this tokenizer its four moves do "
-                "not part at one token. Set play.reading=generate."
+                f"play.reading=score does not fit style '{self._style.name}': with this tokenizer, the completions of "
+                "the four moves do not differ at one token. Set play.reading=generate."
             )
-        return encoded[0][:num_shared], parting
+        return encoded[0][:num_shared], next_tokens
 
     def _best_move(self, logits: Tensor, board: Board) -> Answer:
         moves = board.legal_moves() if self._legal_mask else list(Move)
-        # A snake with no legal move dies by its first choice, mask or not.
+        # Without a legal move every move ends the game, so the mask does not apply.
         best = max(moves or Move, key=lambda move: float(logits[self._move_ids[move]]))
         return Answer(best, best.name)
 
-    def _ends_text(self, tokens: list[int]) -> bool:
-        """Whether a text is over without EOS: at a line's end after the conclusion, nothing can change the move."""
-        if tokens[-1] not in self._line_ends:
-            self._line_ends[tokens[-1]] = self._tokenizer.decode(tokens[-1:]).endswith("\n")
-        if not self._line_ends[tokens[-1]]:
+    def _is_finished(self, tokens: list[int]) -> bool:
+        """Return whether a completion ends without EOS: after the line of the conclusion nothing changes the move."""
+        if tokens[-1] not in self._ends_line:
+            self._ends_line[tokens[-1]] = self._decode(tokens[-1:], skip_special_tokens=False).endswith("\n")
+        if not self._ends_line[tokens[-1]]:
             return False
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self._decode(tokens)
         return text.endswith("\n") and read_move(text) is not None
 
-    def _text(self, written: Completion) -> str:
-        text: str = self._tokenizer.decode(written.tokens, skip_special_tokens=True)
-        # Words that were cut off name no move, even if they happen to end in one.
-        return text if written.is_complete else text + "..."
+    def _decode_completion(self, completion: Completion) -> str:
+        text = self._decode(completion.tokens)
+        # The ellipsis keeps a truncated completion from naming a move that it happens to end with.
+        return text if completion.is_complete else text + "..."
 
 
 @dataclass
 class _Session:
-    """What is kept while games are played.
+    """Cache while games are played.
 
     Attributes:
-        answers: What was said of each board.
-        decoders: What reads and writes, for each size of boards.
+        answers: Answers by board.
+        decoders: Decoders by grid size.
     """
 
     answers: dict[Board, Answer] = field(default_factory=dict)
@@ -208,7 +211,7 @@ class _Session:
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every part of a model in eval mode for a while, then each as it was."""
+    """Set every submodule to eval mode in the block, then restore the mode of each."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
@@ -219,7 +222,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _sample_boards(size: int) -> list[Board]:
-    """Boards that differ in all that a prompt can say of a position."""
+    """Return boards that differ in everything that a prompt can contain."""
     last = size - 1
     return [
         Board(size, ((0, 0),), (last, last)),

@@ -1,4 +1,4 @@
-"""Models with their adapters, without them, a teacher and chance: all through the same loop and seeds."""
+"""Match between adapters, the base model, a teacher and a random policy: same game loop, same seeds."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 from snake_lora_pl.adapters.shared_base import SharedBase
+from snake_lora_pl.collectives import gather_objects
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.distributed import PlayerResult, Ranks, play_shared, shares_model
 from snake_lora_pl.evaluation.player_factory import PlayData, TrainedModule, find_style, make_player, shown_progress
 from snake_lora_pl.evaluation.policy import Policy, TeacherPolicy
 from snake_lora_pl.evaluation.settings import PlaySettings
-from snake_lora_pl.game import STYLES
+from snake_lora_pl.game import STYLES, Style
 from snake_lora_pl.game.seeds import play_seeds
 
 ADAPTER, BASE, RANDOM = "adapter", "base", "random_legal"
+"""Names of players in tables and files."""
 
 
 class PromptSpec(NamedTuple):
-    """How boards reach a model; None stands for what settings and rows say.
+    """How an adapter is prompted; None takes the value from settings and rows.
 
     Attributes:
-        style: Name of the format that they are written in.
-        template: How prompt and completion become one text.
+        style: Name of the style of the prompts.
+        template: Template that joins prompt and completion.
     """
 
     style: str | None = None
@@ -36,9 +39,9 @@ class Contestant(NamedTuple):
     """An adapter that plays.
 
     Attributes:
-        name: What to call it in tables and files.
-        prompt_spec: How it was trained to be asked.
-        adapter_dir: Where it lies; None for one that the module carries and that lies nowhere yet.
+        name: Name in tables and files.
+        prompt_spec: How it was prompted in training.
+        adapter_dir: Its directory; None for an adapter in memory that is not saved.
     """
 
     name: str = ADAPTER
@@ -47,20 +50,24 @@ class Contestant(NamedTuple):
 
 
 class Match(pl.LightningModule):
-    """For ``Trainer.test``: every player plays the same games. The trainer places the model and starts the processes.
+    """LightningModule for ``Trainer.test`` in which every player plays the same games.
 
-    Several adapters play one after the other on one base in memory, each prompted as it was trained. The base plays
-    once for each way in which they are.
+    The trainer places the model and starts the ranks. Several adapters play in turn on one base model in memory, each
+    prompted as in its training. The base model plays once for each prompt spec of the adapters.
 
     Args:
         module: The trained module; it loads the first contestant.
         data: Its data module.
-        settings: How games are played.
-        num_games: Games for each player.
-        contestants: The adapters that play; without any the base plays alone.
+        settings: Settings of the games.
+        num_games: Number of games of each player.
+        contestants: The adapters that play; if empty, the base model plays without adapters.
 
     Attributes:
-        results: After the test: each player's result. In the first process they hold the games of all processes.
+        contestants: The adapters, with complete prompt specs.
+        results: Result of each player after the test, with the games of all ranks.
+
+    Raises:
+        UserError: If the number of games is out of range, or the style of the prompts is unknown.
     """
 
     def __init__(
@@ -80,29 +87,32 @@ class Match(pl.LightningModule):
         self.data = data
         self.settings = settings
         self.contestants = [
-            contestant._replace(prompt_spec=self._settled(contestant.prompt_spec)) for contestant in contestants
+            contestant._replace(prompt_spec=self._complete(contestant.prompt_spec)) for contestant in contestants
         ]
-        own = [contestant.prompt_spec for contestant in self.contestants] or [self._settled(PromptSpec())]
-        self.prompt_specs = list(dict.fromkeys(own))
+        specs = [contestant.prompt_spec for contestant in self.contestants] or [self._complete(PromptSpec())]
+        self._prompt_specs = list(dict.fromkeys(specs))
         self.loop = settings.loop(settings.grid_size or data.resolved_grid_size)
         self.results: list[PlayerResult] = []
         self._shared: SharedBase | None = None
 
-    def _settled(self, prompt_spec: PromptSpec) -> PromptSpec:
-        style = find_style(self.settings, self.data) if prompt_spec.style is None else STYLES[prompt_spec.style]
+    def _resolve(self, spec: PromptSpec) -> tuple[Style, str]:
+        style = find_style(self.settings, self.data) if spec.style is None else STYLES[spec.style]
         if style is None:
             raise UserError(
-                "nothing says which style the prompts of these games are to be written in. Set play.style, or name "
-                "data.train_path with rows of a known one."
+                "the style of the prompts is unknown. Set play.style, or set data.train_path to rows of a known style."
             )
-        return PromptSpec(style.name, prompt_spec.template or self.data.template)
+        return style, spec.template or self.data.template
+
+    def _complete(self, spec: PromptSpec) -> PromptSpec:
+        style, template = self._resolve(spec)
+        return PromptSpec(style.name, template)
 
     @property
     def title(self) -> str:
-        """What was played, in words."""
+        """Description of the games."""
         size, max_steps = self.loop["grid_size"], self.loop["max_steps"]
         limit = f" and {max_steps:,} in all" if max_steps is not None else ""
-        styles = " and ".join(dict.fromkeys(str(prompt_spec.style) for prompt_spec in self.prompt_specs))
+        styles = " and ".join(dict.fromkeys(str(spec.style) for spec in self._prompt_specs))
         return (
             f"{len(self.seeds):,} games on {size}x{size}, at most {self.loop['max_steps_without_apple']:,} steps "
             f"without an apple{limit}; prompts in {styles}, greedy decoding, teacher {self.settings.teacher}"
@@ -110,9 +120,9 @@ class Match(pl.LightningModule):
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Everything that the games follow from; what differs between adapters is left out."""
+        """Everything that determines the games, as plain JSON, without what differs between adapters."""
         loop = {name: value for name, value in self.loop.items() if name != "batch_size"}
-        facts: dict[str, Any] = {
+        conditions: dict[str, Any] = {
             "num_games": len(self.seeds),
             "seed": self.settings.seed,
             "first_game_seed": self.seeds[0],
@@ -120,32 +130,26 @@ class Match(pl.LightningModule):
             "decoding": "greedy",
         }
         if len(self.contestants) < 2:
-            facts["adapter"] = self.contestants[0].adapter_dir if self.contestants else None
-        if len(self.prompt_specs) == 1:
-            facts |= self.prompt_specs[0]._asdict()
-        return facts
+            conditions["adapter"] = self.contestants[0].adapter_dir if self.contestants else None
+        if len(self._prompt_specs) == 1:
+            conditions |= self._prompt_specs[0]._asdict()
+        return conditions
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch the base model, in one process."""
         self.data.trainer = self.trainer
         self.data.prepare_data()
 
+    @override
     def configure_model(self) -> None:
-        """Load the model, and all adapters onto it."""
         if len(self.contestants) > 1 and shares_model(self.trainer.strategy):
-            raise UserError(
-                "several adapters cannot play on a model that is cut into slices. Set --trainer.strategy=auto."
-            )
+            raise UserError("several adapters cannot play on a sharded model. Set --trainer.strategy=auto.")
         self.module.configure_model()
         if self._shared is None and len(self.contestants) > 1:
             self._shared = self._load_all()
 
     def _load_all(self) -> SharedBase:
-        dirs = {
-            contestant.name: contestant.adapter_dir
-            for contestant in self.contestants
-            if contestant.adapter_dir is not None
-        }
+        dirs = {player.name: player.adapter_dir for player in self.contestants if player.adapter_dir is not None}
         (first, first_dir), *others = dirs.items()
         module = self.module
         shared = SharedBase(module.peft_model, first, first_dir, full_precision_base=module.full_precision_base)
@@ -153,53 +157,46 @@ class Match(pl.LightningModule):
             shared.load(name, adapter_dir)
         return shared
 
+    @override
     def test_dataloader(self) -> list[int]:
-        """One step, in which everything is played."""
-        return [0]
+        return [0]  # one step plays all games
 
+    @override
     def test_step(self, batch: int, batch_idx: int) -> None:
-        """Let every player play."""
         ranks = Ranks.of(self.trainer)
         for player in self._players():
             with player as policy, shown_progress(self.trainer, policy.name) as progress:
                 result = play_shared(policy, self.seeds, ranks, **self.loop, progress=progress)
-            parts = ranks.gather_objects(result.games)
-            if parts:
+            if ranks.size > 1:
+                parts = gather_objects(self.trainer, result.games)
                 result = result._replace(games=ranks.join(parts, len(self.seeds)))
             self.results.append(result)
 
     def _players(self) -> Iterator[contextlib.AbstractContextManager[Policy]]:
         for contestant in self.contestants:
-            self._use(contestant)
-            yield contextlib.nullcontext(self._player(contestant.name, contestant.prompt_spec))
+            if self._shared is not None:
+                self.module.model = self._shared.use(contestant.name)
+            name, spec, _ = contestant
+            yield contextlib.nullcontext(self._model_player(name, spec))
             if self.settings.legal_mask:
-                name = f"{contestant.name}+mask"
-                yield contextlib.nullcontext(self._player(name, contestant.prompt_spec, legal_mask=True))
-        for prompt_spec in self.prompt_specs:
-            yield self._base_player(prompt_spec)
+                yield contextlib.nullcontext(self._model_player(f"{name}+mask", spec, legal_mask=True))
+        for spec in self._prompt_specs:
+            yield self._base_player(spec)
         for name in dict.fromkeys([self.settings.teacher, RANDOM]):
             yield contextlib.nullcontext(TeacherPolicy(name))
 
-    def _use(self, contestant: Contestant) -> None:
-        if self._shared is not None:
-            self.module.model = self._shared.use(contestant.name)
-
-    def _player(self, name: str, prompt_spec: PromptSpec, *, legal_mask: bool = False) -> Policy:
-        assert prompt_spec.style is not None
-        assert prompt_spec.template is not None
-        encoder = self.data.encoder_of(prompt_spec.template)
-        style = STYLES[prompt_spec.style]
+    def _model_player(self, name: str, spec: PromptSpec, *, legal_mask: bool = False) -> Policy:
+        style, template = self._resolve(spec)
+        encoder = self.data.encoder_of(template)
         return make_player(self.module, encoder, style, self.settings.reading, name, legal_mask=legal_mask)
 
     @contextlib.contextmanager
-    def _base_player(self, prompt_spec: PromptSpec) -> Iterator[Policy]:
+    def _base_player(self, spec: PromptSpec) -> Iterator[Policy]:
         with self.module.peft_model.disable_adapter():
-            yield self._player(self._base_name(prompt_spec), prompt_spec)
+            yield self._model_player(self._base_name(spec), spec)
 
-    def _base_name(self, prompt_spec: PromptSpec) -> str:
-        if len(self.prompt_specs) == 1:
+    def _base_name(self, spec: PromptSpec) -> str:
+        if len(self._prompt_specs) == 1:
             return BASE
-        styles = [other.style for other in self.prompt_specs]
-        return f"{BASE} {prompt_spec.style}" + (
-            f" {prompt_spec.template}" if styles.count(prompt_spec.style) > 1 else ""
-        )
+        is_ambiguous = [other.style for other in self._prompt_specs].count(spec.style) > 1
+        return f"{BASE} {spec.style}" + (f" {spec.template}" if is_ambiguous else "")

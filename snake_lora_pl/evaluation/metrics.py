@@ -1,34 +1,36 @@
-"""Metrics that know Snake, handed to the training module as ``text_metrics`` and never imported by it."""
+"""Move metrics for validation rows; the training module receives them as ``text_metrics`` and does not know Snake."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 from snake_lora_pl.game import Move
 from snake_lora_pl.game.text import read_announced_move, read_board, read_move
 
 
 class SnakeMoveMetrics(Metric):
-    """Accuracy and legality of the moves in completions, over rows of text.
+    """Accuracy and legality of the moves in completions.
 
-    Predictions under teacher forcing follow the true text, so that a conclusion after an announcement (``Moving UP``)
-    is a copy. What was decided is the move that is named first.
+    Predictions under teacher forcing see the target text, so a conclusion after an announcement (``Moving UP``) is a
+    copy. The decision is the move that the completion names first.
 
-    ``compute()`` returns, each NaN where no row could be judged:
+    ``compute()`` returns the following rates, each NaN if there is no row to judge:
 
-    - ``decision_accuracy``: the share of rows whose announced move is the teacher's, or, where the target announces
-      none, whose conclusion is; among rows whose target names a move.
-    - ``move_accuracy``: the share whose conclusion names the teacher's move, among rows whose target has a conclusion.
-    - ``legal_move_rate``: the share whose conclusion names a move that the rules allow, among those rows whose prompt
-      holds the whole board.
+    - ``decision_accuracy``: share of rows whose announced move equals the teacher's, among rows whose target names a
+      move. If the target announces none, its conclusion is compared.
+    - ``move_accuracy``: share of rows whose conclusion names the teacher's move, among rows whose target has a
+      conclusion.
+    - ``legal_move_rate``: share of rows whose conclusion names a legal move, among those of these rows whose prompt
+      contains the whole board.
 
-    A move that cannot be read counts as wrong and as not legal.
+    A move that cannot be read counts as wrong and illegal.
 
     Attributes:
-        decisions: int64 of shape (4, 5): how often each announced move of the teacher (rows: UP, RIGHT, DOWN, LEFT) met
-            each of the model (columns: the same, and none that could be read); of this process, until it is synced.
+        decisions: Confusion matrix of this rank, until synced: int64 of shape (4, 5), number of rows with each decision
+            of the teacher (rows: UP, RIGHT, DOWN, LEFT) and of the model (columns: the same, unreadable).
     """
 
     full_state_update = False
@@ -48,32 +50,33 @@ class SnakeMoveMetrics(Metric):
         for name in ("judged_moves", "right_moves", "judged_boards", "legal_moves"):
             self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
 
+    @override
     def update(self, prompts: list[str], targets: list[str], predictions: list[str]) -> None:
-        """Judge rows.
+        """Add rows.
 
         Args:
-            prompts: Text that holds the board.
+            prompts: Texts that contain the board.
             targets: The teacher's completions.
-            predictions: The model's completions, one for each target.
+            predictions: The model's completions.
         """
         for prompt, target, prediction in zip(prompts, targets, predictions, strict=True):
-            wanted, said = read_move(target), read_move(prediction)
-            wanted_first, said_first = read_announced_move(target), read_announced_move(prediction)
-            if wanted_first is None:
-                wanted_first, said_first = wanted, said
-            if wanted_first is not None:
-                self.decisions[move_index(wanted_first), move_index(said_first)] += 1
-            if wanted is None:
+            expected, predicted = read_move(target), read_move(prediction)
+            expected_decision, decision = read_announced_move(target), read_announced_move(prediction)
+            if expected_decision is None:
+                expected_decision, decision = expected, predicted
+            if expected_decision is not None:
+                self.decisions[move_index(expected_decision), move_index(decision)] += 1
+            if expected is None:
                 continue
             self.judged_moves += 1
-            self.right_moves += int(said == wanted)
+            self.right_moves += int(predicted == expected)
             board = read_board(prompt)
             if board is not None:
                 self.judged_boards += 1
-                self.legal_moves += int(said is not None and said in board.legal_moves())
+                self.legal_moves += int(predicted is not None and predicted in board.legal_moves())
 
+    @override
     def compute(self) -> dict[str, Tensor]:
-        """Return the rates."""
         return {
             "decision_accuracy": self.decisions.diagonal().sum() / self.decisions.sum(),
             "move_accuracy": self.right_moves / self.judged_moves,
@@ -82,5 +85,5 @@ class SnakeMoveMetrics(Metric):
 
 
 def move_index(move: Move | None) -> int:
-    """Place of a move in a table of moves; the last one is that of no move."""
+    """Return the index of a move in a confusion matrix; None has the last one."""
     return len(Move) if move is None else list(Move).index(move)

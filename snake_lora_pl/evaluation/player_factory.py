@@ -1,4 +1,4 @@
-"""A trained module as a player. What it needs of the module and of the data is said here; neither room is imported."""
+"""Creates players from trained modules; protocols state what a module and a data module must provide for that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snake_lora_pl.game import STYLES, Style
 
 
 class TrainedModule(Protocol):
-    """What of a LightningModule playing needs."""
+    """LightningModule whose model can play."""
 
     model: Any
     tokenizer: Any
@@ -23,59 +23,59 @@ class TrainedModule(Protocol):
 
     @property
     def peft_model(self) -> Any:
-        """The model with its adapter."""
+        """Model with its adapter."""
 
     def configure_model(self) -> None:
-        """Load it, once."""
+        """Load the model, once."""
 
     def compute_context(self) -> AbstractContextManager[None]:
-        """The context that it computes in."""
+        """Return the context for forward passes, such as autocast."""
 
 
 class PromptEncoder(Protocol):
-    """What of an encoder playing needs."""
+    """Encoder of prompts."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts, as in training."""
+        """Return the token ids of prompts, encoded as in training."""
 
 
 class PlayData(Protocol):
-    """What of a DataModule playing needs."""
+    """DataModule that provides the prompt format."""
 
     trainer: Any
     template: Any
 
     @property
     def encoder(self) -> PromptEncoder:
-        """What turns prompts into ids."""
+        """Encoder with the template of the rows."""
 
     def encoder_of(self, template: Any) -> PromptEncoder:
-        """What turns prompts into ids in another template."""
+        """Return an encoder with another template."""
 
     @property
     def prompt_format(self) -> str:
-        """Name of the style of the rows, or another word where it is not known."""
+        """Name of the style of the rows, or another word if the style is unknown."""
 
     @property
     def resolved_grid_size(self) -> int:
-        """Cells along one side of the grid in the rows."""
+        """Cells along one side of the board in the rows."""
 
     def prepare_data(self) -> None:
-        """Fetch what has to be fetched, in one process."""
+        """Download files, in one process."""
 
     def sample_rows(self, num_rows: int) -> list[Any]:
-        """A few validation rows: ``prompt``, ``completion`` and ``source``, the same ones every time."""
+        """Return validation rows (``prompt``, ``completion``, ``source``), the same ones every time."""
 
 
 def find_style(settings: PlaySettings, data: PlayData) -> Style | None:
-    """The style that prompts are to be written in; None where the rows are of no known one."""
+    """Return the style for prompts, from the settings or the rows; None if the style of the rows is unknown."""
     return STYLES.get(settings.style or data.prompt_format)
 
 
 def make_player(
     module: TrainedModule, encoder: PromptEncoder, style: Style, reading: str, name: str, *, legal_mask: bool = False
 ) -> LanguageModelPolicy:
-    """A module's model, as it now is, as a player."""
+    """Return the model of a module, with its current weights, as a player."""
     return LanguageModelPolicy(
         module.peft_model,
         module.tokenizer,
@@ -91,7 +91,7 @@ def make_player(
 
 @contextmanager
 def shown_progress(trainer: pl.Trainer, player: str) -> Iterator[Callable[[int, int], None] | None]:
-    """What takes the number of games over and of all, and shows it where the trainer's progress bar can."""
+    """Yield the ``progress`` argument of ``play_games`` for the trainer's progress bar; None if it has no stages."""
     open_stage = getattr(trainer.progress_bar_callback, "stage", None)
     if open_stage is None:
         yield None

@@ -1,22 +1,39 @@
-"""What plays: anything that answers boards with moves, many boards at a time. Imports no torch."""
+"""Policies: the protocol of everything that plays, and teachers as policies. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.teachers import Teacher, get_seeded_teacher
 
+Reading: TypeAlias = Literal["generate", "score"]
+"""How a move is read from a language model; see ``LanguageModelPolicy``."""
+
+READINGS: tuple[Reading, ...] = get_args(Reading)
+
+
+def reading_problems(reading: str, *, legal_mask: bool) -> list[str]:
+    """Return the problems with the settings ``play.reading`` and ``play.legal_mask``; empty without problems."""
+    problems = []
+    if reading not in READINGS:
+        problems.append(f"play.reading must be {' or '.join(READINGS)} (found: {reading})")
+    if legal_mask and reading != "score":
+        problems.append(
+            f"play.legal_mask=true needs play.reading=score (found: {reading}), because a mask compares moves"
+        )
+    return problems
+
 
 class Answer(NamedTuple):
-    """What a policy says of one board.
+    """A policy's answer to one board.
 
     Attributes:
-        move: The move it names; None where nothing could be read.
-        words: Its own words, shown beside the board and checked for claims.
+        move: The move; None if the completion names none.
+        completion: The output text, shown with the board and checked for claims.
     """
 
     move: Move | None
@@ -24,36 +41,36 @@ class Answer(NamedTuple):
 
 
 class Policy(Protocol):
-    """Anything that plays. Games are played in lockstep, so it is asked for many boards at once."""
+    """Anything that plays. Games are played in lockstep, so a policy answers many boards at once."""
 
     @property
     def name(self) -> str:
-        """What to call it in a table."""
+        """Name of the policy in tables."""
 
     @property
     def reading(self) -> str:
-        """How its moves are read: ``generate``, ``score``, ``score+mask`` (illegal moves barred), or ``code``."""
+        """How its moves are read: ``generate``, ``score``, ``score+mask`` (legal moves only), or ``code``."""
 
     def playing(self) -> AbstractContextManager[None]:
-        """Entered once before a series of games: whoever answers faster with something kept keeps it as long."""
+        """Return a context for a series of games, in which the policy may cache what answers share."""
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
-        """One answer for each board.
+        """Answer each board.
 
         Args:
             boards: Positions of games that are not over.
-            seeds: Seed of the game that each belongs to, for a policy that draws.
+            seeds: Seed of the game of each board, for policies that draw random numbers.
         """
 
 
 class TeacherPolicy:
-    """A teacher as a policy; where it finds no legal move it takes the first that is no reversal, and dies.
+    """A teacher as a policy. Without a legal move it takes the first move that is not a reversal, which ends the game.
 
     Args:
         name: A registered teacher.
 
     Raises:
-        ValueError: If there is none of that name; the message lists those there are.
+        ValueError: If there is no such teacher; the message lists the known ones.
     """
 
     reading = "code"
@@ -64,15 +81,15 @@ class TeacherPolicy:
         self._teachers: dict[int, Teacher] = {}
 
     def playing(self) -> AbstractContextManager[None]:
-        """A teacher keeps nothing."""
+        """Return an empty context."""
         return contextlib.nullcontext()
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
-        """The teacher's move on each board; a teacher that draws draws from the game's seed."""
-        answers = []
-        for board, seed in zip(boards, seeds, strict=True):
-            if seed not in self._teachers:
-                self._teachers[seed] = self._make_teacher(seed)
-            move = self._teachers[seed](board)
-            answers.append(Answer(board.fallback_move() if move is None else move, ""))
-        return answers
+        """Return the teacher's move on each board; its random numbers depend on the game's seed."""
+        return [Answer(self.move(board, seed), "") for board, seed in zip(boards, seeds, strict=True)]
+
+    def move(self, board: Board, seed: int) -> Move:
+        """Return the teacher's move on one board."""
+        if seed not in self._teachers:
+            self._teachers[seed] = self._make_teacher(seed)
+        return self._teachers[seed](board) or board.fallback_move()

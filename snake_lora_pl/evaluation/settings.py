@@ -1,46 +1,56 @@
-"""How games are played that judge a model: the ``play`` group of a config."""
+"""Settings of play evaluation: the group ``play`` of a config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.game_loop import BATCH_SIZE
+from snake_lora_pl.evaluation.policy import Reading, reading_problems
 from snake_lora_pl.game import get_seeded_teacher, get_style
 from snake_lora_pl.game.board import MAX_GRID_SIZE
 from snake_lora_pl.game.game import starvation_cap
 from snake_lora_pl.game.seeds import play_seeds
 
-Reading: TypeAlias = Literal["generate", "score"]
+# Smallest value of each number.
+_MINIMA = {
+    "grid_size": 2,
+    "max_steps": 1,
+    "max_steps_without_apple": 1,
+    "batch_size": 1,
+    "val_games": 0,
+    "every_n_epochs": 1,
+    "test_games": 1,
+    "final_games": 0,
+}
 
 
 @dataclass(frozen=True)
 class PlaySettings:
-    """How games are played that judge a model.
+    """Settings of the games that evaluate a model.
 
     Args:
-        reading: How a move is read: generate lets the model write and reads its conclusion, score compares the four
-            moves by likelihood where the style allows it.
-        legal_mask: Whether test plays the adapter once more with illegal moves barred, as a player of its own; needs
-            score.
-        style: Format of the prompts. Without it, that of the rows trained on.
-        grid_size: Cells along one side of the grid. Without it, that of the rows trained on.
-        teacher: Teacher that moves are compared with, and that test plays beside the model.
-        seed: Which games: another seed, other games. None of them is in any generated data set.
-        max_steps: Steps after which a game ends. Without it there is no limit.
-        max_steps_without_apple: Steps without an apple after which a game ends. Without it, four times the cells of the
-            board.
-        batch_size: Most games that are played at a time.
-        val_games: Games to play while fitting; 0 for none. A completion is written for every move: with long ones this
-            takes minutes on a CPU.
-        every_n_epochs: Epochs between two times that games are played while fitting. The last validation always plays.
-        test_games: Games of each player in the command test.
-        final_games: Games that fit ends with, by the adapter it kept, the base model and test's other players; 0 for
-            none.
+        reading: How a move is read from the model. generate decodes a completion and reads its conclusion; score
+            compares the likelihoods of the four moves, if the style allows it.
+        legal_mask: Whether test adds a player that chooses among legal moves only; needs score.
+        style: Style of the prompts; by default that of the training rows.
+        grid_size: Cells along one side of the board; by default that of the training rows.
+        teacher: Teacher that moves are compared with, and that test adds as a player.
+        seed: Seed of the set of games. No generated data set contains any of them.
+        max_steps: Number of steps after which a game ends; no limit by default.
+        max_steps_without_apple: Number of steps without an apple after which a game ends; by default four times the
+            number of cells.
+        batch_size: Maximum number of games played at a time.
+        val_games: Number of games played during training; 0 for none. The model decodes a completion for every move;
+            with long completions this takes minutes on a CPU.
+        every_n_epochs: Number of epochs between validations with games. The last validation always has games.
+        test_games: Number of games of each player in the command test.
+        final_games: Number of games of each player at the end of fit: the saved adapter, the base model and the other
+            players of test; 0 for none.
 
     Raises:
-        UserError: If a value is out of range, or a name unknown.
+        UserError: If a value is out of range or a name is unknown.
     """
 
     reading: Reading = "generate"
@@ -58,15 +68,9 @@ class PlaySettings:
     final_games: int = 0
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        problems = []
-        if self.reading not in ("generate", "score"):
-            problems.append(f"play.reading must be generate or score, not '{self.reading}'")
-        if self.legal_mask and self.reading != "score":
-            problems.append("play.legal_mask=true needs play.reading=score: a mask compares moves, it does not write")
-        least = {"grid_size": 2, "max_steps": 1, "max_steps_without_apple": 1, "batch_size": 1}
-        least |= {"val_games": 0, "every_n_epochs": 1, "test_games": 1, "final_games": 0}
-        for name, minimum in least.items():
+        """Collect all problems and raise once."""
+        problems = reading_problems(self.reading, legal_mask=self.legal_mask)
+        for name, minimum in _MINIMA.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 problems.append(f"play.{name} must be at least {minimum} (found: {value})")
@@ -85,7 +89,7 @@ class PlaySettings:
             raise UserError("; ".join(problems))
 
     def loop(self, grid_size: int) -> dict[str, Any]:
-        """The settings of ``play_games`` on a grid."""
+        """Return the options of ``play_games`` for a grid size."""
         return {
             "grid_size": grid_size,
             "max_steps": self.max_steps,

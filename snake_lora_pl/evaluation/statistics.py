@@ -1,4 +1,4 @@
-"""From played games to figures. Needs of each game a few whole numbers only, so that processes can exchange them."""
+"""Statistics of played games, computed from a few integers per game so that ranks can exchange them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from snake_lora_pl.game.replay import Recording
 from snake_lora_pl.game.text import CLAIM_NAMES
 
 _NUM_RESAMPLES = 10_000
-# Standard normal quantile of 97.5%.
-_Z = 1.959963984540054
-# Ends that can occur when games are played by the rules.
+_NUM_RESAMPLE_BATCHES = 20
+_Z = 1.959963984540054  # 97.5% quantile of the standard normal distribution
+
 ENDS = tuple(end for end in End if end is not End.NO_PATH)
+"""Ends of games that are played by the rules; NO_PATH ends games of data sets only."""
 
 
 class Interval(NamedTuple):
@@ -29,26 +30,26 @@ class Interval(NamedTuple):
 
 
 class GameSummary(NamedTuple):
-    """What figures need of one game: counts alone.
+    """Counts of one game, from which statistics are computed.
 
     Attributes:
-        seed: The game's seed.
-        grid_size: Cells along one side of the grid.
-        end: Why it was over.
+        seed: Seed of the game.
+        grid_size: Cells along one side of the board.
+        end: Why the game ended.
         num_apples: Apples eaten.
         num_steps: Steps survived.
-        num_moves: Moves asked for; one more than the steps where the last one was deadly.
-        num_fatal: See ``Judgment.is_fatal``; at most one.
-        num_trapped: 1 where the game ended in death with no legal move left.
-        num_unparseable: Moves that could not be read.
-        num_as_teacher: Moves that the teacher makes too.
-        num_with_path: Moves made where a path led to the apple.
-        num_optimal: Those of them that begin a shortest path.
-        num_direct_apples: Apples eaten to which a path led when the one before was eaten.
-        path_gap: Steps beyond the shortest path's that it took to eat these, in all.
+        num_moves: Decisions; one more than the steps if the last move was deadly.
+        num_fatal: 1 if the last move was fatal (see ``Judgment.is_fatal``).
+        num_trapped: 1 if the game ended in death without a legal move left.
+        num_unparseable: Decisions from which no move could be read.
+        num_as_teacher: Moves equal to the teacher's.
+        num_with_path: Decisions with a path to the apple.
+        num_optimal: Moves that begin a shortest path.
+        num_direct_apples: Apples eaten that had a path when they appeared.
+        path_gap: Total number of steps beyond the shortest paths to these apples.
         answer_us: Microseconds that the policy took to answer.
-        num_claims: How often each of ``CLAIM_NAMES`` was spoken of.
-        num_true_claims: How often it was so.
+        num_claims: Number of claims of each of ``CLAIM_NAMES``.
+        num_true_claims: Number of true claims of each of ``CLAIM_NAMES``.
     """
 
     seed: int
@@ -71,7 +72,7 @@ class GameSummary(NamedTuple):
 
     @classmethod
     def of(cls, game: PlayedGame) -> GameSummary:
-        """Count what happened in a game."""
+        """Summarize a game."""
         judged = list(zip(game.moves, game.judgments, strict=True))
         claims = [judgment.claims for judgment in game.judgments]
         num_fatal = sum(judgment.is_fatal for judgment in game.judgments)
@@ -97,7 +98,7 @@ class GameSummary(NamedTuple):
         )
 
     def to_row(self) -> list[int]:
-        """The summary as ``ROW_WIDTH`` whole numbers."""
+        """Return the summary as ``ROW_WIDTH`` integers."""
         values: list[int] = []
         for value in self:
             if isinstance(value, End):
@@ -110,7 +111,7 @@ class GameSummary(NamedTuple):
 
     @classmethod
     def from_row(cls, row: Sequence[int]) -> GameSummary:
-        """The summary that ``to_row`` wrote."""
+        """Return the summary of the integers from ``to_row``."""
         first_claim = len(row) - 2 * len(CLAIM_NAMES)
         seed, grid_size, end, *counts = row[:first_claim]
         claims = tuple(row[first_claim:])
@@ -119,13 +120,14 @@ class GameSummary(NamedTuple):
 
 
 ROW_WIDTH = len(GameSummary._fields) - 2 + 2 * len(CLAIM_NAMES)
-"""Numbers in ``GameSummary.to_row``."""
+"""Number of integers in ``GameSummary.to_row``."""
 
 
 def _path_gap(recording: Recording) -> tuple[int, int]:
-    """Apples eaten that a path led to when the one before was eaten, and the steps beyond the shortest path's.
+    """Return the number of apples with a path when they appeared, and the steps beyond the shortest paths to them.
 
-    The shortest path takes the whole body as walls, also cells that the tail leaves in time: a player can be faster.
+    The shortest path treats the whole body as walls, even cells that the tail leaves in time, so the gap of an apple
+    can be negative.
     """
     frames = recording.frames
     num_apples, gap, start = 0, 0, 0
@@ -140,31 +142,33 @@ def _path_gap(recording: Recording) -> tuple[int, int]:
 
 
 def compute_statistics(games: Sequence[GameSummary], num_ranks: int = 1) -> dict[str, float]:
-    """The figures of one player's games; one that has nothing to be computed from is left out.
+    """Compute the statistics of one player's games.
 
     Args:
-        games: At least one.
-        num_ranks: Processes that shared the games out and played at the same time.
+        games: At least one game.
+        num_ranks: Number of ranks that played the games at the same time.
 
     Returns:
+        The statistics, without those that are undefined for these games:
+
         - ``num_games``, ``apples_mean`` with its 95% bootstrap interval ``apples_low`` to ``apples_high``,
           ``apples_median``, ``apples_p5``, ``apples_p95``;
         - ``fill_mean``: share of the board that the snake covers at the end;
         - ``win_rate`` with its 95% Wilson interval ``win_low`` to ``win_high``; ``steps_mean``;
-        - ``fatal_move_rate``: moves that ended a game in wall or body, by reversal or without a valid answer, though a
-          legal move was left, among all moves asked for. ``trapped_rate``: games that ended with no legal move left;
-        - ``unparseable_rate``: moves that could not be read, among all;
-        - ``teacher_agreement``: moves that the teacher makes too, among all; ``optimal_agreement``: moves that begin a
-          shortest path to the apple, among those made where there is a path;
-        - ``path_gap``: mean number of steps that an apple took beyond the shortest path;
-        - ``moves_per_second``: moves over the time that the policy took to answer them;
-        - ``claims/NAME``: share of the claims of a kind that are true; ``ends/NAME``: games that ended so.
+        - ``fatal_move_rate``: share of all moves that ended a game (wall, body, reversal or no valid answer) although
+          there was a legal move; ``trapped_rate``: share of games that ended without a legal move;
+        - ``unparseable_rate``: share of all answers from which no move could be read;
+        - ``teacher_agreement``: share of all moves equal to the teacher's; ``optimal_agreement``: share of moves that
+          begin a shortest path to the apple, among moves made while there was a path;
+        - ``path_gap``: mean number of steps per apple beyond the shortest path;
+        - ``moves_per_second``: moves divided by the time that the policy took to answer;
+        - ``claims/NAME``: share of true claims; ``ends/NAME``: number of games with that end.
 
     Raises:
-        ValueError: If there is no game.
+        ValueError: If there are no games.
     """
     if not games:
-        raise ValueError("no games, no figures")
+        raise ValueError("statistics need at least one game (found: 0)")
     apples = np.array([game.num_apples for game in games])
     num_games = len(games)
     num_moves = sum(game.num_moves for game in games)
@@ -204,41 +208,42 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def bootstrap_interval(values: Iterable[float] | npt.NDArray[np.number]) -> Interval:
-    """95% percentile bootstrap interval of the mean (Efron & Tibshirani, 1993, section 13.3), always the same draw.
+    """Return the 95% percentile bootstrap interval of the mean (Efron & Tibshirani, 1993, section 13.3).
+
+    The resamples have a fixed seed, so equal values have equal intervals.
 
     Raises:
-        ValueError: If there is no value.
+        ValueError: If there are no values.
     """
     array = np.asarray(list(values), dtype=np.float64)
     if not len(array):
-        raise ValueError("no values, no interval")
+        raise ValueError("an interval needs at least one value (found: 0)")
     rng = np.random.default_rng(0)
-    # In portions, because a matrix of all resamples of a thousand games is large.
-    num_portions = 20
+    # In batches, because one matrix of all resamples of a thousand games is large.
     means = [
-        array[rng.integers(0, len(array), (_NUM_RESAMPLES // num_portions, len(array)))].mean(axis=1)
-        for _ in range(num_portions)
+        array[rng.integers(0, len(array), (_NUM_RESAMPLES // _NUM_RESAMPLE_BATCHES, len(array)))].mean(axis=1)
+        for _ in range(_NUM_RESAMPLE_BATCHES)
     ]
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return Interval(float(low), float(high))
 
 
 def wilson_interval(num_successes: int, num_trials: int) -> Interval:
-    """95% interval of a share (Wilson, 1927), which is of use also where all or none succeeded.
+    """Return the 95% score interval of a proportion (Wilson, 1927), which is useful for proportions of 0 and 1, too.
 
     Raises:
-        ValueError: If the numbers are no share of anything.
+        ValueError: If ``num_successes`` is not between 0 and ``num_trials``, or there are no trials.
     """
     if not 0 <= num_successes <= num_trials or num_trials == 0:
-        raise ValueError(f"{num_successes} of {num_trials} is no share")
+        raise ValueError(f"{num_successes} of {num_trials} is not a proportion")
     share, weight = num_successes / num_trials, _Z**2 / num_trials
-    middle = share + weight / 2
-    reach = _Z * math.sqrt(share * (1 - share) / num_trials + weight / (4 * num_trials))
-    return Interval(max(0.0, (middle - reach) / (1 + weight)), min(1.0, (middle + reach) / (1 + weight)))
+    center = share + weight / 2
+    margin = _Z * math.sqrt(share * (1 - share) / num_trials + weight / (4 * num_trials))
+    return Interval(max(0.0, (center - margin) / (1 + weight)), min(1.0, (center + margin) / (1 + weight)))
 
 
 class Difference(NamedTuple):
-    """How many more apples one player eats than another on the same games, with the 95% interval of the mean."""
+    """Mean difference in apples between two players on the same games, with its 95% interval."""
 
     mean: float
     low: float
@@ -246,12 +251,12 @@ class Difference(NamedTuple):
 
 
 def paired_difference(games: Sequence[GameSummary], others: Sequence[GameSummary]) -> Difference:
-    """Mean difference in apples over games of the same seeds, with its bootstrap interval.
+    """Return the mean difference in apples over games of the same seeds, with its bootstrap interval.
 
     Raises:
-        ValueError: If the seeds are not the same.
+        ValueError: If the seeds differ.
     """
     if [game.seed for game in games] != [game.seed for game in others]:
-        raise ValueError("two players can be compared in pairs on games of the same seeds, in the same order, only")
+        raise ValueError("a paired comparison needs games of the same seeds in the same order")
     differences = [game.num_apples - other.num_apples for game, other in zip(games, others, strict=True)]
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))

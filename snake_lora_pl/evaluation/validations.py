@@ -1,7 +1,4 @@
-"""What each validation has to show, and the file that holds it: ``validations.jsonl``, a line a validation.
-
-Imports no torch.
-"""
+"""Record of the validations of a run: ``validations.jsonl``, one line per validation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,54 +12,66 @@ from snake_lora_pl.game import Move, check_completion, read_board, read_move
 
 MOVES = tuple(move.name for move in Move)
 NO_MOVE = "none"
-"""Stands for a move that could not be read."""
+"""Label of a move that could not be read."""
 
 
 class JudgedRow(NamedTuple):
-    """A validation row with the model's own completion of its prompt.
+    """A validation row with the model's completion of its prompt.
 
     Attributes:
         source: ``path:line`` of the row.
-        prompt: Its prompt, as the file has it.
-        teacher: Its completion, the teacher's words.
-        words: The model's words.
-        is_right: Whether they conclude with the teacher's move; None where the teacher concludes with none.
-        is_legal: Whether that move is legal; None where the prompt does not tell the whole board.
-        claims: For each thing that the words claim, whether it is so.
+        prompt: Prompt of the row.
+        target: Completion of the row, written by the teacher.
+        completion: The model's completion.
+        is_right: Whether it concludes with the teacher's move; None if the target has no conclusion.
+        is_legal: Whether it concludes with a legal move; None if the prompt does not contain the whole board.
+        claims: Name -> truth of each claim in the completion.
     """
 
     source: str
     prompt: str
-    teacher: str
-    words: str
+    target: str
+    completion: str
     is_right: bool | None
     is_legal: bool | None
     claims: dict[str, bool]
 
     @classmethod
-    def of(cls, source: str, prompt: str, teacher: str, words: str) -> JudgedRow:
+    def of(cls, source: str, prompt: str, target: str, completion: str) -> JudgedRow:
         """Judge a completion."""
-        wanted, said, board = read_move(teacher), read_move(words), read_board(prompt)
+        expected, move, board = read_move(target), read_move(completion), read_board(prompt)
         return cls(
             source,
             prompt,
-            teacher,
-            words,
-            is_right=None if wanted is None else said == wanted,
-            is_legal=None if board is None else said in board.legal_moves(),
-            claims={} if board is None or board.apple is None else check_completion(board, words),
+            target,
+            completion,
+            is_right=None if expected is None else move == expected,
+            is_legal=None if board is None else move in board.legal_moves(),
+            claims={} if board is None or board.apple is None else check_completion(board, completion),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain JSON; the file calls target and completion ``teacher`` and ``words``."""
+        return {
+            "source": self.source,
+            "prompt": self.prompt,
+            "teacher": self.target,
+            "words": self.completion,
+            "is_right": self.is_right,
+            "is_legal": self.is_legal,
+            "claims": self.claims,
+        }
 
 
 class Validation(NamedTuple):
-    """What one validation has to show.
+    """Sample rows and confusion matrix of one validation.
 
     Attributes:
-        step: Optimizer steps done.
-        epoch: The epoch, from 0.
-        rows: The sample rows: the same ones at each validation of a run.
-        decisions: Over all validation rows, how often each move of the teacher (``MOVES``) met each of the model
-            (``MOVES`` and ``NO_MOVE``) under teacher forcing; None where the module counts none.
+        step: Number of optimizer steps.
+        epoch: Epoch, from 0.
+        rows: Sample rows, the same ones at each validation of a run.
+        decisions: Confusion matrix over all validation rows under teacher forcing: counts of each move of the teacher
+            (``MOVES``) and of the model (``MOVES`` and ``NO_MOVE``); None if the module has no move metrics.
     """
 
     step: int
@@ -71,34 +80,34 @@ class Validation(NamedTuple):
     decisions: list[list[int]] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON."""
-        return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
+        """Return the validation as plain JSON."""
+        return self._asdict() | {"rows": [row.to_json() for row in self.rows]}
 
 
 def add_validation(path: str | os.PathLike[str], validation: Validation) -> None:
-    """Add a line to the file."""
+    """Append a validation to the file."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(_line(validation.to_json()))
+        file.write(_to_line(validation.to_json()))
 
 
 def keep_validations(path: str | os.PathLike[str], last_step: int) -> None:
-    """Drop from the file what comes after a step, and whatever a kill has left of a line."""
+    """Remove the validations after a step from the file, and an incomplete last line."""
     kept = [validation for validation in read_validations(path) if validation["step"] <= last_step]
     with open_durably(path, "w", encoding="utf-8") as file:
-        file.writelines(map(_line, kept))
+        file.writelines(map(_to_line, kept))
 
 
 def read_validations(path: str | os.PathLike[str]) -> Iterable[dict[str, Any]]:
-    """The validations in the file as plain JSON, the last one of each step, without a last line that was cut off."""
+    """Return the validations in the file as plain JSON, the last one of each step, without an incomplete last line."""
     with open(path, encoding="utf-8") as file:
-        return {validation["step"]: validation for validation in _whole_lines(file)}.values()
+        return {validation["step"]: validation for validation in _read_complete_lines(file)}.values()
 
 
-def _whole_lines(file: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for text in file:
-        if text.endswith("\n"):
-            yield json.loads(text)
+def _read_complete_lines(file: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in file:
+        if line.endswith("\n"):
+            yield json.loads(line)
 
 
-def _line(value: dict[str, Any]) -> str:
+def _to_line(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -59,7 +59,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
                 f"right move: {format_bool(row.is_right)}, legal move: {format_bool(row.is_legal)}, "
                 f"wrong claims: {wrong}"
             )
-            parts = (("model", row.words), ("teacher", row.teacher), ("prompt", row.prompt))
+            parts = (("model", row.completion), ("teacher", row.target), ("prompt", row.prompt))
             text = "\n\n".join([verdict, *(f"{label}:\n\n{_code_block(content)}" for label, content in parts)])
             self.experiment.add_text(f"val/sample_rows/{index}", text, validation.step)
         if validation.decisions is not None:

@@ -237,8 +237,8 @@ class RunWandbLogger(WandbLogger):
             [
                 row.source,
                 row.prompt,
-                row.teacher,
-                row.words,
+                row.target,
+                row.completion,
                 format_bool(row.is_right),
                 format_bool(row.is_legal),
                 sum(row.claims.values()),

@@ -1,4 +1,4 @@
-"""Policies whose every answer is known beforehand."""
+"""Policies with known answers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ bfs = get_teacher("bfs")
 
 
 class ScriptedPolicy:
-    """Answers each board by a function of it alone, and keeps how many it was asked for at a time."""
+    """Answers each board by a function of the board, and records the number of boards in each call."""
 
     reading = "code"
 
-    def __init__(self, words: Callable[[Board], str], name: str = "scripted") -> None:
+    def __init__(self, complete: Callable[[Board], str], name: str = "scripted") -> None:
         self.name = name
-        self._words = words
+        self._complete = complete
         self.batch_sizes: list[int] = []
 
     def playing(self) -> contextlib.AbstractContextManager[None]:
@@ -26,7 +26,7 @@ class ScriptedPolicy:
 
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         self.batch_sizes.append(len(boards))
-        return [Answer(read_move(words), words) for words in map(self._words, boards)]
+        return [Answer(read_move(completion), completion) for completion in map(self._complete, boards)]
 
 
 def nonsense(board: Board) -> str:
@@ -34,5 +34,5 @@ def nonsense(board: Board) -> str:
 
 
 def like_bfs(board: Board) -> str:
-    """The move of the teacher ``bfs`` and nothing else."""
+    """Return the move of the teacher ``bfs`` without any other text."""
     return (bfs(board) or board.fallback_move()).name

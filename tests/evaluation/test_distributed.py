@@ -1,4 +1,4 @@
-"""Games shared out among processes. Here threads stand for processes; two real ones are in ``test_play_cli``."""
+"""Games distributed over ranks, with threads as ranks; ``test_play_cli`` runs real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from snake_lora_pl.game.seeds import play_seeds
 
 
 def in_step(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """Run work in threads that exchange what they gather, as processes do; a missing one is a deadlock."""
+    """Run ``work`` in threads that gather values like ranks; a missing thread is a deadlock."""
     barrier = threading.Barrier(size, timeout=10)
     slots: list[Any] = [None] * size
 
@@ -28,28 +28,21 @@ def in_step(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
         return gathered
 
     def start(rank: int) -> Any:
-        return work(
-            Ranks(
-                rank,
-                size,
-                gather_rows=lambda rows: gather(rank, rows),
-                gather_objects=lambda value: gather(rank, value) if rank == 0 else gather(rank, value)[:0],
-            )
-        )
+        return work(Ranks(rank, size, gather_rows=lambda rows: gather(rank, rows)))
 
     with ThreadPoolExecutor(size) as executor:
         return list(executor.map(start, range(size)))
 
 
 def untimed(result: PlayerResult) -> tuple[list, dict[str, float]]:
-    figures = result.statistics()
-    figures.pop("moves_per_second")
-    return [summary._replace(answer_us=0) for summary in result.summaries], figures
+    statistics = result.statistics()
+    statistics.pop("moves_per_second")
+    return [summary._replace(answer_us=0) for summary in result.summaries], statistics
 
 
 @pytest.mark.parametrize("num_games", [1, 4, 5])
 @pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_ranks_comes_to_the_figures_of_one(size: int, num_games: int) -> None:
+def test_statistics_do_not_depend_on_the_number_of_ranks(size: int, num_games: int) -> None:
     seeds = play_seeds(num_games)
 
     def play(ranks: Ranks) -> PlayerResult:
@@ -61,7 +54,7 @@ def test_any_number_of_ranks_comes_to_the_figures_of_one(size: int, num_games: i
         assert shared.num_ranks == size
 
 
-def test_every_rank_plays_as_many_games_and_each_seed_is_played() -> None:
+def test_ranks_play_equally_many_games_and_together_every_seed() -> None:
     seeds = play_seeds(7)
     shares = [Ranks(rank, 3).share(seeds) for rank in range(3)]
     assert [len(share) for share in shares] == [3, 3, 3]
@@ -69,17 +62,12 @@ def test_every_rank_plays_as_many_games_and_each_seed_is_played() -> None:
     assert Ranks(0, 3).join(shares, len(seeds)) == seeds
 
 
-def test_games_come_together_in_the_first_rank_in_the_order_of_the_seeds() -> None:
+def test_joined_games_are_in_the_order_of_the_seeds() -> None:
     seeds = play_seeds(5)
-
-    def play(ranks: Ranks) -> list[int]:
-        result = play_shared(TeacherPolicy("bfs"), seeds, ranks, grid_size=5)
-        parts = ranks.gather_objects(result.games)
-        return [game.seed for game in ranks.join(parts, len(seeds))] if parts else []
-
-    assert in_step(2, play) == [seeds, []]
+    parts = in_step(2, lambda ranks: play_shared(TeacherPolicy("bfs"), seeds, ranks, grid_size=5).games)
+    assert [game.seed for game in Ranks(0, 2).join(parts, len(seeds))] == seeds
 
 
-def test_a_model_in_slices_is_known_by_its_strategy() -> None:
+def test_sharded_model_is_recognized_by_its_strategy() -> None:
     assert shares_model(ModelParallelStrategy())
     assert not shares_model(DDPStrategy())

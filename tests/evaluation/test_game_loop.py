@@ -15,7 +15,7 @@ SEEDS = play_seeds(12)
 
 
 def plain_game(teacher_name: str, seed: int, size: int) -> Game:
-    """The obvious loop."""
+    """Play one game in a plain loop."""
     game = Game(size, seed, max_steps_without_apple=starvation_cap(size))
     teacher = get_teacher(teacher_name, seed)
     while game.end is None:
@@ -24,7 +24,7 @@ def plain_game(teacher_name: str, seed: int, size: int) -> Game:
 
 
 @pytest.mark.parametrize("name", sorted(TEACHERS))
-def test_a_teacher_as_policy_plays_exactly_as_it_does_in_a_plain_loop(name: str) -> None:
+def test_teacher_policy_plays_like_a_plain_loop(name: str) -> None:
     played = play_games(TeacherPolicy(name), SEEDS[:4], grid_size=6, teacher=name)
     for game, seed in zip(played, SEEDS, strict=False):
         plain = plain_game(name, seed, 6)
@@ -34,7 +34,7 @@ def test_a_teacher_as_policy_plays_exactly_as_it_does_in_a_plain_loop(name: str)
         assert all(move is judgment.teacher_move for move, judgment in zip(game.moves, game.judgments, strict=True))
 
 
-def test_nonsense_ends_every_game_at_once_without_a_valid_answer() -> None:
+def test_nonsense_ends_every_game_at_once() -> None:
     for game in play_games(ScriptedPolicy(nonsense), SEEDS):
         assert (game.end, game.num_steps, game.moves) == (End.NO_VALID_ANSWER, 0, [None])
         assert game.judgments[0].is_unparseable
@@ -42,7 +42,7 @@ def test_nonsense_ends_every_game_at_once_without_a_valid_answer() -> None:
         assert game.recording.frames[0].completion == "42"
 
 
-def test_each_round_asks_once_for_all_games_and_those_that_ended_leave_the_batch() -> None:
+def test_each_round_asks_once_for_all_running_games() -> None:
     policy = ScriptedPolicy(like_bfs)
     games = play_games(policy, SEEDS, grid_size=6)
     assert policy.batch_sizes[0] == len(SEEDS)
@@ -52,7 +52,7 @@ def test_each_round_asks_once_for_all_games_and_those_that_ended_leave_the_batch
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_a_narrower_batch_plays_the_same_games(batch_size: int) -> None:
+def test_batch_size_does_not_change_games(batch_size: int) -> None:
     policy = ScriptedPolicy(like_bfs)
     few = play_games(policy, SEEDS, grid_size=6, batch_size=batch_size)
     many = play_games(ScriptedPolicy(like_bfs), SEEDS, grid_size=6)
@@ -61,7 +61,7 @@ def test_a_narrower_batch_plays_the_same_games(batch_size: int) -> None:
     assert [game.judgments for game in few] == [game.judgments for game in many]
 
 
-def test_a_recording_shows_the_same_game_when_its_moves_are_played_again() -> None:
+def test_replaying_the_moves_reproduces_the_recording() -> None:
     for game in play_games(TeacherPolicy("random_legal"), SEEDS, grid_size=5):
         again = Game(5, game.seed, max_steps_without_apple=starvation_cap(5))
         boards = [again.board]
@@ -72,7 +72,7 @@ def test_a_recording_shows_the_same_game_when_its_moves_are_played_again() -> No
         assert [frame.board for frame in game.recording.frames] == boards[: len(game.recording.frames)]
 
 
-def test_fatal_is_a_death_that_a_legal_move_would_have_averted() -> None:
+def test_last_move_is_fatal_only_if_there_was_a_legal_move() -> None:
     def up(board: Board) -> str:
         return "UP"
 
@@ -84,7 +84,7 @@ def test_fatal_is_a_death_that_a_legal_move_would_have_averted() -> None:
     assert not any(judgment.is_fatal for game in trapped for judgment in game.judgments)
 
 
-def test_reversing_is_an_answer_that_can_be_read_and_kills() -> None:
+def test_reversal_is_readable_and_fatal() -> None:
     def back(board: Board) -> str:
         x, y = board.head
         if board.length == 1:
@@ -98,7 +98,7 @@ def test_reversing_is_an_answer_that_can_be_read_and_kills() -> None:
         assert not game.judgments[-1].is_unparseable
 
 
-def test_a_player_that_circles_starves_at_the_cap_and_one_that_lasts_ends_at_max_steps() -> None:
+def test_circling_player_starves_at_the_cap_or_ends_at_max_steps() -> None:
     def circle(board: Board) -> str:
         x, y = board.head
         corner = (x % 2, y % 2)
@@ -113,12 +113,12 @@ def test_a_player_that_circles_starves_at_the_cap_and_one_that_lasts_ends_at_max
     assert (cut.end, cut.num_steps, len(cut.judgments)) == (End.MAX_STEPS, 7, 7)
 
 
-def test_words_are_checked_for_their_claims() -> None:
+def test_claims_of_completions_are_checked() -> None:
     style = get_style("bfs-512")
 
     def off_by_one(board: Board) -> str:
-        words = style.write_completion(board, bfs_move(board))
-        return words.replace(f"from [{board.head[0]},", f"from [{board.head[0] + 1},")
+        completion = style.write_completion(board, bfs_move(board))
+        return completion.replace(f"from [{board.head[0]},", f"from [{board.head[0] + 1},")
 
     def bfs_move(board: Board) -> Move:
         return Move[like_bfs(board)]
@@ -129,35 +129,35 @@ def test_words_are_checked_for_their_claims() -> None:
         assert not judgment.claims["head"]
 
 
-def test_progress_counts_the_games_that_are_over() -> None:
+def test_progress_counts_finished_games() -> None:
     calls: list[tuple[int, int]] = []
     play_games(ScriptedPolicy(like_bfs), SEEDS, grid_size=5, progress=lambda *call: calls.append(call))
     assert calls[-1] == (len(SEEDS), len(SEEDS))
     assert calls == sorted(calls)
 
 
-def test_games_can_be_sent_to_another_process() -> None:
+def test_games_can_be_pickled() -> None:
     games = play_games(ScriptedPolicy(like_bfs), SEEDS[:2], grid_size=5)
     assert pickle.loads(pickle.dumps(games)) == games
 
 
 @pytest.mark.parametrize("name", ["max_steps", "max_steps_without_apple", "batch_size"])
-def test_limits_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+def test_limits_below_one_are_rejected(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.*0"):
         play_games(ScriptedPolicy(nonsense), SEEDS, **{name: 0})
 
 
-def test_an_unknown_teacher_is_refused_before_a_game_is_played() -> None:
+def test_unknown_teacher_is_rejected_before_the_first_game() -> None:
     policy = ScriptedPolicy(nonsense)
-    with pytest.raises(ValueError, match="unknown teacher 'bsf'.*Did you mean 'bfs'"):
+    with pytest.raises(ValueError, match="'bsf'.*'bfs'"):
         play_games(policy, SEEDS, teacher="bsf")
     assert not policy.batch_sizes
 
 
-def test_a_policy_that_leaves_boards_unanswered_is_named() -> None:
-    class Lazy(ScriptedPolicy):
+def test_policy_that_skips_boards_is_rejected() -> None:
+    class SkipsFirstBoard(ScriptedPolicy):
         def answer(self, boards, seeds) -> list[Answer]:
             return super().answer(boards, seeds)[1:]
 
-    with pytest.raises(ValueError, match="policy 'scripted' gave 11 answers to 12 boards"):
-        play_games(Lazy(like_bfs), SEEDS)
+    with pytest.raises(ValueError, match="'scripted'.*11.*12"):
+        play_games(SkipsFirstBoard(like_bfs), SEEDS)

@@ -1,4 +1,4 @@
-"""Playing in lockstep against its plain twin: one game at a time through transformers' own ``generate``."""
+"""Playing in lockstep compared with transformers' ``generate``, one board at a time."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def encoder(tiny_tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 
 def boards(num_boards: int, size: int = 10) -> list[Board]:
-    """Positions of one BFS game, so that prompts differ in length."""
-    game, teacher, seen = Game(size, seed=5), get_teacher("bfs"), []
-    while len(seen) < num_boards * 5:
-        seen.append(game.board)
+    """Return positions of one BFS game, whose prompts differ in length."""
+    game, teacher, positions = Game(size, seed=5), get_teacher("bfs"), []
+    while len(positions) < num_boards * 5:
+        positions.append(game.board)
         game.play(teacher(game.board))
-    return seen[::5]
+    return positions[::5]
 
 
 def make_policy(model: torch.nn.Module, encoder: Encoder, style: str, **settings: object) -> LanguageModelPolicy:
@@ -43,8 +43,8 @@ def make_policy(model: torch.nn.Module, encoder: Encoder, style: str, **settings
     )  # type: ignore[arg-type]
 
 
-def plain_words(model: torch.nn.Module, encoder: Encoder, style: str, board: Board, max_new_tokens: int) -> str:
-    """The obvious way: one prompt, no cache of ours."""
+def plain_completion(model: torch.nn.Module, encoder: Encoder, style: str, board: Board, max_new_tokens: int) -> str:
+    """Complete one prompt with ``generate``."""
     ids = torch.tensor([encoder.encode_prompt(get_style(style).write_prompt(board))])
     output = model.generate(
         input_ids=ids,
@@ -59,30 +59,30 @@ def plain_words(model: torch.nn.Module, encoder: Encoder, style: str, board: Boa
 
 @pytest.mark.parametrize("style", ["bfs-512", "compact"])
 @pytest.mark.parametrize("max_batch", [128, 3])
-def test_words_are_those_of_one_game_at_a_time(
+def test_completions_equal_those_of_generate(
     model: LlamaForCausalLM, encoder: Encoder, style: str, max_batch: int
 ) -> None:
     some = boards(8)
     answers = make_policy(model, encoder, style, max_new_tokens=7, max_batch=max_batch).answer(some, range(8))
-    assert [a.completion for a in answers] == [plain_words(model, encoder, style, board, 7) for board in some]
+    assert [a.completion for a in answers] == [plain_completion(model, encoder, style, board, 7) for board in some]
     assert len({a.completion for a in answers}) > 1
 
 
-def test_a_batch_of_any_size_gives_the_same_answers(model: LlamaForCausalLM, encoder: Encoder) -> None:
+def test_answers_do_not_depend_on_the_batch(model: LlamaForCausalLM, encoder: Encoder) -> None:
     some = boards(6)
     policy = make_policy(model, encoder, "compact", max_new_tokens=5)
     together = policy.answer(some, range(6))
     assert [policy.answer([board], [0])[0] for board in some] == together
 
 
-def test_another_grid_size_gets_a_head_of_its_own(model: LlamaForCausalLM, encoder: Encoder) -> None:
+def test_each_grid_size_has_its_own_prefix(model: LlamaForCausalLM, encoder: Encoder) -> None:
     policy = make_policy(model, encoder, "bfs-512", max_new_tokens=5)
     for size in (10, 12, 10):
         board = boards(1, size)[0]
-        assert policy.answer([board], [0])[0].completion == plain_words(model, encoder, "bfs-512", board, 5)
+        assert policy.answer([board], [0])[0].completion == plain_completion(model, encoder, "bfs-512", board, 5)
 
 
-def test_score_picks_the_move_whose_completion_is_likeliest_where_they_part(
+def test_score_chooses_the_most_likely_move_at_the_first_different_token(
     model: LlamaForCausalLM, encoder: Encoder
 ) -> None:
     style, some = get_style("bfs-512"), boards(5)
@@ -104,7 +104,7 @@ def _all_moves(encoder: Encoder) -> list[list[int]]:
     return [encoder.tokenizer(f"Moving {m.name}", add_special_tokens=False)["input_ids"] for m in Move]
 
 
-def test_a_legal_mask_bars_illegal_moves_and_is_named(model: LlamaForCausalLM, encoder: Encoder) -> None:
+def test_legal_mask_excludes_illegal_moves(model: LlamaForCausalLM, encoder: Encoder) -> None:
     policy = make_policy(model, encoder, "bfs-512", reading="score", legal_mask=True)
     some = boards(10)
     assert policy.reading == "score+mask"
@@ -113,7 +113,7 @@ def test_a_legal_mask_bars_illegal_moves_and_is_named(model: LlamaForCausalLM, e
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "move"),
+    ("script", "completion", "move"),
     [
         (
             "Moving UP\n\nConclusion: The move is: LEFT\nand so on",
@@ -125,15 +125,15 @@ def test_a_legal_mask_bars_illegal_moves_and_is_named(model: LlamaForCausalLM, e
         ("UP", "UP...", None),
     ],
 )
-def test_words_end_with_the_conclusion_line(
-    model: LlamaForCausalLM, encoder: Encoder, script: str, words: str, move: str | None
+def test_completion_ends_with_the_line_of_the_conclusion(
+    model: LlamaForCausalLM, encoder: Encoder, script: str, completion: str, move: str | None
 ) -> None:
     (board,) = boards(1)
     tokens = encoder.tokenizer(script, add_special_tokens=False)["input_ids"]
     start = len(encoder.encode_prompt(get_style("bfs-512").write_prompt(board)))
 
     class Scripted(LlamaForCausalLM):
-        """Writes the script behind the prompt, whatever it reads."""
+        """A model that generates the script after any prompt."""
 
         def forward(self, position_ids=None, **kwargs):  # type: ignore[no-untyped-def]
             output = super().forward(position_ids=position_ids, **kwargs)
@@ -147,7 +147,7 @@ def test_words_end_with_the_conclusion_line(
 
     scripted = Scripted(model.config).eval()
     (answer,) = make_policy(scripted, encoder, "bfs-512", max_new_tokens=len(tokens)).answer([board], [0])
-    assert answer == (move and Move[move], words)
+    assert answer == (move and Move[move], completion)
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +162,11 @@ def adapted(tiny_llama_dir: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("style", ["bfs-512", "compact"])
-def test_an_adapter_writes_what_it_writes_one_game_at_a_time_and_its_model_comes_back_unchanged(
-    adapted: PeftModel, encoder: Encoder, style: str
-) -> None:
+def test_adapter_plays_merged_and_its_weights_are_restored(adapted: PeftModel, encoder: Encoder, style: str) -> None:
     some = boards(6)
-    plain = [plain_words(adapted, encoder, style, board, 7) for board in some]
+    plain = [plain_completion(adapted, encoder, style, board, 7) for board in some]
     with adapted.disable_adapter():
-        base = [plain_words(adapted, encoder, style, board, 7) for board in some]
+        base = [plain_completion(adapted, encoder, style, board, 7) for board in some]
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     policy = make_policy(adapted, encoder, style, max_new_tokens=7)
     with policy.playing():
@@ -184,37 +182,37 @@ def test_an_adapter_writes_what_it_writes_one_game_at_a_time_and_its_model_comes
     assert plain != base
 
 
-def test_weights_that_changed_between_games_play_from_then_on(adapted: PeftModel, encoder: Encoder) -> None:
+def test_changed_weights_are_used_in_the_next_games(adapted: PeftModel, encoder: Encoder) -> None:
     board, policy = boards(1)[0], make_policy(adapted, encoder, "compact", max_new_tokens=7)
     before = policy.answer([board], [0])[0].completion
     weight = adapted.get_base_model().model.layers[0].self_attn.v_proj.lora_B["default"].weight
     with torch.no_grad():
         weight.neg_()
     after = policy.answer([board], [0])[0].completion
-    assert after == plain_words(adapted, encoder, "compact", board, 7)
+    assert after == plain_completion(adapted, encoder, "compact", board, 7)
     assert after != before
     with torch.no_grad():
         weight.neg_()
 
 
-def test_a_board_is_answered_once_while_games_are_played(
+def test_equal_boards_are_decoded_once_while_playing(
     model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, some = make_policy(model, encoder, "compact", max_new_tokens=3), boards(3)
-    asked: list[int] = []
+    num_decoded: list[int] = []
     encode = policy._encode
-    monkeypatch.setattr(policy, "_encode", lambda boards: asked.append(len(boards)) or encode(boards))
+    monkeypatch.setattr(policy, "_encode", lambda boards: num_decoded.append(len(boards)) or encode(boards))
     expected = policy.answer(some, range(3))
     with policy.playing():
         policy.answer(some[:1], [0])
-        asked.clear()
+        num_decoded.clear()
         assert policy.answer([some[0], some[1], some[1], some[2], some[0]], range(5)) == [
             expected[i] for i in (0, 1, 1, 2, 0)
         ]
-        assert asked == [2]
+        assert num_decoded == [2]
 
 
-def test_layers_compiled_for_training_play_uncompiled(tiny_llama_dir: Path, encoder: Encoder) -> None:
+def test_layers_compiled_for_training_run_eagerly(tiny_llama_dir: Path, encoder: Encoder) -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
@@ -231,7 +229,7 @@ def test_layers_compiled_for_training_play_uncompiled(tiny_llama_dir: Path, enco
     assert graphs
 
 
-def test_words_that_were_cut_off_name_no_move(model: LlamaForCausalLM, encoder: Encoder) -> None:
+def test_truncated_completions_name_no_move(model: LlamaForCausalLM, encoder: Encoder) -> None:
     answers = make_policy(model, encoder, "bfs-512", max_new_tokens=2).answer(boards(4), range(4))
     assert all(a.move is None and a.completion.endswith("...") for a in answers)
     assert read_move("UP...") is None
@@ -247,21 +245,19 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: LlamaForCausalLM, encode
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reading": "guess"}, "play.reading must be one of generate, score"),
-        ({"legal_mask": True}, "needs play.reading=score"),
+        ({"reading": "guess"}, r"play\.reading.*guess"),
+        ({"legal_mask": True}, r"play\.legal_mask.*play\.reading=score"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
-    model: LlamaForCausalLM, encoder: Encoder, settings: dict, message: str
-) -> None:
+def test_invalid_settings_are_rejected(model: LlamaForCausalLM, encoder: Encoder, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_policy(model, encoder, "compact", **settings)
 
 
-def test_score_refuses_a_style_whose_moves_do_not_part_at_one_token(
+def test_score_rejects_a_style_whose_moves_do_not_differ_at_one_token(
     model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     style = get_style("compact")
     monkeypatch.setattr(type(style), "write_completion", lambda self, board, move: "UP" if move is Move.UP else "no")
-    with pytest.raises(UserError, match="do not part at one token"):
+    with pytest.raises(UserError, match=r"play\.reading=score.*'compact'"):
         make_policy(model, encoder, "compact", reading="score")

@@ -22,34 +22,34 @@ def completion(move: Move, style: str = "bfs-512") -> str:
 
 
 @pytest.mark.parametrize("style", ["bfs-512", "bfs-1024", "bfs-4096", "compact"])
-def test_the_teachers_own_words_are_right_in_every_style(style: str) -> None:
-    words = completion(Move.UP, style)
-    assert judge((words, words), style=style) == {"decision_accuracy": 1, "move_accuracy": 1, "legal_move_rate": 1}
+def test_teacher_completion_is_right_in_every_style(style: str) -> None:
+    target = completion(Move.UP, style)
+    assert judge((target, target), style=style) == {"decision_accuracy": 1, "move_accuracy": 1, "legal_move_rate": 1}
 
 
-def test_a_conclusion_copied_from_the_true_text_is_no_decision() -> None:
+def test_conclusion_copied_from_the_target_is_not_a_decision() -> None:
     target = completion(Move.UP)
     copied = target.replace("Moving UP", "Moving RIGHT")
     rates = judge((target, copied), (target, target))
     assert rates == {"decision_accuracy": 0.5, "move_accuracy": 1, "legal_move_rate": 1}
 
 
-def test_a_garbled_announcement_is_wrong_even_if_the_conclusion_is_right() -> None:
+def test_unreadable_announcement_is_wrong_even_with_a_right_conclusion() -> None:
     target = completion(Move.UP)
     assert judge((target, target.replace("Moving UP", "Mooving UP")))["decision_accuracy"] == 0
 
 
-def test_without_an_announcement_the_conclusion_is_the_decision() -> None:
+def test_conclusion_is_the_decision_without_an_announcement() -> None:
     rates = judge(("UP", "UP"), ("UP", "LEFT"), ("UP", "gibberish"), style="compact")
     assert rates["decision_accuracy"] == rates["move_accuracy"] == pytest.approx(1 / 3)
     assert rates["legal_move_rate"] == pytest.approx(1 / 3)  # LEFT is the reversal
 
 
-def test_rows_that_name_no_move_are_not_judged() -> None:
+def test_rows_without_a_target_move_are_not_judged() -> None:
     assert all(math.isnan(rate) for rate in judge(("nothing", "UP")).values())
 
 
-def test_rates_are_over_all_rows_whatever_the_batches() -> None:
+def test_counts_do_not_depend_on_the_batches() -> None:
     whole, first, second = SnakeMoveMetrics(), SnakeMoveMetrics(), SnakeMoveMetrics()
     prompt, target = get_style("compact").write_prompt(BOARD), "UP"
     predictions = ["UP", "UP", "LEFT", "UP"]

@@ -30,7 +30,7 @@ def untimed(games: list[GameSummary]) -> dict[str, float]:
     return {name: value for name, value in compute_statistics(games).items() if name != "moves_per_second"}
 
 
-def test_a_teacher_agrees_with_itself_and_dies_by_no_move_of_its_own() -> None:
+def test_teacher_agrees_with_itself_and_makes_no_fatal_move() -> None:
     games = summaries(TeacherPolicy("bfs"))
     values = compute_statistics(games)
     assert values["apples_mean"] == pytest.approx(statistics.fmean(game.num_apples for game in games))
@@ -52,21 +52,21 @@ def test_nonsense_scores_nothing() -> None:
     assert "path_gap" not in values
 
 
-def test_two_runs_give_equal_figures() -> None:
+def test_statistics_are_reproducible() -> None:
     first, second = (untimed(summaries(TeacherPolicy("random_legal"))) for _ in range(2))
     assert first == second
 
 
-def test_a_player_that_always_wins_is_said_to() -> None:
+def test_player_that_always_wins_has_win_rate_one() -> None:
     values = compute_statistics(summaries(TeacherPolicy("hamiltonian")))
     assert values["win_rate"] == values["fill_mean"] == values["win_high"] == 1
     assert values["win_low"] == pytest.approx(0.8389, abs=1e-4)
     assert values["ends/WIN"] == len(SEEDS)
-    assert values["path_gap"] > 1  # the cycle passes by
+    assert values["path_gap"] > 1  # the cycle takes detours
 
 
-def test_detours_are_the_steps_beyond_the_shortest_path() -> None:
-    # A snake of one has nothing in its way: round a square, then straight to the first apple.
+def test_path_gap_counts_the_steps_of_a_detour() -> None:
+    # Nothing blocks a snake of length 1: around a square, then straight to the first apple.
     turns = iter([Move.UP, Move.RIGHT, Move.DOWN, Move.LEFT])
 
     def detour(board: Board) -> str:
@@ -81,12 +81,12 @@ def test_detours_are_the_steps_beyond_the_shortest_path() -> None:
     assert compute_statistics([summary])["path_gap"] == 4
 
 
-def test_claims_are_a_rate_for_each_field() -> None:
+def test_each_claim_has_a_rate() -> None:
     style = get_style("bfs-512")
 
     def half_true(board: Board) -> str:
-        words = style.write_completion(board, Move[like_bfs(board)])
-        return words.replace("- Manhattan distance to apple: ", "- Manhattan distance to apple: 1")
+        completion = style.write_completion(board, Move[like_bfs(board)])
+        return completion.replace("- Manhattan distance to apple: ", "- Manhattan distance to apple: 1")
 
     values = compute_statistics(summaries(ScriptedPolicy(half_true), max_steps=4))
     assert values["claims/manhattan_distance"] == 0
@@ -94,7 +94,7 @@ def test_claims_are_a_rate_for_each_field() -> None:
     assert "claims/path_length" not in values
 
 
-def test_a_summary_is_as_many_whole_numbers_whatever_the_game() -> None:
+def test_summary_is_a_fixed_number_of_integers() -> None:
     for game in summaries(TeacherPolicy("bfs")) + summaries(ScriptedPolicy(nonsense)):
         row = game.to_row()
         assert len(row) == ROW_WIDTH
@@ -102,7 +102,7 @@ def test_a_summary_is_as_many_whole_numbers_whatever_the_game() -> None:
         assert GameSummary.from_row(row) == game
 
 
-def test_wilson_intervals_are_the_published_ones() -> None:
+def test_wilson_intervals_equal_published_values() -> None:
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
     for successes, trials, low, high in [
         (81, 263, 0.2553, 0.3662),
@@ -112,11 +112,11 @@ def test_wilson_intervals_are_the_published_ones() -> None:
     ]:
         assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
     assert wilson_interval(20, 20) == pytest.approx((1 - 0.1611, 1), abs=5e-5)
-    with pytest.raises(ValueError, match="3 of 2 is no share"):
+    with pytest.raises(ValueError, match="3 of 2"):
         wilson_interval(3, 2)
 
 
-def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
+def test_bootstrap_interval_of_normal_values_equals_the_analytic_interval() -> None:
     values = np.random.default_rng(1).normal(20, 5, 400)
     low, high = bootstrap_interval(values)
     error = values.std() / 20
@@ -124,11 +124,11 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_distribution() -
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
     assert bootstrap_interval(values) == (low, high)
     assert bootstrap_interval([7.0]) == (7, 7)
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match="value"):
         bootstrap_interval([])
 
 
-def test_players_are_compared_game_by_game() -> None:
+def test_players_are_compared_by_game() -> None:
     better, worse = summaries(TeacherPolicy("bfs")), summaries(TeacherPolicy("random_legal"))
     difference = paired_difference(better, worse)
     assert difference.mean == pytest.approx(
@@ -136,10 +136,10 @@ def test_players_are_compared_game_by_game() -> None:
     )
     assert 0 < difference.low < difference.mean < difference.high
     assert paired_difference(better, better) == (0, 0, 0)
-    with pytest.raises(ValueError, match="same seeds"):
+    with pytest.raises(ValueError, match="seeds"):
         paired_difference(better, worse[1:])
 
 
-def test_without_a_game_there_are_no_figures() -> None:
-    with pytest.raises(ValueError, match="no games"):
+def test_statistics_without_games_are_rejected() -> None:
+    with pytest.raises(ValueError, match="game"):
         compute_statistics([])

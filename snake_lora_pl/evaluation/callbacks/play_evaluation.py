@@ -1,4 +1,4 @@
-"""PlayEvaluation: a model in training is judged by the games it plays."""
+"""Callback that evaluates a model in training by playing games."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.dashboard import dashboards
@@ -24,20 +25,20 @@ _PREFIX = "play/"
 
 
 class PlayEvaluation(pl.Callback):
-    """Plays seeded games while a model is fitted and logs the figures as ``play/*``.
+    """Plays seeded games during training and logs their statistics as ``play/*``.
 
-    It plays at the first validation after every ``every_n_epochs`` epochs, at the last validation, and once more at the
-    end where training stopped after that. A run without validation plays at the ends of epochs. Playing changes neither
-    the weights nor any random number that training draws.
+    It plays at the first validation after every ``every_n_epochs`` epochs, at the last validation, and at the end of
+    training if the weights changed since. Without validation it plays at the end of epochs. Playing does not change the
+    weights or the random numbers of training.
 
-    At validations without games no ``play/*`` metric is there, for the last ones were those of other weights.
+    Validations without games have no ``play/*`` metrics, because the previous ones belong to other weights.
     ``AdapterCheckpoint`` then waits for the next games; ``EarlyStopping`` on such a metric needs ``strict: false``.
 
     Args:
-        settings: How games are played; ``val_games`` of them.
+        settings: Settings of the games, ``val_games`` of them.
 
     Raises:
-        UserError: If there is no game to play.
+        UserError: If ``val_games`` is 0.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -46,69 +47,72 @@ class PlayEvaluation(pl.Callback):
 
     def __init__(self, settings: PlaySettings) -> None:
         if settings.val_games < 1:
-            raise UserError("play.val_games must be at least 1 for games to be played while fitting.")
+            raise UserError(f"play.val_games must be at least 1 to play during training (found: {settings.val_games}).")
         self.settings = settings
         self._seeds = play_seeds(settings.val_games, settings.seed)
         self._style: Style | None = None
-        self._num_turns = 0
+        self._num_periods = 0
         self._last_step = -1
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out how the prompts of these rows are written."""
         if stage != "fit":
             return
-        self._style = find_style(self.settings, _data(trainer))
-        if self._style is None:
+        style = find_style(self.settings, _data(trainer))
+        # A dry run does not play.
+        self._style = None if trainer.fast_dev_run else style  # type: ignore[attr-defined]
+        if style is None:
             logger.warning(
-                "no games will be played while fitting: the prompts of the training rows are of no known style. Set "
-                "play.style, or play.val_games=0."
+                "no games during training, because the style of the training prompts is unknown. Set play.style, or "
+                "play.val_games=0."
             )
 
     def waits_for(self, metric: str) -> bool:
-        """Whether a metric that is not there now will come with the next games."""
+        """Return whether a metric that is missing now is logged with the next games."""
         return self._style is not None and metric.startswith(_PREFIX)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Which turns have been taken, so that a resumed run plays the next one."""
-        return {"num_turns": self._num_turns, "last_step": self._last_step}
+        return {"num_turns": self._num_periods, "last_step": self._last_step}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._num_turns, self._last_step = state_dict["num_turns"], state_dict["last_step"]
+        self._num_periods, self._last_step = state_dict["num_turns"], state_dict["last_step"]
 
+    @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Play where it is time to, before checkpoints are judged."""
+        # This hook runs before checkpoints compare metrics.
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._take_turn(trainer, pl_module)
+            self._play_if_due(trainer, pl_module)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Play where it is time to and no validation does."""
         if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
-            self._take_turn(trainer, pl_module)
+            self._play_if_due(trainer, pl_module)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Play with the last weights, unless they have played."""
-        if self._style is None or self._last_step == trainer.global_step or _is_rehearsal(trainer):
+        if self._style is None or self._last_step == trainer.global_step:
             return
         values = self._play(trainer, pl_module, self._style)
-        # Lightning takes no more metrics at this point; the loggers do.
+        # LightningModule.log is not available in this hook.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for run_logger in trainer.loggers:
-            run_logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            run_logger.log_metrics(values, step=trainer.global_step - 1)
             run_logger.save()
 
-    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        num_turns = self._count_turns(trainer)
-        is_due = num_turns > self._num_turns or _is_last(trainer)
-        self._num_turns = num_turns
-        if self._style is not None and is_due and not _is_rehearsal(trainer):
+    def _play_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        num_periods = self._count_periods(trainer)
+        is_due = num_periods > self._num_periods or _is_last(trainer)
+        self._num_periods = num_periods
+        if self._style is not None and is_due:
             pl_module.log_dict(self._play(trainer, pl_module, self._style), batch_size=1)
             return
         for name in [name for name in trainer.callback_metrics if name.startswith(_PREFIX)]:
             del trainer.callback_metrics[name]
 
-    def _count_turns(self, trainer: pl.Trainer) -> int:
-        """Times ``every_n_epochs`` epochs that training has behind it, whatever part of an epoch lies between."""
+    def _count_periods(self, trainer: pl.Trainer) -> int:
+        """Return the number of complete periods of ``every_n_epochs`` epochs, by batches if the epoch has a length."""
         progress, num_batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
         if num_batches == float("inf"):
             return (trainer.current_epoch + progress.is_last_batch) // self.settings.every_n_epochs
@@ -124,35 +128,32 @@ class PlayEvaluation(pl.Callback):
         self._last_step = trainer.global_step
         for dashboard in dashboards(trainer):
             dashboard.show_games(result, trainer.global_step, is_final=False)
-        figures = result.statistics()
+        statistics = result.statistics()
         if trainer.is_global_zero:
             logger.info(
-                "step %d: %d games, %.1f apples (95%%: %.1f to %.1f), fatal moves %.2f%%, unreadable answers %.2f%%",
+                "step %d: %d games, %.1f apples (95%% interval %.1f to %.1f), fatal moves %.2f%%, unreadable answers "
+                "%.2f%%",
                 trainer.global_step,
                 len(self._seeds),
-                *(figures[name] for name in ("apples_mean", "apples_low", "apples_high")),
-                *(100 * figures[name] for name in ("fatal_move_rate", "unparseable_rate")),
+                *(statistics[name] for name in ("apples_mean", "apples_low", "apples_high")),
+                *(100 * statistics[name] for name in ("fatal_move_rate", "unparseable_rate")),
             )
         return {
             f"{_PREFIX}{name}": float(value)
-            for name, value in figures.items()
+            for name, value in statistics.items()
             if not name.startswith(("ends/", "num_"))
         }
 
 
 def _data(trainer: pl.Trainer) -> PlayData:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data: PlayData | None = trainer.datamodule  # type: ignore[attr-defined]
     if data is None:
-        raise UserError("PlayEvaluation needs a data module that says how prompts are written and encoded.")
+        raise UserError("PlayEvaluation needs a data module with the prompt format. Pass one to the trainer.")
     return data
 
 
 def _is_last(trainer: pl.Trainer) -> bool:
-    """Whether training is about to end, as far as can be known before the validation is over."""
+    """Return whether training ends after this validation, as far as is known before the validation ends."""
     is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    ends_epochs = is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.should_stop or ends_epochs or trainer.global_step == trainer.max_steps
-
-
-def _is_rehearsal(trainer: pl.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    is_last_epoch = is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or is_last_epoch or trainer.global_step == trainer.max_steps

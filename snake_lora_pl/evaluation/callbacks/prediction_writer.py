@@ -1,4 +1,4 @@
-"""Completions to a file as they come, whole or absent, in the order of the prompts."""
+"""Callback that writes completions to a file, in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -11,39 +11,44 @@ from typing import IO, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
 
 from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
 
 
 class PredictionWriter(Callback):
-    """Writes what ``predict_step`` returns as JSONL: ``prompt``, ``completion`` and ``source`` (``path:line``).
+    """Writes the results of ``predict_step`` as JSONL: ``prompt``, ``completion`` and ``source`` (``path:line``).
 
-    Every process writes the batches it completes to a file of its own beside ``path``; in the end the first one brings
-    them into order. Processes that complete the same prompts in step leave the writing to the first.
+    Each rank writes its batches to a part file in the same directory; rank zero finally merges the parts in order. If
+    all ranks complete the same prompts, rank zero alone writes.
 
     Args:
-        path: Where to; the file appears when the last prompt is answered. The first process's counts.
+        path: Output file, which appears when all prompts are completed. All ranks use rank zero's value.
+
+    Attributes:
+        num_rows: Number of rows written, on rank zero.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_rows = 0
-        self._exit = contextlib.ExitStack()
-        self._file: IO[str] | None = None
+        self._exit_stack = contextlib.ExitStack()
+        self._part_file: IO[str] | None = None
         self._rank = 0
         self._num_ranks = 1
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settle who writes what."""
         self.path = trainer.strategy.broadcast(self.path)
-        shares = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        self._rank, self._num_ranks = shares["rank"], shares["num_replicas"]
-        writes = trainer.is_global_zero or self._num_ranks > 1
-        if writes:
-            with self._explained():
-                self._file = self._exit.enter_context(open_durably(self._part_path(self._rank), "w", encoding="utf-8"))
+        sampler = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        self._rank, self._num_ranks = sampler["rank"], sampler["num_replicas"]
+        if trainer.is_global_zero or self._num_ranks > 1:
+            with self._explain_failed_writes():
+                part_file = open_durably(self._part_path(self._rank), "w", encoding="utf-8")
+                self._part_file = self._exit_stack.enter_context(part_file)
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: pl.Trainer,
@@ -53,45 +58,45 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write a batch, each row behind its batch's place among those of all processes."""
-        if self._file is None:
+        if self._part_file is None:
             return
-        place = batch_idx * self._num_ranks + self._rank
-        with self._explained():
+        # Each line begins with the index of its batch among those of all ranks.
+        index = batch_idx * self._num_ranks + self._rank
+        with self._explain_failed_writes():
             for row in outputs:
-                self._file.write(f"{place}\t{json.dumps(row, ensure_ascii=False)}\n")
+                self._part_file.write(f"{index}\t{json.dumps(row, ensure_ascii=False)}\n")
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bring the parts together; also a process that had nothing to complete comes here."""
-        with self._explained():
-            self._exit.close()
+        with self._explain_failed_writes():
+            self._exit_stack.close()
         trainer.strategy.barrier("PredictionWriter")
         if trainer.is_global_zero:
-            with self._explained():
-                self._join_parts()
+            with self._explain_failed_writes():
+                self._merge_parts()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove the part that was written."""
-        self._exit.__exit__(type(exception), exception, exception.__traceback__)
+        self._exit_stack.__exit__(type(exception), exception, exception.__traceback__)  # removes the part
 
-    def _explained(self) -> contextlib.AbstractContextManager[None]:
+    def _explain_failed_writes(self) -> contextlib.AbstractContextManager[None]:
         return explain_failed_writes(self.path, "the completions", then="run predict again")
 
     def _part_path(self, rank: int) -> Path:
         return self.path.with_name(f".{self.path.name}.{rank}.part")
 
-    def _join_parts(self) -> None:
+    def _merge_parts(self) -> None:
         paths = [self._part_path(rank) for rank in range(self._num_ranks)]
         if missing := [path for path in paths if not path.is_file()]:
             raise UserError(
-                f"{missing[0]}: no such file; another process wrote it where this one cannot see it. Run where all "
-                "processes share a file system, or with one process."
+                f"{missing[0]}: file not found, because another rank wrote it to a file system that this one does not "
+                "share. Use a shared file system, or a single process."
             )
         with contextlib.ExitStack() as stack:
             parts = [_read_part(stack.enter_context(open(path, encoding="utf-8"))) for path in paths]
-            whole = stack.enter_context(open_durably(self.path, "w", encoding="utf-8"))
+            output = stack.enter_context(open_durably(self.path, "w", encoding="utf-8"))
             for _, line in heapq.merge(*parts, key=lambda row: row[0]):
-                whole.write(line)
+                output.write(line)
                 self.num_rows += 1
         for path in paths:
             path.unlink()
@@ -99,5 +104,5 @@ class PredictionWriter(Callback):
 
 def _read_part(file: IO[str]) -> Iterator[tuple[int, str]]:
     for line in file:
-        place, _, row = line.partition("\t")
-        yield int(place), row
+        index, _, row = line.partition("\t")
+        yield int(index), row

@@ -1,4 +1,4 @@
-"""SampleRows: a few validation rows, the same ones each time, in the model's own words."""
+"""Callback that shows completions of the same validation rows at each validation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.dashboard import dashboards
@@ -16,22 +17,22 @@ from snake_lora_pl.evaluation.validations import JudgedRow, Validation
 
 
 class CompletingModule(Protocol):
-    """What of a LightningModule sample rows need."""
+    """LightningModule that completes prompts."""
 
     text_metrics: Any
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completions of a batch of prompts."""
+        """Return the completions of a batch of prompts."""
 
 
 class SampleRows(pl.Callback):
-    """At each validation, lets the model complete some prompts and hands what came out to every ``Dashboard``.
+    """Completes a few validation prompts at each validation and passes the result to every ``Dashboard``.
 
-    The model writes freely: unlike the metrics of the validation, it sees nothing of the teacher's words. Neither
-    weights nor the random numbers of training change.
+    Unlike the metrics of the validation, which use teacher forcing, the completions are decoded freely. The weights and
+    the random numbers of training do not change.
 
     Args:
-        num_rows: How many rows; 0 hands out the confusion of moves alone.
+        num_rows: Number of rows; with 0, dashboards get the confusion matrix only.
 
     Raises:
         UserError: If the number is negative.
@@ -43,8 +44,9 @@ class SampleRows(pl.Callback):
         self.num_rows = num_rows
         self._rows: list[Any] | None = None
 
+    @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show, before the module clears what it counted."""
+        # This hook runs before the module resets its metrics.
         if trainer.state.fn != "fit" or trainer.sanity_checking or bool(trainer.fast_dev_run):  # type: ignore[attr-defined]
             return
         module = cast(CompletingModule, pl_module)
@@ -52,7 +54,7 @@ class SampleRows(pl.Callback):
             trainer.global_step,
             trainer.current_epoch,
             self._complete(trainer, pl_module, module),
-            _decisions(module.text_metrics),
+            _confusion_matrix(module.text_metrics),
         )
         for dashboard in dashboards(trainer):
             dashboard.show_validation(validation)
@@ -60,7 +62,7 @@ class SampleRows(pl.Callback):
     def _complete(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: CompletingModule
     ) -> list[JudgedRow]:
-        """The rows completed. Every process does it: where they share one model in slices, all are needed."""
+        """Complete the rows, on every rank: if the ranks hold shards of one model, a forward pass needs all of them."""
         data: PlayData = trainer.datamodule  # type: ignore[attr-defined]
         if self._rows is None:
             self._rows = data.sample_rows(self.num_rows) if self.num_rows else []
@@ -80,9 +82,10 @@ class SampleRows(pl.Callback):
         ]
 
 
-def _decisions(metrics: Any) -> list[list[int]] | None:
-    """What all processes counted."""
+def _confusion_matrix(metrics: Any) -> list[list[int]] | None:
+    """Return the confusion matrix of all ranks; None without move metrics."""
     if not isinstance(metrics, SnakeMoveMetrics):
         return None
     with metrics.sync_context():
-        return metrics.decisions.tolist()
+        confusion_matrix: list[list[int]] = metrics.decisions.tolist()
+        return confusion_matrix

@@ -1,4 +1,4 @@
-"""A tiny model that plays while it is fitted: what is logged when, and that training takes no notice."""
+"""Games during training of a tiny model: when they are played, and that they do not affect training."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Watch(pl.Callback):
-    """Keeps what is in ``callback_metrics`` when checkpoints look at them."""
+class MetricRecorder(pl.Callback):
+    """Records ``callback_metrics`` at the hook in which checkpoints read them."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, float | None]] = []
@@ -55,7 +55,7 @@ class Watch(pl.Callback):
 
 @pytest.fixture
 def fit(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path):
-    """Fit the tiny model on two batches an epoch, with or without games."""
+    """Fit the tiny model with two batches per epoch, with or without games."""
 
     def run(
         settings: PlaySettings | None, *callbacks: pl.Callback, ckpt_path: str | None = None, **options: Any
@@ -92,41 +92,41 @@ def adapter_weights(trainer: pl.Trainer) -> list[torch.Tensor]:
     return [p.detach() for p in trainer.lightning_module.parameters() if p.requires_grad]
 
 
-def test_training_is_the_same_bit_for_bit_whether_or_not_it_plays(fit) -> None:
-    watch = Watch()
-    playing, silent = fit(settings(), watch), fit(None)
-    assert watch.played == [2, 4]
-    assert watch.modes == {True}
+def test_games_do_not_change_training_by_a_bit(fit) -> None:
+    recorder = MetricRecorder()
+    playing, silent = fit(settings(), recorder), fit(None)
+    assert recorder.played == [2, 4]
+    assert recorder.modes == {True}
     for weight, other in zip(adapter_weights(playing), adapter_weights(silent), strict=True):
         assert torch.equal(weight, other)
 
 
-def test_games_are_played_at_the_first_validation_after_every_n_epochs_and_at_the_last(fit) -> None:
-    watch = Watch()
-    fit(settings(every_n_epochs=2), watch, max_epochs=5, val_check_interval=0.5)
-    # Two validations an epoch, and one before training. Where nothing was played, no old figure is left.
-    assert [step for step, _ in watch.seen] == [0, *range(1, 11)]
-    assert watch.played == [4, 8, 10]
+def test_first_validation_after_every_n_epochs_and_the_last_one_have_games(fit) -> None:
+    recorder = MetricRecorder()
+    fit(settings(every_n_epochs=2), recorder, max_epochs=5, val_check_interval=0.5)
+    # Two validations per epoch, and one before training. Validations without games have no metrics of earlier games.
+    assert [step for step, _ in recorder.seen] == [0, *range(1, 11)]
+    assert recorder.played == [4, 8, 10]
 
 
-def test_a_run_cut_by_steps_ends_with_games(fit) -> None:
-    watch = Watch()
-    fit(settings(), watch, max_steps=3, max_epochs=-1)
-    assert watch.played == [2, 3]
+def test_run_that_ends_at_max_steps_ends_with_games(fit) -> None:
+    recorder = MetricRecorder()
+    fit(settings(), recorder, max_steps=3, max_epochs=-1)
+    assert recorder.played == [2, 3]
 
 
-def test_a_run_that_stops_early_plays_with_its_last_weights(fit) -> None:
-    watch = Watch()
-    # The first validation is the best: nothing can be less than minus infinity.
+def test_run_that_stops_early_plays_with_its_last_weights(fit) -> None:
+    recorder = MetricRecorder()
+    # No later validation improves by min_delta.
     stopping = EarlyStopping("val/loss", patience=0, min_delta=1e9)
-    trainer = fit(settings(every_n_epochs=3), watch, stopping, max_epochs=9)
+    trainer = fit(settings(every_n_epochs=3), recorder, stopping, max_epochs=9)
     assert trainer.global_step == 4
-    assert watch.played == []
+    assert recorder.played == []
     assert trainer.callback_metrics["play/apples_mean"] >= 0
     assert trainer.callback_metrics["play/fatal_move_rate"] >= 0
 
 
-def test_without_validation_games_are_played_at_the_ends_of_epochs(fit) -> None:
+def test_epochs_without_validation_end_with_games(fit) -> None:
     class Log(pl.Callback):
         def __init__(self) -> None:
             self.steps: list[int] = []
@@ -141,24 +141,24 @@ def test_without_validation_games_are_played_at_the_ends_of_epochs(fit) -> None:
     assert "play/win_rate" in trainer.callback_metrics
 
 
-def test_a_resumed_run_plays_when_one_that_was_never_stopped_does(fit, tmp_path: Path) -> None:
-    watch = Watch()
+def test_resumed_run_plays_at_the_same_steps_as_an_uninterrupted_one(fit, tmp_path: Path) -> None:
+    recorder = MetricRecorder()
     first = AdapterCheckpoint(str(tmp_path / "run" / "checkpoints"), save_every_n_steps=1)
     fit(settings(every_n_epochs=2), first, max_epochs=3, enable_checkpointing=True)
     again = AdapterCheckpoint(str(tmp_path / "run" / "checkpoints"), save_every_n_steps=1)
     fit(
         settings(every_n_epochs=2),
-        watch,
+        recorder,
         again,
         max_epochs=6,
         enable_checkpointing=True,
         num_sanity_val_steps=0,
         ckpt_path=str(tmp_path / "run" / "checkpoints" / "last.ckpt"),
     )
-    assert watch.played == [8, 12]
+    assert recorder.played == [8, 12]
 
 
-def test_the_best_adapter_may_be_the_one_that_plays_best(fit, tmp_path: Path) -> None:
+def test_play_metric_selects_the_best_adapter(fit, tmp_path: Path) -> None:
     checkpoint = AdapterCheckpoint(str(tmp_path / "run" / "checkpoints"), monitor="play/steps_mean", mode="max")
     trainer = fit(settings(every_n_epochs=2), checkpoint, max_epochs=4, enable_checkpointing=True)
     assert trainer.global_step == 8
@@ -166,29 +166,29 @@ def test_the_best_adapter_may_be_the_one_that_plays_best(fit, tmp_path: Path) ->
     assert kept == ["epoch=1-step=4.ckpt", "epoch=3-step=8.ckpt", "last.ckpt"]
 
 
-def test_a_metric_that_never_comes_is_still_a_mistake(fit, tmp_path: Path) -> None:
+def test_unknown_monitored_metric_is_rejected(fit, tmp_path: Path) -> None:
     checkpoint = AdapterCheckpoint(str(tmp_path / "run" / "checkpoints"), monitor="val/los")
-    with pytest.raises(UserError, match="no metric 'val/los' was logged"):
+    with pytest.raises(UserError, match="'val/los'"):
         fit(settings(every_n_epochs=2), checkpoint, enable_checkpointing=True)
 
 
-def test_rows_of_no_known_style_are_trained_on_but_not_played(
+def test_rows_of_unknown_style_are_trained_on_without_games(
     fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"prompt": "Where to?", "completion": "UP"}\n' * 40)
     with caplog.at_level(logging.WARNING, logger="snake_lora_pl"):
         trainer = fit(settings(), train_path=str(path), val_fraction=0.0)
-    assert any("no games will be played while fitting" in message for message in caplog.messages)
+    assert any("play.style" in message for message in caplog.messages)
     assert not any(name.startswith("play/") for name in trainer.callback_metrics)
 
 
-def test_every_mistake_in_the_settings_is_named_at_once() -> None:
+def test_all_invalid_settings_are_reported_at_once() -> None:
     with pytest.raises(UserError) as error:
         PlaySettings(reading="guess", style="bfs", teacher="bsf", seed=-1, max_steps=0)  # type: ignore[arg-type]
     assert all(f"play.{name}" in str(error.value) for name in ("reading", "style", "teacher", "seed", "max_steps"))
 
 
-def test_no_game_to_play_is_a_mistake() -> None:
-    with pytest.raises(UserError, match="play.val_games must be at least 1"):
+def test_zero_games_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"play\.val_games.*0"):
         PlayEvaluation(PlaySettings())
