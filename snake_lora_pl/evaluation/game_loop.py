@@ -62,7 +62,7 @@ class PlayedGame:
 
     @property
     def num_apples(self) -> int:
-        """Number of apples eaten."""
+        """Number of apples that the snake ate."""
         return self.recording.num_apples(-1)
 
     @property

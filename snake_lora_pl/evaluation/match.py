@@ -24,7 +24,7 @@ ADAPTER, BASE, RANDOM = "adapter", "base", "random_legal"
 
 
 class PromptSpec(NamedTuple):
-    """How an adapter is prompted; None takes the value from settings and rows.
+    """Style and template of prompts; None takes the value from settings and rows.
 
     Attributes:
         style: Name of the style of the prompts.

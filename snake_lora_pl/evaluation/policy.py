@@ -11,7 +11,7 @@ from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.teachers import Teacher, get_seeded_teacher
 
 Reading: TypeAlias = Literal["generate", "score"]
-"""How a move is read from a language model; see ``LanguageModelPolicy``."""
+"""Method of reading a move from a language model; see ``LanguageModelPolicy``."""
 
 READINGS: tuple[Reading, ...] = get_args(Reading)
 
@@ -49,7 +49,7 @@ class Policy(Protocol):
 
     @property
     def reading(self) -> str:
-        """How its moves are read: ``generate``, ``score``, ``score+mask`` (legal moves only), or ``code``."""
+        """Method of reading its moves: ``generate``, ``score``, ``score+mask`` (legal moves only), or ``code``."""
 
     def playing(self) -> AbstractContextManager[None]:
         """Return a context for a series of games, in which the policy may cache what answers share."""

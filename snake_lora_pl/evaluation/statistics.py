@@ -36,7 +36,7 @@ class GameSummary(NamedTuple):
         seed: Seed of the game.
         grid_size: Cells along one side of the board.
         end: Why the game ended.
-        num_apples: Apples eaten.
+        num_apples: Apples that the snake ate.
         num_steps: Steps survived.
         num_moves: Decisions; one more than the steps if the last move was deadly.
         num_fatal: 1 if the last move was fatal (see ``Judgment.is_fatal``).
@@ -45,7 +45,7 @@ class GameSummary(NamedTuple):
         num_as_teacher: Moves equal to the teacher's.
         num_with_path: Decisions with a path to the apple.
         num_optimal: Moves that begin a shortest path.
-        num_direct_apples: Apples eaten that had a path when they appeared.
+        num_direct_apples: Apples that the snake ate and that had a path when they appeared.
         path_gap: Total number of steps beyond the shortest paths to these apples.
         answer_us: Microseconds that the policy took to answer.
         num_claims: Number of claims of each of ``CLAIM_NAMES``.

@@ -104,7 +104,7 @@ def test_style_and_template_can_be_named_where_the_metadata_does_not_say(
     [
         ({"style": "compct"}, "Did you mean 'compact'?"),
         ({"template": "chatty"}, "template"),
-        ({"reading": "guess"}, "reading must be one of"),
+        ({"reading": "guess"}, "play.reading"),
         ({"legal_mask": True}, "needs play.reading=score"),
         ({"device": "abacus"}, "device='abacus': cannot be used here"),
         ({"dtype": "float8"}, "float8"),
