@@ -51,7 +51,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     from snake_lora_pl.adapters import store
     from snake_lora_pl.models import QuantizationConfig
     from snake_lora_pl.models.quantization import weight_bytes
-    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.token_throughput import peak_memory_gib
 
     class StepTimer(pl.Callback):
         def __init__(self) -> None:

@@ -168,7 +168,7 @@ def run_lockstep(timer: TurnTimer, settings: PlaySettings, num_turns: int, *, nu
 def _stop(timer: TurnTimer, settings: PlaySettings, slots: GameSlots) -> None:
     import torch
 
-    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.token_throughput import peak_memory_gib
 
     num_moves = len(slots.games) * settings.num_moves
     timer.stop(num_moves, math.nan, peak_memory_gib(torch.device("cpu")), slots.moves)

@@ -105,7 +105,7 @@ def run_ours(timer: TurnTimer, settings: TrainSettings, num_turns: int) -> None:
     from snake_lora_pl import LoRAConfig, LoRALightningModule
     from snake_lora_pl.data.batching import collate
     from snake_lora_pl.models import load_tokenizer
-    from snake_lora_pl.training.callbacks.throughput import count_tokens, peak_memory_gib
+    from snake_lora_pl.training.callbacks.token_throughput import count_tokens, peak_memory_gib
 
     tokenizer = load_tokenizer(settings.base_model)
     examples = encode_rows(settings.read_rows(num_turns), tokenizer, settings.rows_path)
@@ -296,7 +296,7 @@ def _take_turns(timer: TurnTimer, settings: TrainSettings, trainer: Any) -> None
     """Train with a subclass of ``transformers.Trainer``, in turns."""
     from transformers import TrainerCallback
 
-    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.token_throughput import peak_memory_gib
 
     num_tokens, losses = 0, []
     training_step = trainer.training_step
@@ -332,7 +332,7 @@ def run_litgpt(timer: TurnTimer, settings: TrainSettings, num_turns: int) -> Non
     from litgpt.utils import chunked_cross_entropy
 
     from snake_lora_pl.models import load_tokenizer
-    from snake_lora_pl.training.callbacks.throughput import peak_memory_gib
+    from snake_lora_pl.training.callbacks.token_throughput import peak_memory_gib
 
     tokenizer, device = load_tokenizer(settings.base_model), default_device()
     model = _load_litgpt(settings, device)

@@ -37,11 +37,11 @@ from snake_lora_pl.program import LIGHTNING_COMMANDS, PROG, is_rank_zero
 from snake_lora_pl.reporting.run_record import RunRecord
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.callbacks.adapter_norms import AdapterNorms
-from snake_lora_pl.training.callbacks.auto_batch_size import BatchSizeFinder
+from snake_lora_pl.training.callbacks.auto_batch_size import AutoBatchSize
 from snake_lora_pl.training.callbacks.interruption import Interruption
-from snake_lora_pl.training.callbacks.progress_bar import RunProgress
+from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
 from snake_lora_pl.training.callbacks.run_config import ResolvedConfig, config_text
-from snake_lora_pl.training.callbacks.throughput import ThroughputMonitor
+from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
 from snake_lora_pl.training.lightning_internals import LightningCLIInternals, forks_or_spawns
 from snake_lora_pl.training.memory import out_of_memory
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
@@ -254,7 +254,7 @@ class SnakeCLI(LightningCLIInternals):
         else:
             trainer_config |= {"logger": False, "enable_checkpointing": False}
         if trainer_config["enable_progress_bar"] is not False:
-            callbacks.insert(0, RunProgress())
+            callbacks.insert(0, RunProgressBar())
         if config.dry_run or self.subcommand != "fit":
             self.save_config_callback = None
         try:
@@ -270,8 +270,8 @@ class SnakeCLI(LightningCLIInternals):
 
     def _fit_callbacks(self, config: Namespace) -> list[Callback]:
         callbacks = [
-            BatchSizeFinder(config.ckpt_path),
-            ThroughputMonitor(),
+            AutoBatchSize(config.ckpt_path),
+            TokenThroughput(),
             AdapterNorms(),
             config.early_stopping,
             SampleRows(config.num_sample_rows),

@@ -23,7 +23,7 @@ from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule
 from snake_lora_pl.data.jsonl import count_lines
 from snake_lora_pl.paths import RunPaths, cache_dir, display_path, temporary_row_cache
-from snake_lora_pl.training.callbacks.throughput import count_tokens, peak_memory_gib
+from snake_lora_pl.training.callbacks.token_throughput import count_tokens, peak_memory_gib
 from snake_lora_pl.training.memory.estimate import MemoryEstimate, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
 

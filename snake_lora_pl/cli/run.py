@@ -27,7 +27,7 @@ from snake_lora_pl.console import configure_logging, ignore_known_warnings
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.paths import RunPaths, display_path
 from snake_lora_pl.program import PROG, is_rank_zero
-from snake_lora_pl.training.callbacks.interruption import Interrupted, leave_at_once
+from snake_lora_pl.training.callbacks.interruption import Interrupted, stop_immediately
 
 T = TypeVar("T", bound=SnakeCLI)
 
@@ -87,7 +87,7 @@ def _interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, leave_at_once) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop_immediately) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -70,7 +70,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         val_fraction: Share of the training rows to set aside, from 0 to below 1; 0 trains without validation.
         max_length: Most tokens in an example: template, prompt, completion and EOS.
         batch_size: Rows in a batch of one process, or ``auto``: in ``fit`` the most that fit into memory, up to all of
-            them (see ``BatchSizeFinder``); elsewhere 8.
+            them (see ``AutoBatchSize``); elsewhere 8.
         template: How prompt and completion become one text: instruction, chat (the tokenizer's own) or raw.
         on_bad_row: What becomes of rows that cannot be used: error reports them all and stops, skip leaves them out.
         on_overflow: What becomes of rows over max_length: error reports them all and stops, drop leaves them out,
@@ -357,7 +357,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             return self.batch_size
         if self._stage() == "fit":
             raise UserError(
-                "data.batch_size=auto: nothing has looked for the largest batch. Add BatchSizeFinder() to the "
+                "data.batch_size=auto: nothing has looked for the largest batch. Add AutoBatchSize() to the "
                 "trainer's callbacks, or give a number."
             )
         return DEFAULT_BATCH_SIZE

@@ -44,7 +44,7 @@ from snake_lora_pl.training.optimizer import (
     plan_steps,
 )
 from snake_lora_pl.training.packing import pack
-from snake_lora_pl.training.resume.checkpoint_state import explain_damage
+from snake_lora_pl.training.resume.checkpoint_state import explain_damaged_checkpoint
 from snake_lora_pl.training.sharding import (
     FullyShardedStrategy,
     check_strategy,
@@ -432,7 +432,7 @@ class LoRALightningModule(pl.LightningModule):
     def on_train_start(self) -> None:
         self.step_loss.clear()
         if self._adapter_state is not None:
-            with explain_damage(self.trainer.ckpt_path):
+            with explain_damaged_checkpoint(self.trainer.ckpt_path):
                 self._adapter_hooks.load_state(self.peft_model, self._adapter_state)
             self._adapter_state = None
             schedule: Any = self.lr_schedulers()

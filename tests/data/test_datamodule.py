@@ -522,7 +522,7 @@ def test_the_longest_batch_holds_the_longest_rows_to_train_on(make, rows_path):
 
 def test_auto_is_for_whoever_fits_to_find(make, rows_path, tmp_path):
     datamodule = make(rows_path, batch_size="auto")
-    with pytest.raises(UserError, match=r"data.batch_size=auto: nothing has looked .* Add BatchSizeFinder\(\)"):
+    with pytest.raises(UserError, match=r"data.batch_size=auto: nothing has looked .* Add AutoBatchSize\(\)"):
         fit(datamodule, max_epochs=1)
 
 

@@ -61,15 +61,15 @@ sys.exit(main())
 CRASHING = """
 import os, signal, sys
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.training.callbacks.throughput import ThroughputMonitor
+from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
 
-hook = ThroughputMonitor.on_train_batch_end
+hook = TokenThroughput.on_train_batch_end
 def crash(self, trainer, *args):
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and trainer.global_step == 5:
         open({marker!r}, "x").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return hook(self, trainer, *args)
-ThroughputMonitor.on_train_batch_end = crash
+TokenThroughput.on_train_batch_end = crash
 sys.exit(main())
 """
 

@@ -1,4 +1,4 @@
-"""AdapterCheckpoint: keeps the best adapter where others load it, and what a run needs to go on."""
+"""Callback that writes resumable checkpoints and keeps the best adapter in a directory that other tools load."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
+from typing_extensions import override
 
 from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.metadata import AdapterMetadata
 from snake_lora_pl.durable import explain_failed_writes, remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import display_path
+from snake_lora_pl.training.lightning_internals import (
+    ModelCheckpointInternals,
+    is_accumulating,
+    set_logged_steps,
+    validates_by_time,
+)
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
 from snake_lora_pl.training.resume.checkpoint_io import DurableCheckpointIO
 from snake_lora_pl.training.resume.checkpoint_state import (
-    explain_damage,
-    guard_restoring,
+    adjust_loop_counters,
+    collect_run_state,
+    explain_damaged_checkpoint,
+    guard_checkpoint_restore,
     is_between_steps,
     restore_run_state,
-    run_state,
-    settle_counters,
 )
 from snake_lora_pl.training.sharding import gather_trained, is_sharded
 
@@ -40,28 +47,28 @@ logger = logging.getLogger(__name__)
 _STATE_KEY = "snake_lora_pl.run_state"
 
 
-class AdapterCheckpoint(ModelCheckpoint):
-    """Writes the best adapter to ``adapter_dir`` and resumable state, without base weights, to ``dirpath``.
+class AdapterCheckpoint(ModelCheckpointInternals):
+    """Writes resumable checkpoints without base weights to ``dirpath``, and the best adapter to ``adapter_dir``.
 
-    The bookkeeping of best-k and last is Lightning's; this class decides when, and writes the adapter directory.
-    ``last.ckpt`` is written every ``save_every_n_steps`` optimizer steps, before and after each validation, the best-k
-    after each validation. All are whole or absent, also after a kill, and are written between two optimizer steps, so
-    that a run that goes on from any of them is the run that was never stopped: the same batches, random numbers,
-    weights and metrics.
+    Lightning's ``ModelCheckpoint`` manages the best-k and last files; this class decides when to write, and writes the
+    adapter directory. ``last.ckpt`` is written every ``save_every_n_steps`` optimizer steps and before and after each
+    validation; the best-k files after each validation. Every file is written atomically and between two optimizer
+    steps, so that a run resumed from any of them processes the same batches, with the same random numbers, weights and
+    metrics, as an uninterrupted run.
 
-    A metric that is logged at some validations only, such as ``play/apples_mean``, is compared among these. The
-    callback that logs it says so by a method ``waits_for(metric)``.
+    A metric that only some validations log, such as ``play/apples_mean``, is compared among those. The callback that
+    logs it must have a method ``waits_for(metric) -> bool``.
 
     Args:
-        dirpath: Directory of the ``.ckpt`` files; None takes ``checkpoints/`` in the trainer's log directory.
-        adapter_dir: Directory of the adapter; None takes ``lora_adapters/model_artifacts/`` beside ``checkpoints/``.
-        monitor: Metric that decides which adapter is best; None keeps the newest.
-        mode: ``min`` or ``max``: which way the metric is better.
-        save_top_k: How many of the best checkpoints to keep.
-        save_every_n_steps: Optimizer steps between two writings of ``last.ckpt``; 0 writes it at validation only.
+        dirpath: Directory of the ``.ckpt`` files; None uses ``checkpoints/`` in the trainer's log directory.
+        adapter_dir: Directory of the adapter; None uses ``lora_adapters/model_artifacts/`` next to ``checkpoints/``.
+        monitor: Metric that selects the best adapter; None keeps the newest.
+        mode: ``min`` or ``max``: the direction in which the metric improves.
+        save_top_k: Number of best checkpoints to keep.
+        save_every_n_steps: Optimizer steps between two writes of ``last.ckpt``; 0 writes it at validations only.
 
     Raises:
-        UserError: If ``monitor`` is not among the metrics that a validation logged.
+        UserError: If no validation logged ``monitor``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -78,86 +85,100 @@ class AdapterCheckpoint(ModelCheckpoint):
         save_every_n_steps: int = 50,
     ) -> None:
         if mode not in ("min", "max"):
-            raise UserError(f"checkpoint.mode must be min or max, not '{mode}'.")
-        if save_every_n_steps < 0 or save_top_k < 1:
-            raise UserError("checkpoint.save_every_n_steps must be at least 0 and checkpoint.save_top_k at least 1.")
+            raise UserError(f"checkpoint.mode={mode}: must be min or max.")
+        if save_every_n_steps < 0:
+            raise UserError(f"checkpoint.save_every_n_steps={save_every_n_steps}: must be at least 0.")
+        if save_top_k < 1:
+            raise UserError(f"checkpoint.save_top_k={save_top_k}: must be at least 1.")
         super().__init__(
             dirpath=dirpath,
             filename="{epoch}-{step}",
             monitor=monitor,
             mode=mode,
-            # Without a metric there is no order: the newest is all that can be kept.
+            # Without a metric, checkpoints have no order except by age.
             save_top_k=save_top_k if monitor is not None else 1,
             save_last=True,
             enable_version_counter=False,
         )
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
-        self._has_exported = False
         self.save_every_n_steps = save_every_n_steps
+        self._is_dry_run = False
+        self._has_exported = False
         self._is_between_steps = False
         self._validation_is_due = False
-        self._restored: dict[str, Any] | None = None
+        self._restored_state: dict[str, Any] | None = None
 
     @property
+    @override
     def state_key(self) -> str:
-        """One name for all settings: a resumed run may change how often it saves."""
+        # Independent of the settings, so that a resumed run may change them.
         return "AdapterCheckpoint"
 
+    @property
+    def _output_dir(self) -> Path:
+        if self.adapter_dir is None:
+            raise RuntimeError("AdapterCheckpoint.adapter_dir is unknown before setup().")
+        return self.adapter_dir
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settle where the files go and remove what a killed writer left."""
-        log_dir = trainer.log_dir  # asks the first process, so all processes must
+        self._is_dry_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        log_dir = trainer.log_dir  # a collective: every rank must read it
         if self.dirpath is None and log_dir is not None:
             self.dirpath = os.path.realpath(os.path.join(log_dir, "checkpoints"))
         super().setup(trainer, pl_module, stage)
-        assert self.dirpath is not None
-        if self.adapter_dir is None:
-            self.adapter_dir = Path(self.dirpath).parent / "lora_adapters" / "model_artifacts"
-        # Processes that a launcher started apart from each other may name another directory; the first one's counts.
-        self.adapter_dir = trainer.strategy.broadcast(self.adapter_dir)
-        if stage == "fit":
-            _check_is_no_one_elses(self.adapter_dir)
+        checkpoints_dir = Path(str(self.dirpath))
+        adapter_dir = self.adapter_dir or checkpoints_dir.parent / "lora_adapters" / "model_artifacts"
+        # Ranks started separately by a launcher may have different directories: rank 0 decides.
+        self.adapter_dir = adapter_dir = trainer.strategy.broadcast(adapter_dir)
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
-        guard_restoring(trainer)
-        if stage == "fit" and trainer.is_global_zero:
-            remove_leftovers(self.adapter_dir.parent, self.adapter_dir.name)
-            remove_leftovers(self.dirpath, "*.ckpt")
+        guard_checkpoint_restore(trainer)
+        if stage == "fit":
+            _check_is_replaceable(adapter_dir)
+            if trainer.is_global_zero:
+                remove_leftovers(adapter_dir.parent, adapter_dir.name)
+                remove_leftovers(checkpoints_dir, "*.ckpt")
 
-    # ModelCheckpoint ties `last` to the monitored metric; the hooks below untie them.
-
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on where the checkpoint was written, if there was one."""
         super().on_train_start(trainer, pl_module)
-        if self._restored is not None:
-            with explain_damage(trainer.ckpt_path):
-                restore_run_state(trainer, self._restored)
-            self._restored = None
+        if self._restored_state is not None:
+            with explain_damaged_checkpoint(trainer.ckpt_path):
+                restore_run_state(trainer, self._restored_state)
+            self._restored_state = None
         _validate_between_steps(trainer)
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Write ``last.ckpt`` every ``save_every_n_steps`` optimizer steps.
 
-        This is the one hook at which nothing of the step before is left to do: it is logged and validated. The batch
-        that is at hand comes again when the run goes on.
+        Only at this hook is the previous step completely logged and validated. A resumed run loads ``batch`` again.
         """
         step = trainer.global_step
-        # Lightning counts a step for the loggers after the validation in which it may have written a checkpoint.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = step
+        # A validation may have stored the count of the step before in the checkpoint that this run resumed from.
+        set_logged_steps(trainer, step)
         is_due = self.save_every_n_steps and step and step % self.save_every_n_steps == 0
         if is_due and not self.has_saved(trainer) and is_between_steps(trainer):
             self.write_last(trainer)
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let no time limit end the run in the middle of a step; the timer asks again after the next micro-batch."""
-        if trainer.should_stop and trainer.fit_loop._should_accumulate():
+        """Prevent ``trainer.max_time`` from ending the run during accumulation. The timer stops it after the step."""
+        if trainer.should_stop and is_accumulating(trainer):
             trainer.should_stop = False
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save before what may take minutes, unless the run is about to end, of which no checkpoint can tell."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.should_stop or _validates_by_clock(trainer):
+        """Write ``last.ckpt`` before a validation, which can take minutes.
+
+        If the run is about to stop, the checkpoint is skipped: it cannot store that the validation is the last one.
+        """
+        is_skipped = trainer.sanity_checking or trainer.state.fn != "fit" or trainer.should_stop
+        if is_skipped or validates_by_time(trainer):
             return
         self._validation_is_due = True
         try:
@@ -165,65 +186,69 @@ class AdapterCheckpoint(ModelCheckpoint):
         finally:
             self._validation_is_due = False
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Without validation an epoch's end is the time to save."""
-        if not self._validates(trainer):
+        """Write checkpoint and adapter at the end of an epoch in runs without validation."""
+        if not (trainer.enable_validation and sum(trainer.num_val_batches) > 0):
             self.write_last(trainer)
             self._export(trainer, pl_module)
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the state if it is among the best, write the adapter if it is the best, and write ``last.ckpt``."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or _is_rehearsal(trainer):
+        """Write the checkpoint if it is among the best, the adapter if it is the best, and ``last.ckpt``."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self._is_dry_run:
             return
-        candidates = self._monitor_candidates(trainer)
+        candidates = self.metric_candidates(trainer)
         if self.monitor is not None and self.monitor not in candidates:
-            if _comes_later(trainer, self.monitor):
+            if _is_logged_later(trainer, self.monitor):
                 self.write_last(trainer)
                 return
-            there = ", ".join(sorted(set(trainer.callback_metrics)))
-            raise UserError(f"checkpoint.monitor: no metric '{self.monitor}' was logged. There are: {there}.")
-        self._save_topk_checkpoint(trainer, candidates)
-        newest_is_best = self._last_checkpoint_saved == self.best_model_path
-        if newest_is_best and self._last_global_step_saved == trainer.global_step:
+            available = ", ".join(sorted(set(trainer.callback_metrics)))
+            raise UserError(
+                f"checkpoint.monitor={self.monitor}: no such metric was logged. Choose one of: {available}."
+            )
+        self.save_if_best(trainer, candidates)
+        if self.last_saved_path == self.best_model_path and self.last_saved_step == trainer.global_step:
             self._export(trainer, pl_module)
         self.write_last(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave a checkpoint and an adapter behind, however the run was cut."""
-        if _is_rehearsal(trainer):
+        """Write a checkpoint and an adapter if there are none of the last step, whatever ended the run."""
+        if self._is_dry_run:
             return
         if not self.has_saved(trainer):
             self.write_last(trainer)
-        assert self.adapter_dir is not None
-        # One process looks: another might see what the first has meanwhile written, and then not wait for it.
-        if not trainer.strategy.broadcast((self.adapter_dir / store.METADATA_FILE).is_file()):
+        # Rank 0 decides: on another rank, the file that rank 0 is about to write may already exist.
+        if not trainer.strategy.broadcast((self._output_dir / store.METADATA_FILE).is_file()):
             self._export(trainer, pl_module)
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so where the checkpoint was of a run's end."""
-        if self._restored is not None:  # training, which takes it up, never began
-            self._restored = None
+        """Log if there was nothing to train. ``on_train_start`` then did not run."""
+        if self._restored_state is not None:
+            self._restored_state = None
             logger.info(
-                "Nothing was left to train: the checkpoint, of step %d, is at or beyond the end of this run. To train "
-                "on, raise trainer.max_steps, trainer.max_epochs or trainer.max_time, whichever ended it.",
+                "Nothing to train: the checkpoint of step %d is at or after the end of this run. To train further, "
+                "raise trainer.max_steps, trainer.max_epochs or trainer.max_time.",
                 trainer.global_step,
             )
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save nothing: in the middle of a step the state is of two steps; the last whole one is on disk."""
+        """Write nothing: within a step the state is inconsistent, and the last consistent one is on disk."""
 
-    # What is in a checkpoint
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+    @override
+    def write_checkpoint(self, trainer: pl.Trainer, path: str) -> None:
         for run_logger in trainer.loggers:
             if isinstance(run_logger, MetricsCSVLogger):
                 run_logger.flush()
         with self.between_steps():
-            super()._save_checkpoint(trainer, filepath)
+            super().write_checkpoint(trainer, path)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Say of checkpoints that are written in this context that they are written between two optimizer steps."""
+        """Mark checkpoints written in this context as written between two optimizer steps."""
         before, self._is_between_steps = self._is_between_steps, True
         try:
             yield
@@ -231,133 +256,124 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._is_between_steps = before
 
     def has_saved(self, trainer: pl.Trainer) -> bool:
-        """Whether the state after the last step is on the disk."""
-        return self._last_global_step_saved == trainer.global_step
+        """Return whether there is a checkpoint of the last step."""
+        return self.last_saved_step == trainer.global_step
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what Lightning leaves out."""
-        checkpoint[_STATE_KEY] = run_state(trainer)
-        if self._is_between_steps:  # not where Lightning itself saves, at a moment of its own
+        """Add the state that Lightning does not save."""
+        checkpoint[_STATE_KEY] = collect_run_state(trainer)
+        if self._is_between_steps:  # false for checkpoints that Lightning writes itself
             fit_loop = checkpoint["loops"]["fit_loop"]
-            settle_counters(fit_loop, trainer.num_training_batches, validation_is_due=self._validation_is_due)
+            adjust_loop_counters(fit_loop, trainer.num_training_batches, validation_is_due=self._validation_is_due)
 
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take what Lightning leaves out; most of it has to wait until training starts."""
-        self._restored = checkpoint.get(_STATE_KEY)
-        self._last_global_step_saved = checkpoint["global_step"]
-        own = checkpoint["callbacks"].get(self.state_key)
-        if own is not None:
-            self.current_score = own["current_score"]
+        """Keep the state that Lightning does not restore until training starts."""
+        self._restored_state = checkpoint.get(_STATE_KEY)
+        self.last_saved_step = checkpoint["global_step"]
+        callback_state = checkpoint["callbacks"].get(self.state_key)
+        if callback_state is not None:
+            self.current_score = callback_state["current_score"]
             if Path(str(trainer.ckpt_path)).resolve().parent == Path(str(self.dirpath)).resolve():
-                _follow_move(own, str(self.dirpath))
-
-    def _validates(self, trainer: pl.Trainer) -> bool:
-        return trainer.enable_validation and sum(trainer.num_val_batches) > 0
+                _relocate(callback_state, str(self.dirpath))
 
     def write_last(self, trainer: pl.Trainer) -> None:
-        """Write ``last.ckpt`` now; all processes must call it, between two optimizer steps."""
-        if not _is_rehearsal(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Write ``last.ckpt``. Every rank must call it, between two optimizer steps."""
+        if not self._is_dry_run:
+            self.save_last_checkpoint(trainer)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the adapter directory from the weights in memory."""
+        """Write the adapter directory from the weights in memory. Every rank must call it."""
         from snake_lora_pl.training.module import LoRALightningModule
 
-        if _is_rehearsal(trainer) or not isinstance(pl_module, LoRALightningModule):
+        if self._is_dry_run or not isinstance(pl_module, LoRALightningModule):
             return
-        assert self.adapter_dir is not None
         weights = gather_trained(pl_module.peft_model) if is_sharded(pl_module.peft_model) else None
         if trainer.is_global_zero:
-            metadata = _describe(trainer, pl_module)
-            with explain_failed_writes(self.adapter_dir, "the adapter", SafetensorError):
-                store.save(pl_module.peft_model, self.adapter_dir, metadata, pl_module.tokenizer, weights)
-            # The path fills two lines of a terminal: once is enough.
-            place = "" if self._has_exported else f" to {display_path(self.adapter_dir)}"
-            logger.info("step %d: adapter written%s", trainer.global_step, place)
+            metadata = _metadata(trainer, pl_module)
+            with explain_failed_writes(self._output_dir, "the adapter", SafetensorError):
+                store.save(pl_module.peft_model, self._output_dir, metadata, pl_module.tokenizer, weights)
+            # The path is long: log it only once.
+            destination = "" if self._has_exported else f" to {display_path(self._output_dir)}"
+            logger.info("step %d: adapter written%s", trainer.global_step, destination)
             self._has_exported = True
         trainer.strategy.barrier("AdapterCheckpoint")
 
 
-def _check_is_no_one_elses(adapter_dir: Path) -> None:
-    """Refuse a directory of other files: it is replaced as a whole whenever the adapter is written.
+def _check_is_replaceable(adapter_dir: Path) -> None:
+    """Check that a directory is missing, empty, or an adapter: writing the adapter replaces the whole directory.
 
     Raises:
-        UserError: If it holds anything but an adapter.
+        UserError: If it holds other files.
     """
     if adapter_dir.is_dir():
-        is_other = any(adapter_dir.iterdir()) and not (adapter_dir / store.METADATA_FILE).exists()
+        has_other_files = any(adapter_dir.iterdir()) and not (adapter_dir / store.METADATA_FILE).exists()
     else:
-        is_other = adapter_dir.exists()
-    if is_other:
+        has_other_files = adapter_dir.exists()
+    if has_other_files:
         raise UserError(
-            f"checkpoint.adapter_dir {adapter_dir}: holds something that is no adapter of this package, and would be "
-            "replaced. Name a directory that is empty or not there."
+            f"checkpoint.adapter_dir={adapter_dir}: not an adapter of this package; its content would be replaced. "
+            "Choose a new or an empty directory."
         )
 
 
-def _is_rehearsal(trainer: pl.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _validates_by_clock(trainer: pl.Trainer) -> bool:
-    return getattr(trainer, "_val_check_time_interval", None) is not None
-
-
 def _validate_between_steps(trainer: pl.Trainer) -> None:
-    """Put a validation off to the end of the optimizer step that it would fall into: half a step cannot be saved.
+    """Move each validation to the end of an optimizer step: a checkpoint cannot hold accumulated gradients.
 
     Raises:
-        UserError: If validations come by the clock or across epochs, and steps end at batches that cannot be foreseen.
+        UserError: If validations are scheduled by time or across epochs, so that they cannot be moved in advance.
     """
     accumulate, every = trainer.accumulate_grad_batches, trainer.val_check_batch
     if accumulate == 1 or not trainer.enable_validation:
         return
     num_batches = trainer.num_training_batches
     across_epochs = trainer.check_val_every_n_epoch is None and num_batches % accumulate != 0
-    if across_epochs or _validates_by_clock(trainer):
+    if across_epochs or validates_by_time(trainer):
         raise UserError(
-            f"with trainer.accumulate_grad_batches={accumulate} these settings validate in the middle of an optimizer "
-            "step. Set trainer.check_val_every_n_epoch=1, and trainer.val_check_interval to a share of an epoch or a "
-            "number of batches."
+            f"trainer.accumulate_grad_batches={accumulate}: these settings validate within an optimizer step. Set "
+            "trainer.check_val_every_n_epoch=1, and trainer.val_check_interval to a fraction of an epoch or a number "
+            "of batches."
         )
     if every is not None and every != float("inf"):
         every = math.ceil(every / accumulate) * accumulate
         trainer.val_check_batch = every if trainer.check_val_every_n_epoch is None else min(every, int(num_batches))
 
 
-def _follow_move(state: dict[str, Any], dirpath: str) -> None:
-    """Let Lightning find the checkpoints it knows of in a run's directory that has been moved since."""
+def _relocate(state: dict[str, Any], dirpath: str) -> None:
+    """Update the paths in a callback state to the current directory, in case the run directory was moved."""
 
-    def moved(path: str) -> str:
+    def relocate(path: str) -> str:
         return os.path.join(dirpath, os.path.basename(path)) if path else path
 
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        state[name] = moved(state[name])
-    state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+        state[name] = relocate(state[name])
+    state["best_k_models"] = {relocate(path): score for path, score in state["best_k_models"].items()}
     state["dirpath"] = dirpath
 
 
-def _comes_later(trainer: pl.Trainer, metric: str) -> bool:
-    """Whether a callback logs a metric, but not at every validation."""
-    waits = [getattr(callback, "waits_for", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return any(waits_for is not None and waits_for(metric) for waits_for in waits)
+def _is_logged_later(trainer: pl.Trainer, metric: str) -> bool:
+    """Return whether some callback logs a metric at a later validation."""
+    methods = [getattr(callback, "waits_for", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return any(waits_for is not None and waits_for(metric) for waits_for in methods)
 
 
-def _describe(trainer: pl.Trainer, pl_module: LoRALightningModule) -> store.AdapterMetadata:
-    # A data module may say what its rows are; any other data works, it is just not described.
-    summarise_data = getattr(getattr(trainer, "datamodule", None), "summary", None)
-    data: dict[str, Any] = summarise_data() if summarise_data is not None else {}
+def _metadata(trainer: pl.Trainer, pl_module: LoRALightningModule) -> AdapterMetadata:
+    # Only this package's data module has a summary of its data.
+    summarize_data = getattr(getattr(trainer, "datamodule", None), "summary", None)
+    data: dict[str, Any] = summarize_data() if summarize_data is not None else {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metadata: AdapterMetadata = pl_module.adapter_metadata()
     return dataclasses.replace(
-        pl_module.adapter_metadata(),
+        metadata,
         grid_size=data.pop("grid_size", None),
         data=data,
         step=trainer.global_step,
         epoch=trainer.current_epoch,
-        # JSON has no NaN.
+        # JSON has no NaN and no infinity.
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

@@ -1,4 +1,4 @@
-"""A run that is asked to end, by Ctrl-C or a scheduler, ends between two steps and leaves what it needs to go on."""
+"""Callback that ends a run on Ctrl-C or SIGTERM: between two optimizer steps, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from typing_extensions import override
 
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
-from snake_lora_pl.training.callbacks.progress_bar import RunProgress
+from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
+from snake_lora_pl.training.lightning_internals import cluster_environment, kill_launched_ranks
 from snake_lora_pl.training.resume.checkpoint_state import is_between_steps
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun sets it, and passes on a signal that the terminal has sent to every process already.
+# Set by torchrun, which forwards signals that the terminal has already sent to every process.
 _TORCHRUN_ENV = "TORCHELASTIC_RUN_ID"
 
 
 class Interrupted(BaseException):
-    """A signal asked a command to end, and it has.
+    """A command was stopped by a signal.
 
-    Like ``KeyboardInterrupt`` it is no ``Exception``, so that no library takes it for a failure of its own.
+    It is not an ``Exception``, like ``KeyboardInterrupt``, so that libraries do not handle it as an error.
 
     Args:
-        signum: The signal.
-        step: Optimizer steps done, or None outside of training.
-        checkpoint_path: Where the run goes on from, or None where nothing was saved.
+        signum: Signal number.
+        step: Optimizer steps done, or None outside training.
+        checkpoint_path: Checkpoint to resume from, or None if none was written.
     """
 
     def __init__(self, signum: int, step: int | None = None, checkpoint_path: Path | None = None) -> None:
@@ -46,102 +46,104 @@ class Interrupted(BaseException):
         self.checkpoint_path = checkpoint_path
 
 
-def leave_at_once(signum: int, frame: FrameType | None) -> None:
-    """A signal handler for work that can be begun again.
+def stop_immediately(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal outside training, where there is nothing to save.
 
     Raises:
         Interrupted: Always.
     """
-    _let_ctrl_c_kill(signum)
+    _restore_default_ctrl_c(signum)
     raise Interrupted(signum)
 
 
-def _let_ctrl_c_kill(signum: int) -> None:
-    """From the second Ctrl-C on, let the system end the process, whatever it is busy with."""
+def _restore_default_ctrl_c(signum: int) -> None:
+    """Let the system handle the next Ctrl-C, so that it ends the process in any state."""
     if signum == signal.SIGINT and _TORCHRUN_ENV not in os.environ:
         signal.signal(signum, signal.SIG_DFL)
 
 
 class Interruption(Callback):
-    """Ends a run on SIGTERM or Ctrl-C: it finishes the step, lets ``AdapterCheckpoint`` save, and raises.
+    """Ends a run on SIGTERM or Ctrl-C: finishes the step, writes a checkpoint, and raises ``Interrupted``.
 
-    All processes of a run stop after the same step, whichever of them was asked. A validation is not waited for where
-    the state before it was saved and the process is the run's only one. A second Ctrl-C ends the process at once. The
-    signal by which SLURM announces that it will requeue a job does the same as SIGTERM, and requeues.
+    All ranks stop after the same step, whichever rank received the signal. A validation is cut short if there is a
+    checkpoint of the step before it and only one rank. A second Ctrl-C ends the process immediately. The signal that
+    announces the requeueing of a SLURM job has the same effect as SIGTERM, and requeues the job.
+
+    Lightning installs signal handlers at the start of each stage and removes them at its end. Its SIGTERM handler would
+    end an epoch within an accumulated step, and starts a collective inside the handler if there are several ranks. The
+    handlers of this class therefore replace Lightning's at the start of each stage.
 
     Raises:
-        Interrupted: Once the checkpoint is written; it says how to go on.
+        Interrupted: After the checkpoint is written.
     """
 
     def __init__(self) -> None:
         self._signum = 0
         self._pid = 0
-        self._can_leave_at_once = False
+        self._can_stop_immediately = False
         self._requeue: tuple[int, Callable[..., Any]] | None = None
-        self._trainer: pl.Trainer | None = None
 
-    # Lightning installs handlers of its own at the beginning of each stage and takes back all of them at its end. Its
-    # one for SIGTERM ends an epoch in the middle of an accumulated step and, among several processes, starts a
-    # collective from inside the handler.
-
+    @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing is done yet."""
-        self._listen(trainer, can_leave_at_once=True)
+        self._install_handlers(trainer, can_stop_immediately=True)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on there is a step to finish."""
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            lightnings = signal.getsignal(environment.requeue_signal)
-            if callable(lightnings):
-                self._requeue = (environment.requeue_signal, lightnings)
-        self._listen(trainer)
+            lightning_handler = signal.getsignal(environment.requeue_signal)
+            if callable(lightning_handler):
+                self._requeue = (environment.requeue_signal, lightning_handler)
+        self._install_handlers(trainer)
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluation by itself can be left at once."""
         if trainer.state.fn != "fit":
-            self._listen(trainer, can_leave_at_once=True)
+            self._install_handlers(trainer, can_stop_immediately=True)
 
+    @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Games can be left at once."""
-        self._listen(trainer, can_leave_at_once=True)
+        self._install_handlers(trainer, can_stop_immediately=True)
 
+    @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Completions can be left at once."""
-        self._listen(trainer, can_leave_at_once=True)
+        self._install_handlers(trainer, can_stop_immediately=True)
 
-    def _listen(self, trainer: pl.Trainer, *, can_leave_at_once: bool = False) -> None:
-        self._trainer, self._pid = trainer, os.getpid()
-        self._can_leave_at_once = can_leave_at_once
-        if can_leave_at_once and self._signum:  # asked in between two stages
-            raise self._interrupted(self._signum)
+    def _install_handlers(self, trainer: pl.Trainer, *, can_stop_immediately: bool = False) -> None:
+        self._pid = os.getpid()
+        self._can_stop_immediately = can_stop_immediately
+        if can_stop_immediately and self._signum:  # received between two stages
+            raise _interrupted(trainer, self._signum)
         if threading.current_thread() is not threading.main_thread():
-            return  # signals are the main thread's, and so are their handlers
-        for signum in (*_STOP_SIGNALS, *([self._requeue[0]] if self._requeue else [])):
-            signal.signal(signum, self._on_signal)
+            return  # Python allows handlers in the main thread only
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        def handle(signum: int, frame: FrameType | None) -> None:
+            self._on_signal(trainer, signum)
+
+        for signum in (*_STOP_SIGNALS, *([self._requeue[0]] if self._requeue else [])):
+            signal.signal(signum, handle)
+
+    def _on_signal(self, trainer: pl.Trainer, signum: int) -> None:
         if os.getpid() != self._pid:
-            return  # a worker of a data loader: it ends with this process, which may still need it
-        _let_ctrl_c_kill(signum)
+            return  # a worker of a data loader: it ends with this process, which may still need its batches
+        _restore_default_ctrl_c(signum)
         is_first = not self._signum
         self._signum = self._signum or signum
-        if self._can_leave_at_once:
-            raise self._interrupted(signum)
-        if is_first and self._trainer is not None and self._trainer.is_global_zero:
-            again = " Ctrl-C again stops at once." if signum == signal.SIGINT else ""
-            text = f"{signal.Signals(signum).name}: finishing the step.{again}"
-            progress = self._trainer.progress_bar_callback
-            if not isinstance(progress, RunProgress) or not progress.note(text):
-                os.write(2, f"\n{text}\n".encode())  # not by `print`: the signal may have come in the middle of one
+        if self._can_stop_immediately:
+            raise _interrupted(trainer, signum)
+        if is_first and trainer.is_global_zero:
+            hint = " Press Ctrl-C again to stop immediately." if signum == signal.SIGINT else ""
+            text = f"{signal.Signals(signum).name}: finishing the step.{hint}"
+            progress_bar = trainer.progress_bar_callback
+            if not isinstance(progress_bar, RunProgressBar) or not progress_bar.note(text):
+                os.write(2, f"\n{text}\n".encode())  # not `print`, which the signal may have interrupted
 
-    # ------------------------------------------------------------------ where a run can stop
-
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps, stop if any process was asked to."""
-        if not is_between_steps(trainer) or not self._agree(trainer):
+        """Write a checkpoint and stop, if any rank received a signal and no step is in progress."""
+        if not is_between_steps(trainer) or not self._any_rank_interrupted(trainer):
             return
         checkpoint = _checkpoint_callback(trainer)
         if checkpoint is not None:
@@ -149,8 +151,9 @@ class Interruption(Callback):
                 checkpoint.write_last(trainer)
                 if self._requeue is not None and self._signum == self._requeue[0]:
                     self._requeue[1](self._signum, None)
-        raise self._interrupted(self._signum)
+        raise _interrupted(trainer, self._signum)
 
+    @override
     def on_validation_batch_start(
         self,
         trainer: pl.Trainer,
@@ -159,50 +162,43 @@ class Interruption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """What was saved before a validation is enough to go on from."""
+        """Stop a validation within ``fit`` if a checkpoint was written before it."""
         if trainer.state.fn == "fit" and trainer.world_size == 1 and not trainer.sanity_checking:
             checkpoint = _checkpoint_callback(trainer)
-            self._can_leave_at_once = checkpoint is not None and checkpoint.has_saved(trainer)
-            if self._can_leave_at_once and self._signum:
-                raise self._interrupted(self._signum)
+            self._can_stop_immediately = checkpoint is not None and checkpoint.has_saved(trainer)
+            if self._can_stop_immediately and self._signum:
+                raise _interrupted(trainer, self._signum)
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let what is now written be written whole."""
+        """Do not interrupt the writing of checkpoint and adapter."""
         if trainer.state.fn == "fit":
-            self._can_leave_at_once = False
+            self._can_stop_immediately = False
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training was over before a step came to stop at, and all is written; leave out what would come next."""
-        if self._agree(trainer):
-            raise self._interrupted(self._signum)
+        """Stop before the games that follow the training."""
+        if self._any_rank_interrupted(trainer):
+            raise _interrupted(trainer, self._signum)
 
-    def _agree(self, trainer: pl.Trainer) -> bool:
-        """Whether any process was asked to stop; all must call it."""
+    def _any_rank_interrupted(self, trainer: pl.Trainer) -> bool:
+        """Return whether any rank received a signal. A collective: every rank must call it."""
         if trainer.world_size > 1:
-            asked = torch.tensor(self._signum, device=trainer.strategy.root_device)
-            self._signum = int(trainer.strategy.reduce(asked, reduce_op="max"))
+            signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
+            self._signum = int(trainer.strategy.reduce(signum, reduce_op="max"))
         return bool(self._signum)
 
-    def _interrupted(self, signum: int) -> Interrupted:
-        assert self._trainer is not None
-        checkpoint = _checkpoint_callback(self._trainer)
-        path = checkpoint.last_model_path if checkpoint is not None else ""
-        is_training = self._trainer.state.fn == "fit" and not self._trainer.sanity_checking
-        step = self._trainer.global_step if is_training else None
-        return Interrupted(signum, step, Path(path) if path else None)
-
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """End the processes that this one has launched, whatever they wait for.
+        """Kill the ranks that this process launched, which may wait in a collective."""
+        kill_launched_ranks(trainer)
 
-        Lightning watches them and kills this process when one of them ends with an error, which may be before it has
-        said what happened.
-        """
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-            for thread in threading.enumerate():
-                if isinstance(thread, _ChildProcessObserver):
-                    thread._child_processes = []
-            launcher.kill(signal.SIGKILL)
+
+def _interrupted(trainer: pl.Trainer, signum: int) -> Interrupted:
+    checkpoint = _checkpoint_callback(trainer)
+    path = checkpoint.last_model_path if checkpoint is not None else ""
+    is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+    return Interrupted(signum, trainer.global_step if is_training else None, Path(path) if path else None)
 
 
 def _checkpoint_callback(trainer: pl.Trainer) -> AdapterCheckpoint | None:

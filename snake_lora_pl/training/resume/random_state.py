@@ -1,4 +1,4 @@
-"""The state of every generator that training may draw from, as plain values that a checkpoint can hold."""
+"""State of all random number generators that training uses, as plain values that fit into a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def random_states(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """The state of each process, in the order of their ranks; every process has to ask."""
-    return gather_objects(trainer, _collect(trainer.strategy.root_device))
+def collect_random_states(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """Return the state of every rank, in order of ranks. A collective: every rank must call it."""
+    return gather_objects(trainer, _get_state(trainer.strategy.root_device))
 
 
 def restore_random_state(trainer: pl.Trainer, states: list[dict[str, Any]]) -> bool:
-    """Put this process's generators where they stood.
+    """Restore this rank's generators.
 
     Returns:
-        Whether there was a state for this process: a run may go on with more processes than it began with.
+        Whether there is a state for this rank. A run may be resumed on more ranks than it was started on.
     """
     if trainer.global_rank >= len(states):
         return False
-    _restore(states[trainer.global_rank], trainer.strategy.root_device)
+    _set_state(states[trainer.global_rank], trainer.strategy.root_device)
     return True
 
 
-# Checkpoints are read without pickles, which leaves tensors, numbers, strings and containers: no NumPy array.
-
-
-def _collect(device: torch.device) -> dict[str, Any]:
+def _get_state(device: torch.device) -> dict[str, Any]:
+    # A checkpoint is read with `weights_only=True`, which allows lists but not NumPy arrays.
     name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     state = {
         "python": random.getstate(),
@@ -46,7 +44,7 @@ def _collect(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _restore(state: dict[str, Any], device: torch.device) -> None:
+def _set_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -38,7 +38,7 @@ def weights(module: pl.LightningModule) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
-def test_checkpoints_hold_the_adapter_and_trainer_state_but_no_base_weights(make_module, tmp_path: Path) -> None:
+def test_checkpoints_hold_adapter_and_trainer_state_without_base_weights(make_module, tmp_path: Path) -> None:
     module = make_module()
     fit(module, tmp_path, make_checkpoint(tmp_path), max_epochs=2)
     files = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -62,13 +62,13 @@ def test_last_is_written_every_n_steps_and_best_k_are_kept(make_module, tmp_path
         tmp_path, enable_checkpointing=True, callbacks=[Watch(), checkpoint], num_sanity_val_steps=0, max_epochs=3
     )
     trainer.fit(make_module(), make_loader(ROWS, 4), make_loader(VAL_ROWS, 4))
-    # Lightning runs checkpoint callbacks last, so a step sees the file of the step before.
+    # Lightning calls checkpoint callbacks last, so each step sees the file of the previous one.
     assert seen == [0, 0, 2, 3, 4, 4, 6, 6, 8]
     assert len(list((tmp_path / "run" / "checkpoints").glob("epoch=*.ckpt"))) == 1
 
 
-def test_the_adapter_directory_is_the_best_by_the_monitored_metric(make_module, tmp_path: Path) -> None:
-    # A rate this high ruins the model after the first epochs, so that the best is not the last.
+def test_adapter_directory_holds_the_best_adapter_by_the_monitored_metric(make_module, tmp_path: Path) -> None:
+    # The model diverges at this learning rate, so the best adapter is not the last.
     module = make_module(learning_rate=1.0)
     checkpoint = make_checkpoint(tmp_path)
     trainer = fit(module, tmp_path, checkpoint, max_epochs=4)
@@ -84,7 +84,7 @@ def test_the_adapter_directory_is_the_best_by_the_monitored_metric(make_module, 
             assert torch.equal(parameter, best[f"model.{name}"])
 
 
-def test_the_adapter_directory_loads_in_plain_peft_with_the_same_logits_bit_for_bit(
+def test_adapter_directory_loads_in_peft_with_bit_equal_logits(
     make_module, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     module = make_module()
@@ -107,13 +107,15 @@ def test_without_validation_the_newest_adapter_is_kept(make_module, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_a_metric_that_was_not_logged_is_an_error_that_lists_those_that_were(make_module, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no metric 'val/los' was logged\. There are: .*val/loss.*val/perplexity"):
+def test_unknown_metric_is_an_error_that_lists_the_logged_ones(make_module, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.monitor=val/los:.*val/loss.*val/perplexity"):
         fit(make_module(), tmp_path, make_checkpoint(tmp_path, monitor="val/los"))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(make_module, tmp_path: Path, accumulate: int) -> None:
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
+    make_module, tmp_path: Path, accumulate: int
+) -> None:
     settings = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
     straight = make_module()
     fit(straight, tmp_path / "straight", make_checkpoint(tmp_path / "straight"), **settings)
@@ -141,18 +143,18 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(make_module, tmp_pat
         assert torch.equal(weight, weights(resumed)[name]), name
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(make_module, tmp_path: Path) -> None:
+def test_checkpoint_of_another_adapter_is_rejected(make_module, tmp_path: Path) -> None:
     fit(make_module(), tmp_path, make_checkpoint(tmp_path))
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     other_rank = make_module(lora=LoRAConfig(rank=2, dropout=0.0))
-    with pytest.raises(UserError, match="does not hold this adapter"):
+    with pytest.raises(UserError, match="lora_"):
         fit(other_rank, tmp_path, make_checkpoint(tmp_path / "b"), ckpt_path=last, max_epochs=2)
     other_layers = make_module(lora=LoRAConfig(rank=4, dropout=0.0, target_modules=["q_proj"]))
-    with pytest.raises(UserError, match="does not hold this adapter"):
+    with pytest.raises(UserError, match="lora_"):
         fit(other_layers, tmp_path, make_checkpoint(tmp_path / "c"), ckpt_path=last, max_epochs=2)
 
 
-def test_a_checkpoint_of_another_base_or_another_scale_is_refused(
+def test_checkpoint_of_another_base_model_or_scale_is_rejected(
     make_module, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     fit(make_module(), tmp_path, make_checkpoint(tmp_path))
@@ -164,13 +166,13 @@ def test_a_checkpoint_of_another_base_or_another_scale_is_refused(
     model.save_pretrained(other)
     lora: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0}
     for settings, key in (
-        ({"base_model": str(other)}, "model.base_model"),
-        ({"adapter_type": "qlora"}, "model.adapter_type .lora, here qlora."),
-        ({"lora": LoRAConfig(**{**lora, "alpha": 7})}, "model.lora.alpha .8, here 7."),
-        ({"lora": LoRAConfig(**lora, use_rslora=True)}, "model.lora.use_rslora .False, here True."),
-        ({"lora": LoRAConfig(**lora, alpha_pattern={"q_proj": 3})}, "model.lora.alpha_pattern .none, here q_proj 3."),
+        ({"base_model": str(other)}, r"model\.base_model"),
+        ({"adapter_type": "qlora"}, r"model\.adapter_type .*\blora\b.*\bqlora\b"),
+        ({"lora": LoRAConfig(**{**lora, "alpha": 7})}, r"model\.lora\.alpha .*\b8\b.*\b7\b"),
+        ({"lora": LoRAConfig(**lora, use_rslora=True)}, r"model\.lora\.use_rslora .*False.*True"),
+        ({"lora": LoRAConfig(**lora, alpha_pattern={"q_proj": 3})}, r"model\.lora\.alpha_pattern .*q_proj\b.*3"),
     ):
-        with pytest.raises(UserError, match=f"was written by a run with another {key}"):
+        with pytest.raises(UserError, match=key):
             fit(make_module(**settings), tmp_path, make_checkpoint(tmp_path / "b"), ckpt_path=last, max_epochs=2)
     elsewhere = make_module(base_model=str(moved), lora=LoRAConfig(**{**lora, "dropout": 0.1}))
     fit(elsewhere, tmp_path, make_checkpoint(tmp_path / "b"), ckpt_path=last, max_epochs=2)
@@ -182,7 +184,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "pickle", "missing"])
-def test_a_damaged_checkpoint_is_refused_and_runs_no_code(make_module, tmp_path: Path, damage: str) -> None:
+def test_damaged_checkpoint_is_rejected_and_runs_no_code(make_module, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "bad.ckpt"
     if damage == "pickle":
         torch.save({"state_dict": Payload()}, path)
@@ -191,15 +193,11 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(make_module, tmp_path:
         path.write_bytes(path.read_bytes()[:500])
     elif damage == "text":
         path.write_text("hello")
-    messages = {"missing": "no such file", "pickle": "more than tensors and plain values.* can run code"}
-    message = messages.get(damage, "truncated, or no checkpoint")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"--ckpt_path .*bad\.ckpt"):
         fit(make_module(), tmp_path, make_checkpoint(tmp_path), ckpt_path=str(path))
 
 
-def test_a_failed_write_keeps_the_last_good_adapter(
-    make_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_last_good_adapter(make_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = make_module()
     checkpoint = make_checkpoint(tmp_path)
     fit(module, tmp_path, checkpoint)
@@ -210,13 +208,13 @@ def test_a_failed_write_keeps_the_last_good_adapter(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "model_card", disk_full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"model_artifacts.*No space left on device"):
         fit(make_module(), tmp_path, make_checkpoint(tmp_path, monitor=None))
     monkeypatch.undo()
     assert store.verify(checkpoint.adapter_dir) == good
 
 
-def test_leftovers_of_a_killed_writer_are_removed(make_module, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(make_module, tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     artifacts = tmp_path / "run" / "lora_adapters"
     (artifacts / ".model_artifacts.abc.tmp").mkdir(parents=True)
@@ -227,8 +225,10 @@ def test_leftovers_of_a_killed_writer_are_removed(make_module, tmp_path: Path) -
     assert not list(checkpoints.glob(".*"))
 
 
-def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="min or max"):
+def test_invalid_settings_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.mode=least"):
         AdapterCheckpoint(mode="least")
-    with pytest.raises(UserError, match="save_top_k at least 1"):
+    with pytest.raises(UserError, match=r"checkpoint\.save_top_k=0"):
         AdapterCheckpoint(save_top_k=0)
+    with pytest.raises(UserError, match=r"checkpoint\.save_every_n_steps=-1"):
+        AdapterCheckpoint(save_every_n_steps=-1)

@@ -1,4 +1,4 @@
-"""Norms of weights and of their updates, against what the weights themselves say."""
+"""Logged norms compared with norms computed from copies of the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Layered(pl.LightningModule):
-    """Three layers and a frozen head; keeps its weights of before and after each step."""
+    """Three layers and a frozen output layer; keeps a copy of its weights before and after each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Layered(pl.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-class Kept(CSVLogger):
-    """Keeps what it is given."""
+class RecordingLogger(CSVLogger):
+    """Keeps the logged metrics."""
 
     def __init__(self, save_dir: Path) -> None:
         super().__init__(str(save_dir))
@@ -55,7 +55,7 @@ class Kept(CSVLogger):
 
 
 def test_norms_are_those_of_the_weights_and_of_their_change_in_one_step(tmp_path: Path) -> None:
-    module, run_logger = Layered(), Kept(tmp_path)
+    module, run_logger = Layered(), RecordingLogger(tmp_path)
     trainer = pl.Trainer(
         max_steps=5,
         accumulate_grad_batches=2,
@@ -68,17 +68,17 @@ def test_norms_are_those_of_the_weights_and_of_their_change_in_one_step(tmp_path
     )
     trainer.fit(module, DataLoader(torch.randn(40, 3), batch_size=2))
     assert [step for step, _ in run_logger.logged] == [0, 3]  # the first and the fourth of five
-    for step, figures in run_logger.logged:
+    for step, metrics in run_logger.logged:
         assert step is not None
         before, after = module.seen[step], module.seen[step + 1]
         for layer in range(3):
-            assert figures[f"adapter/weight_norm/layer_{layer:02d}"] == pytest.approx(float(after[layer].norm()))
+            assert metrics[f"adapter/weight_norm/layer_{layer:02d}"] == pytest.approx(float(after[layer].norm()))
             change = float((after[layer] - before[layer]).norm())
-            assert figures[f"adapter/update_norm/layer_{layer:02d}"] == pytest.approx(change, rel=1e-4)
+            assert metrics[f"adapter/update_norm/layer_{layer:02d}"] == pytest.approx(change, rel=1e-4)
     assert len(run_logger.logged[0][1]) == 6
 
 
-def test_many_layers_make_four_groups_of_neighbours() -> None:
+def test_layers_are_divided_into_four_groups_of_adjacent_layers() -> None:
     weights = {f"model.layers.{i}.q_proj.lora_A.weight": torch.tensor(float(i)) for i in range(30)}
     weights["model.embed_tokens.lora_A"] = torch.tensor(-1.0)
     groups = group_by_layers(weights)

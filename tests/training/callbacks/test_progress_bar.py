@@ -1,4 +1,4 @@
-"""What a run shows of itself: a bar in a terminal, plain lines elsewhere."""
+"""Progress bar in an emulated terminal, and progress lines in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from snake_lora_pl.console import StderrHandler
-from snake_lora_pl.training.callbacks.progress_bar import RunProgress
+from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
 
 
 def trainer_at(step: int, **metrics: float) -> Any:
@@ -35,7 +35,7 @@ LOSSES = {"train__loss": 1.25, "perf__tokens_per_second": 51234.0}
 
 
 class Terminal(io.StringIO):
-    """What a stream is that somebody looks at."""
+    """A stream that emulates a terminal."""
 
     def __init__(self, columns: int = 80) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, for the bar."""
+    """A fake clock for the progress bar."""
     now = [100.0]
     monkeypatch.setattr("snake_lora_pl.training.callbacks.progress_bar.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
@@ -65,7 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """A terminal of 80 columns, to be put in place of stderr in the test itself: pytest takes it back before."""
+    """A terminal of 80 columns. The test replaces stderr itself: pytest restores it after the setup."""
     terminal = Terminal()
     for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
@@ -73,20 +73,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def train_two_steps(clock: list[float], *, step_seconds: float) -> None:
-    """Two steps with games before the first."""
-    progress = RunProgress(line_seconds=15)
-    progress.on_train_start(trainer_at(0), MODULE)
+    """Train two steps; games are logged at the first one."""
+    progress_bar = RunProgressBar(line_interval_s=15)
+    progress_bar.on_train_start(trainer_at(0), MODULE)
     for step, metrics in ((1, LOSSES | {"play__apples_mean": 8.0}), (2, LOSSES)):
         clock[0] += step_seconds
-        progress.on_train_batch_end(trainer_at(step, **metrics), MODULE, None, None, 0)
-    progress.on_train_end(trainer_at(2, **LOSSES), MODULE)
+        progress_bar.on_train_batch_end(trainer_at(step, **metrics), MODULE, None, None, 0)
+    progress_bar.on_train_end(trainer_at(2, **LOSSES), MODULE)
 
 
-def test_where_there_is_no_terminal_there_are_plain_lines(
-    capsys: pytest.CaptureFixture[str], clock: list[float]
-) -> None:
+def test_output_that_is_not_a_terminal_gets_lines(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     train_two_steps(clock, step_seconds=20)
-    # The score of games is kept while the validations after them play none.
+    # Validations without games keep the last score.
     assert capsys.readouterr().err.splitlines() == [
         "train  10%  epoch 0.10  step 1  loss 1.250  tokens/s 51,234  play 8.0  left 3:00",
         "train  20%  epoch 0.20  step 2  loss 1.250  tokens/s 51,234  play 8.0  left 2:40",
@@ -94,21 +92,21 @@ def test_where_there_is_no_terminal_there_are_plain_lines(
     ]
 
 
-def test_lines_are_as_rare_as_asked_for(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+def test_lines_keep_their_interval(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     train_two_steps(clock, step_seconds=1)
-    # The first, and the end.
+    # The first step and the end.
     assert [line[:10] for line in capsys.readouterr().err.splitlines()] == ["train  10%", "train  20%"]
 
 
-def test_short_validations_have_no_line_of_their_own(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
-    progress = RunProgress(line_seconds=15)
-    progress.on_train_start(trainer_at(0), MODULE)
-    progress.on_train_batch_end(trainer_at(1), MODULE, None, None, 0)
+def test_short_validations_print_no_line(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    progress_bar = RunProgressBar(line_interval_s=15)
+    progress_bar.on_train_start(trainer_at(0), MODULE)
+    progress_bar.on_train_batch_end(trainer_at(1), MODULE, None, None, 0)
     for _ in range(3):
-        with progress.stage("val") as show:
+        with progress_bar.stage("val") as show:
             clock[0] += 1
             show(1.0, "batch 1 of 1")
-    with progress.stage("play") as show:
+    with progress_bar.stage("play") as show:
         clock[0] += 15
         show(0.5, "model: 1 of 2 games over")
     assert [line[:10] for line in capsys.readouterr().err.splitlines()] == [
@@ -118,7 +116,7 @@ def test_short_validations_have_no_line_of_their_own(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_a_file_gets_no_control_codes_though_colour_is_forced(
+def test_file_gets_no_control_codes_if_color_is_forced(
     name: str, capsys: pytest.CaptureFixture[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -128,9 +126,7 @@ def test_a_file_gets_no_control_codes_though_colour_is_forced(
     assert not {"\x1b", "\r"} & set(text)
 
 
-def test_a_terminal_that_cannot_be_drawn_on_gets_plain_lines(
-    terminal: Terminal, clock: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dumb_terminal_gets_lines(terminal: Terminal, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "dumb")
     train_two_steps(clock, step_seconds=20)
@@ -138,58 +134,60 @@ def test_a_terminal_that_cannot_be_drawn_on_gets_plain_lines(
     assert "\x1b" not in terminal.getvalue()
 
 
-def test_a_bar_leaves_nothing_of_itself_between_what_is_printed(
+def test_bar_leaves_no_traces_in_printed_output(
     terminal: Terminal, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = RunProgress()
+    progress_bar = RunProgressBar()
     path = "a_long_directory/" * 6
     message = logging.LogRecord("snake_lora_pl", logging.INFO, __file__, 1, "written to %s", (path,), None)
     metrics = LOSSES | {"val__loss": 2.0, "play__apples_mean": 8.0}
-    progress.on_train_start(trainer_at(0), MODULE)
+    progress_bar.on_train_start(trainer_at(0), MODULE)
     clock[0] += 20
-    progress.on_train_batch_end(trainer_at(1, **metrics), MODULE, None, None, 0)
-    progress._live.refresh()  # type: ignore[union-attr]
-    bar, figures = terminal.lines
+    progress_bar.on_train_batch_end(trainer_at(1, **metrics), MODULE, None, None, 0)
+    progress_bar._live.refresh()  # type: ignore[union-attr]
+    bar, metrics_line = terminal.lines
     assert bar.startswith("train  ━━━━╸━")
     assert bar.endswith("10%  0:20  left 3:00")
-    assert figures == "       epoch 0.10  step 1  loss 1.250  val 2.000  tokens/s 51,234  play 8.0"
-    assert len(bar) == 80 - len("^C^C")  # which the terminal may write there
-    with progress.stage("val") as show:
+    assert metrics_line == "       epoch 0.10  step 1  loss 1.250  val 2.000  tokens/s 51,234  play 8.0"
+    assert len(bar) == 80 - len("^C^C")  # which the terminal may print there
+    with progress_bar.stage("val") as show:
         show(0.5, "batch 1 of 2")
-        with progress.stage("play") as show_games:
+        with progress_bar.stage("play") as show_games:
             show_games(0.25, "model: 1 of 4 games over")
             StderrHandler().emit(message)
-            progress._live.refresh()  # type: ignore[union-attr]
+            progress_bar._live.refresh()  # type: ignore[union-attr]
             *above, bar, games = terminal.lines
-            # The terminal breaks a word where the line is full, nobody before.
+            # Only the terminal breaks a long path.
             assert (above[0], "".join(above[1:])) == ("written to", path)
             assert bar.endswith("10%  0:20  left 3:00")
             assert games.startswith(" play  ━━━━━")
             assert games.endswith("25%  0:00  model: 1 of 4 games over")
     print("step 1: done", file=sys.stderr)
-    assert progress.note("SIGINT: finishing the step.")
-    progress._live.refresh()  # type: ignore[union-attr]
+    assert progress_bar.note("SIGINT: finishing the step.")
+    progress_bar._live.refresh()  # type: ignore[union-attr]
     assert terminal.lines[-1] == "SIGINT: finishing the step."
-    progress.on_train_end(trainer_at(2, **metrics), MODULE)
-    *above, printed, figures, took = terminal.lines
+    progress_bar.on_train_end(trainer_at(2, **metrics), MODULE)
+    *above, printed, metrics_line, took = terminal.lines
     assert ("".join(above), printed) == (f"written to{path}", "step 1: done")
-    assert figures == "train  20%  epoch 0.20  step 2  loss 1.250  val 2.000  tokens/s 51,234  play 8.0"
+    assert metrics_line == "train  20%  epoch 0.20  step 2  loss 1.250  val 2.000  tokens/s 51,234  play 8.0"
     assert took == "took 0:20"
 
 
-def test_figures_that_do_not_fit_go_on_below_and_stay_beside_their_names(
+def test_metrics_wrap_without_separating_values_from_names(
     terminal: Terminal, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "50")
-    progress = RunProgress()
-    progress.on_train_start(trainer_at(0), MODULE)
+    progress_bar = RunProgressBar()
+    progress_bar.on_train_start(trainer_at(0), MODULE)
     clock[0] += 20
-    progress.on_train_batch_end(trainer_at(1, **LOSSES, val__loss=2.0, play__apples_mean=8.0), MODULE, None, None, 0)
-    progress._live.refresh()  # type: ignore[union-attr]
-    bar, *figures = terminal.lines
+    progress_bar.on_train_batch_end(
+        trainer_at(1, **LOSSES, val__loss=2.0, play__apples_mean=8.0), MODULE, None, None, 0
+    )
+    progress_bar._live.refresh()  # type: ignore[union-attr]
+    bar, *metrics_lines = terminal.lines
     assert bar.endswith("10%  0:20  left 3:00")
-    assert figures == ["       epoch 0.10  step 1  loss 1.250", "       val 2.000  tokens/s 51,234  play 8.0"]
-    progress.on_exception(trainer_at(1), MODULE, KeyboardInterrupt())
+    assert metrics_lines == ["       epoch 0.10  step 1  loss 1.250", "       val 2.000  tokens/s 51,234  play 8.0"]
+    progress_bar.on_exception(trainer_at(1), MODULE, KeyboardInterrupt())
     assert terminal.lines == []
