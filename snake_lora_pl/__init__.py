@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with LoRA to play Snake from written heuristics, and prove it by playing."""
+"""LoRA fine-tuning of causal language models that learn Snake from written heuristics, evaluated by playing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
-# Name -> module. Imported when asked for: the package itself must not import torch.
+# Name -> module, imported on first access: importing the package must not import torch.
 _EXPORTS = {
     "AdapterCheckpoint": "snake_lora_pl.training.callbacks.adapter_checkpoint",
     "AdapterFactory": "snake_lora_pl.adapters.factory",

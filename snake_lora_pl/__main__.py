@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from importlib import metadata
 
 from snake_lora_pl.cli.help import help_text
@@ -98,7 +99,7 @@ def _run(arguments: list[str]) -> int:
     if command in LIGHTNING_COMMANDS and options and options[-1] in ("-h", "--help"):
         print(help_text(command), end="")
         return 0
-    run = importlib.import_module(COMMANDS[command]).run
+    run: Callable[[list[str]], int] = importlib.import_module(COMMANDS[command]).run
     return run(arguments if COMMANDS[command] == "snake_lora_pl.cli.run" else options)
 
 

@@ -1,1 +1,1 @@
-"""What a Python program calls, over all other rooms: one call that trains, one that makes a player of what came out."""
+"""Python interface: a call that trains an adapter, and a call that loads one as a player."""

@@ -1,4 +1,4 @@
-"""A finished adapter as a player: boards in, moves and words out, prompts written as in its training."""
+"""A trained adapter as a player: it takes boards and returns moves and completions, prompted as in its training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 
 from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.metadata import AdapterMetadata
 from snake_lora_pl.console import suppress_library_output
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.errors import UserError
@@ -20,25 +21,25 @@ from snake_lora_pl.training.module import LoRALightningModule
 
 
 class Player:
-    """What ``load_player`` returns.
+    """An adapter on its base model that chooses moves; ``load_player`` creates it.
 
     Args:
-        policy: What answers; it takes many boards at a time, and ``evaluation.game_loop.play_games`` plays whole games
-            with it.
-        metadata: What the adapter is and how it was trained.
+        policy: Policy that answers many boards at a time; ``evaluation.game_loop.play_games`` plays whole games with
+            it.
+        metadata: Metadata of the adapter and its training.
     """
 
-    def __init__(self, policy: LanguageModelPolicy, metadata: store.AdapterMetadata) -> None:
+    def __init__(self, policy: LanguageModelPolicy, metadata: AdapterMetadata) -> None:
         self.policy = policy
         self.metadata = metadata
         self._last: tuple[Board, Answer] | None = None
-        # A player plays as long as it lives: the adapter is merged once, not for every board.
+        # The adapter stays merged for the lifetime of the player, instead of once per board.
         stack = contextlib.ExitStack()
         stack.enter_context(policy.playing())
         weakref.finalize(self, stack.close)
 
     def move(self, board: Board) -> Move | None:
-        """The move that the adapter makes; None where its words name none.
+        """Return the adapter's move, or None if its completion names none.
 
         Raises:
             UserError: If the board has no apple: the game is over.
@@ -46,7 +47,7 @@ class Player:
         return self._answer(board).move
 
     def explain(self, board: Board) -> str:
-        """The words that the adapter says of its move; those of the last board are not written twice.
+        """Return the completion behind the move; that of the last board is reused.
 
         Raises:
             UserError: If the board has no apple: the game is over.
@@ -57,7 +58,7 @@ class Player:
         if self._last is None or self._last[0] != board:
             if board.apple is None:
                 raise UserError("the board has no apple, so the game is over. Give a board with one.")
-            # Decoding is greedy: the seed that a policy may draw from has no part in it.
+            # Decoding is greedy, so the seed has no effect.
             self._last = board, self.policy.answer([board], [0])[0]
         return self._last[1]
 
@@ -76,24 +77,24 @@ def load_player(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Player:
-    """Load an adapter, verified, onto its base model, as a player.
+    """Verify an adapter and load it onto its base model.
 
     Args:
         adapter_dir: The ``model_artifacts`` directory of a run.
-        base_model: The base it was trained on, by another name; None takes the one that its metadata names.
-        style: Format of the prompts; None takes that of the rows it was trained on.
-        template: How prompt and completion became one text; None takes that of its training.
-        reading: ``generate`` lets it write and reads its conclusion, ``score`` compares the four moves.
-        legal_mask: Compare legal moves only; needs ``score``.
-        max_new_tokens: Longest answer, in tokens; a longer one names no move.
-        full_precision_base: Play on the unquantized base also where the adapter was trained on a quantized one.
-        dtype: Type of the base, as ``model.dtype`` takes it.
-        device: Where to compute, as torch names it; None takes CUDA where there is one, else the CPU.
-        trust_remote_code: Whether code that comes with a hub model may run.
+        base_model: The base it was trained on, under another name; None takes the name in its metadata.
+        style: Format of the prompts; None takes that of its training rows.
+        template: Template of prompt and completion; None takes that of its training.
+        reading: ``generate`` lets the model write and parses its conclusion, ``score`` compares the four moves.
+        legal_mask: Compare legal moves only; requires ``score``.
+        max_new_tokens: Maximum length of a completion; a longer one names no move.
+        full_precision_base: Use the unquantized base even if the adapter was trained on a quantized one.
+        dtype: Data type of the base, as in ``model.dtype``.
+        device: Device by its torch name; None takes CUDA if available, else the CPU.
+        trust_remote_code: Whether code that comes with a Hub model may run.
 
     Raises:
-        UserError: If the adapter is damaged or belongs to another base, a setting is unknown, or the metadata does not
-            say how prompts were written and neither do the arguments.
+        UserError: If the adapter is damaged or belongs to another base, a setting is unknown, or neither the metadata
+            nor the arguments name the style and the template.
 
     Example:
         >>> player = load_player("path/to/model_artifacts")  # doctest: +SKIP
@@ -136,12 +137,12 @@ def _place(module: LoRALightningModule, device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"device={device!r}: cannot be used here ({reason}). Leave it out to take what there is."
+            f"device={device!r}: cannot be used ({reason}). Omit it to use the available device."
         ) from error
     module.eval()
 
 
-def _style(metadata: store.AdapterMetadata, style: str | None) -> Style:
+def _style(metadata: AdapterMetadata, style: str | None) -> Style:
     if style is not None:
         try:
             return get_style(style)
@@ -150,18 +151,17 @@ def _style(metadata: store.AdapterMetadata, style: str | None) -> Style:
     trained_on = metadata.data.get("prompt_format")
     if trained_on not in STYLES:
         raise UserError(
-            "the adapter's metadata does not say which style its prompts are written in. Name one: "
-            f'style="{next(iter(STYLES))}", or another of {", ".join(STYLES)}.'
+            "the adapter's metadata names no prompt style. Pass one, such as "
+            f'style="{next(iter(STYLES))}" (known: {", ".join(STYLES)}).'
         )
     return STYLES[trained_on]
 
 
-def _template(metadata: store.AdapterMetadata, template: TemplateName | None) -> TemplateName:
+def _template(metadata: AdapterMetadata, template: TemplateName | None) -> TemplateName:
     chosen = template or metadata.data.get("template")
     if chosen is None:
         raise UserError(
-            "the adapter's metadata does not say how prompt and completion became one text. Name a template: "
-            f"{', '.join(get_args(TemplateName))}."
+            f"the adapter's metadata names no template. Pass template= as one of {', '.join(get_args(TemplateName))}."
         )
     check_choice("template", chosen, TemplateName)
     return chosen

@@ -1,1 +1,1 @@
-"""Command line: LightningCLI for the training commands, one module per light command."""
+"""Command line: a LightningCLI for the training commands, and one module per other command."""

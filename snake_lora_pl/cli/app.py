@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from snake_lora_pl.adapters import store
@@ -187,7 +187,8 @@ class SnakeCLI(LightningCLIInternals):
     @property
     def options(self) -> Namespace:
         """Parsed options of the command."""
-        return self.config[self.subcommand]
+        options: Namespace = self.config[self.subcommand]
+        return options
 
     @property
     def run_paths(self) -> RunPaths:
@@ -220,7 +221,7 @@ class SnakeCLI(LightningCLIInternals):
         """Create the module, the data module and the trainer.
 
         Raises:
-            UserError: If one of them raised it; jsonargparse wraps it in errors of its own.
+            UserError: If one of them raised it; jsonargparse wraps it in another error.
         """
         # jsonargparse hides the reason why an item of a list cannot be created, so a missing package is reported here.
         configured = self.options.trainer.logger
@@ -415,7 +416,9 @@ def _parse_settings(parser: LightningArgumentParser, settings: Mapping[str, Mapp
     ((command, options),) = settings.items()
     configs = [f"--config={os.fspath(name)}" for name in options.get("config", [])]
     others = {key: value for key, value in options.items() if key != "config"}
-    return parser.parse_object({"subcommand": command, command: others}, parser.parse_args([command, *configs]))
+    base = parser.parse_args([command, *configs])
+    parsed: Namespace = parser.parse_object({"subcommand": command, command: others}, base)
+    return parsed
 
 
 def _first(adapter: str | list[str] | None) -> str | None:

@@ -59,7 +59,7 @@ def print_dry_run(
     paths: RunPaths,
     accumulate_grad_batches: int,
 ) -> None:
-    """Print the sections of a dry run, each as soon as it is known.
+    """Print the sections of a dry run one by one.
 
     Args:
         config_text: The resolved config.

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 
 from snake_lora_pl.adapters import store
+from snake_lora_pl.adapters.metadata import AdapterMetadata
 from snake_lora_pl.data.encoding import TemplateName
 from snake_lora_pl.durable import explain_failed_writes, open_durably
 from snake_lora_pl.errors import UserError
@@ -57,8 +58,8 @@ def use_trained_prompts(config: Namespace) -> list[Contestant]:
     ]
 
 
-def _trained_template(adapter_dir: str, metadata: store.AdapterMetadata) -> str | None:
-    template = metadata.data.get("template")
+def _trained_template(adapter_dir: str, metadata: AdapterMetadata) -> str | None:
+    template: str | None = metadata.data.get("template")
     known = get_args(TemplateName)
     if template is not None and template not in known:
         raise UserError(

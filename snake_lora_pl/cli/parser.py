@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, get_loader, set_loader
+from jsonargparse import (  # type: ignore[attr-defined,unused-ignore]
+    ActionConfigFile,
+    DefaultHelpFormatter,
+    Namespace,
+    get_loader,
+    set_loader,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -35,7 +41,7 @@ class ShippedConfigFile(ActionConfigFile):
     """``--config NAME``: a path, else the name of a config shipped with the package."""
 
     @override
-    def __call__(self, parser: Any, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Find the file and let jsonargparse read it.
 
         Raises:
@@ -44,7 +50,7 @@ class ShippedConfigFile(ActionConfigFile):
         path = find_config(values)
         try:
             read_text(path)
-            super().__call__(parser, cfg, str(path), option_string)
+            super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call,unused-ignore]
         except (ValueError, OSError) as error:
             raise UserError(f"--config {path}: {error}") from error
 
@@ -53,7 +59,7 @@ class _FixedWidthHelp(DefaultHelpFormatter):
     """Help that is independent of the terminal, so that it can be cached."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog, **{**kwargs, "width": HELP_WIDTH})
+        super().__init__(prog, **{**kwargs, "width": HELP_WIDTH})  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class OneLineParser(LightningArgumentParser):
@@ -74,7 +80,8 @@ class OneLineParser(LightningArgumentParser):
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **kwargs: Any) -> list[str]:
         if theclass is SnakeJSONLDataModule:
             kwargs["skip"] = {"tokenizer"}  # an object that only Python callers can pass
-        return super().add_class_arguments(theclass, nested_key, **kwargs)
+        names: list[str] = super().add_class_arguments(theclass, nested_key, **kwargs)
+        return names
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

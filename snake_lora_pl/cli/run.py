@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistNetworkError
 
 from snake_lora_pl.cli.app import SnakeCLI
@@ -129,7 +129,7 @@ def _user_errors() -> Iterator[None]:
             "the first machine that the others reach, and a free port; on a single machine leave both unset."
         ) from error
     except RuntimeError as error:
-        # These errors have no type of their own.
+        # These errors can be told apart by their messages only.
         if str(error).startswith("Early stopping conditioned on metric"):
             raise UserError(f"early_stopping.monitor: {' '.join(str(error).split())}") from error
         if re.search(r"Connection (closed|reset) by peer|remote process exited", str(error)):

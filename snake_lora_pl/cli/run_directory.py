@@ -1,4 +1,4 @@
-"""The run directory of ``fit``: resumed, inherited from the process that launched this one, or claimed anew."""
+"""Run directory of ``fit``: resumed, inherited from the process that launched this one, or new."""
 
 from __future__ import annotations
 

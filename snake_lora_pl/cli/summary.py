@@ -1,4 +1,4 @@
-"""What a command prints when it ends: the games table, the files of a run, the next command."""
+"""Output at the end of a command: the games table, the files of a run, the next command."""
 
 from __future__ import annotations
 

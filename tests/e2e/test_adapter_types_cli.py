@@ -1,4 +1,4 @@
-"""Every kind of adapter from its overlay to its games: real rows, the commands as a user gives them, the tiny model."""
+"""Each adapter type from its config to its games: real rows, all commands, the tiny model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.arange(3, 40)[None]
 
 
 class Run(NamedTuple):
-    kind: str
+    adapter_type: str
     paths: RunPaths
     flags: list[str]
 
@@ -40,7 +40,7 @@ def run(
     bfs512_sample_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """A finished run of each kind: a preset, and the kind's overlay."""
+    """A finished run of each adapter type: a preset, and the config of the type."""
     directory = tmp_path_factory.mktemp(request.param)
     configs = ["--config", "lightweight.yaml"]
     configs += ["--config", f"{request.param}.yaml"] if request.param != "lora" else []
@@ -59,22 +59,22 @@ def logged(run: Run, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_the_loss_falls_on_real_rows(run: Run) -> None:
+def test_loss_falls_on_real_rows(run: Run) -> None:
     first, last = logged(run, "val/loss")
     assert last < first
     assert sum(logged(run, "train/loss")[-3:]) < sum(logged(run, "train/loss")[:3])
 
 
-def test_metadata_and_metrics_tell_the_kind(run: Run) -> None:
+def test_metadata_and_metrics_match_the_adapter_type(run: Run) -> None:
     metadata = store.verify(run.paths.artifacts_dir)
-    assert metadata.adapter_type == run.kind
-    assert metadata.quantization.get("bits") == (4 if run.kind == "qlora" else None)
-    budget = logged(run, "train/rank_budget") if run.kind == "adalora" else []
+    assert metadata.adapter_type == run.adapter_type
+    assert metadata.quantization.get("bits") == (4 if run.adapter_type == "qlora" else None)
+    budget = logged(run, "train/rank_budget") if run.adapter_type == "adalora" else []
     assert budget == sorted(budget, reverse=True)
-    assert (len(set(budget)) > 2) == (run.kind == "adalora")
+    assert (len(set(budget)) > 2) == (run.adapter_type == "adalora")
 
 
-def test_a_run_leaves_the_metadata_and_the_card_that_strangers_look_for(
+def test_metadata_and_card_describe_the_run(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = json.loads((run.paths.artifacts_dir / store.METADATA_FILE).read_text())
@@ -85,37 +85,37 @@ def test_a_run_leaves_the_metadata_and_the_card_that_strangers_look_for(
     assert content["grid_size"] == 10
     data = content["data"]
     card = ModelCard((run.paths.artifacts_dir / store.CARD_FILE).read_text(), ignore_metadata_errors=False)
-    assert card.data.tags == ["snake", run.kind]
-    said = {"data_hash": data["data_hash"], "split_hash": data["split_hash"], "prompt_format": "bfs-512"}
-    said |= {"template": "instruction", "num_rows": "354", "num_games": "4", "board": "10x10"}
-    said |= {"layers": "k_proj, o_proj, q_proj, v_proj", "alpha": "16.0", "dropout": "0.1"}
-    said |= {"val/loss": f"{content['metrics']['val/loss']:.4g}"}
-    for name, value in said.items():
+    assert card.data.tags == ["snake", run.adapter_type]
+    facts = {"data_hash": data["data_hash"], "split_hash": data["split_hash"], "prompt_format": "bfs-512"}
+    facts |= {"template": "instruction", "num_rows": "354", "num_games": "4", "board": "10x10"}
+    facts |= {"layers": "k_proj, o_proj, q_proj, v_proj", "alpha": "16.0", "dropout": "0.1"}
+    facts |= {"val/loss": f"{content['metrics']['val/loss']:.4g}"}
+    for name, value in facts.items():
         assert f"| {name} | {value} |" in card.text
-    assert ("merge it first" in card.text) == (run.kind == "adalora")
+    assert ("merge it first" in card.text) == (run.adapter_type == "adalora")
 
     (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("path/to/this/directory", str(run.paths.artifacts_dir)), names)
-    ours = AdapterFactory.load(run.paths.artifacts_dir, full_precision_base=True, dtype="float32").eval()
+    loaded = AdapterFactory.load(run.paths.artifacts_dir, full_precision_base=True, dtype="float32").eval()
     with torch.no_grad():
-        assert torch.equal(names["model"](input_ids=IDS).logits, ours(input_ids=IDS).logits)
+        assert torch.equal(names["model"](input_ids=IDS).logits, loaded(input_ids=IDS).logits)
 
     capsys.readouterr()
     assert main(["adapters", str(run.paths.run_dir), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["adapter_type"], row["problem"], row["step"]) == (run.kind, None, content["step"])
-    assert row["rank"] == (12 if run.kind == "adalora" else 8)
+    assert (row["adapter_type"], row["problem"], row["step"]) == (run.adapter_type, None, content["step"])
+    assert row["rank"] == (12 if run.adapter_type == "adalora" else 8)
 
 
-def test_the_checkpoint_holds_the_adapter_alone(run: Run, tiny_llama_dir: Path) -> None:
+def test_checkpoint_holds_no_base_weights(run: Run, tiny_llama_dir: Path) -> None:
     content = torch.load(run.paths.last_checkpoint_path, weights_only=True)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     assert all("lora_" in name or "ranknum" in name for name in content["state_dict"])
     assert sum(t.numel() for t in content["state_dict"].values()) < base.num_parameters()
 
 
-def test_the_adapter_scores_again_what_it_scored_in_its_run(
+def test_validate_reproduces_the_loss_of_the_run(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -126,7 +126,7 @@ def test_the_adapter_scores_again_what_it_scored_in_its_run(
     assert float(printed["val/loss"]) == pytest.approx(metadata.metrics["val/loss"], rel=1e-4)
 
 
-def test_the_adapter_plays(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_plays(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["test", *run.flags, "--adapter", str(run.paths.artifacts_dir), "--games=2"]
     assert main([*arguments, "--play.reading=score", "--play.max_steps=3"]) == 0
@@ -136,7 +136,7 @@ def test_the_adapter_plays(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert store.verify(run.paths.artifacts_dir).play["player"] == "adapter"
 
 
-def test_the_merged_model_agrees_with_the_adapter(run: Run, tmp_path: Path) -> None:
+def test_merged_model_agrees_with_the_adapter(run: Run, tmp_path: Path) -> None:
     merged_dir = tmp_path / "merged"
     assert main(["merge", "--adapter", str(run.paths.artifacts_dir), "--out", str(merged_dir)]) == 0
     merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32)(IDS).logits

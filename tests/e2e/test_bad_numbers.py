@@ -1,4 +1,4 @@
-"""A row at which the model's numbers break down, met by a whole run."""
+"""Runs with a row whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD_LINE = 30
 
 @pytest.fixture(scope="module")
 def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows one of which holds a character that no other has."""
+    """Rows, one of which holds a character that the others do not."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     write_dataset(path, 2, 5, "bfs", "compact", 0)
     rows = [json.loads(line) for line in path.read_text().splitlines()][:60]
@@ -34,7 +34,7 @@ def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken_model_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, to which that character is not a number."""
+    """The tiny model with a NaN embedding of that character."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -49,7 +49,7 @@ def broken_model_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_row_is_named_by_whichever_process_met_it_or_its_step_left_out(
+def test_nonfinite_row_is_named_or_its_step_is_skipped(
     rows_path: Path,
     broken_model_dir: Path,
     tmp_path: Path,
@@ -76,7 +76,7 @@ def test_the_row_is_named_by_whichever_process_met_it_or_its_step_left_out(
     code, written = run()
     assert code == 2, written
     assert "Traceback" not in written
-    assert "the loss is not finite in a batch of rows" in written
+    assert "not finite" in written
     assert f"{rows_path}:{BAD_LINE}" in written
     shutil.rmtree(tmp_path / "logs")
     caplog.clear()
@@ -92,7 +92,7 @@ def test_the_row_is_named_by_whichever_process_met_it_or_its_step_left_out(
     assert rows[-1]["train/loss"] != "nan"
 
 
-def test_a_row_of_validation_is_named_or_left_out(
+def test_nonfinite_validation_row_is_named_or_skipped(
     rows_path: Path,
     broken_model_dir: Path,
     tmp_path: Path,
@@ -109,13 +109,14 @@ def test_a_row_of_validation_is_named_or_left_out(
     arguments += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--num_sample_rows=0"]
     assert main(arguments) == 2
     written = capfd.readouterr().err
-    assert "step 2: the validation loss is not finite in a batch of rows" in written
+    assert "step 2" in written
+    assert "not finite" in written
     assert "bad.jsonl:3" in written
     assert "Traceback" not in written
     shutil.rmtree(tmp_path / "logs")
 
     assert main([*arguments, "--model.on_nonfinite=skip"]) == 0
-    assert any("validation loss" in message and "bad.jsonl:3;" in message for message in caplog.messages)
+    assert any("bad.jsonl:3" in message for message in caplog.messages)
     (run_dir,) = tmp_path.glob(RUN_PATTERN)
     with open(run_dir / "metrics.csv", newline="") as file:
         (loss,) = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]

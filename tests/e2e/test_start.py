@@ -1,4 +1,4 @@
-"""What answers before anything heavy is imported."""
+"""Imports and commands that must not import torch, Lightning, transformers or PEFT."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     assert not modules_after(code) & HEAVY
 
 
-@pytest.mark.parametrize("verb", LIGHT_COMMANDS)
-def test_the_help_of_a_light_verb_imports_nothing_heavy(verb: str) -> None:
-    code = f"import snake_lora_pl.__main__ as m\ntry: m.main([{verb!r}, '--help'])\nexcept SystemExit: pass"
+@pytest.mark.parametrize("command", LIGHT_COMMANDS)
+def test_help_of_a_light_command_imports_nothing_heavy(command: str) -> None:
+    code = f"import snake_lora_pl.__main__ as m\ntry: m.main([{command!r}, '--help'])\nexcept SystemExit: pass"
     assert not modules_after(code) & HEAVY
 
 
-def test_exports_are_there_when_asked_for() -> None:
+def test_exports_are_imported_on_access() -> None:
     import snake_lora_pl
 
     for name in snake_lora_pl.__all__:

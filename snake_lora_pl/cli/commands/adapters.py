@@ -64,7 +64,7 @@ def _table(rows: Sequence[dict[str, Any]], root: str) -> str:
     header = ("type", "base", "rank", "step", "val loss", "apples", "size", "date", "directory")
     cells = [header, *(tuple(map(_escape, _cells(row))) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    # In a terminal that is too narrow, directories go on separate lines.
+    # A narrow terminal gets the directories on separate lines.
     does_fit = not sys.stdout.isatty() or sum(widths) + 2 * len(widths) <= shutil.get_terminal_size().columns
     gap = "  " if does_fit else "\n    "
     # Text is left-aligned, numbers are right-aligned; the last column has no fixed width.

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from snake_lora_pl.cli.argparse_internals import parser_actions
 from snake_lora_pl.cli.commands.parser import CommandParser
@@ -71,7 +72,7 @@ def completion_script(shell: str) -> str:
     return shtab.complete(program, shell, preamble=function)
 
 
-def _set_completion(action: argparse.Action, files: dict[str, str]) -> None:
+def _set_completion(action: argparse.Action, files: dict[str, Any]) -> None:
     if "--config" in action.option_strings:
         action.complete = dict.fromkeys(SHELLS, _CONFIG_FUNCTION)  # type: ignore[attr-defined]
     elif action.choices is None and isinstance(action.metavar, str) and action.metavar.startswith("{"):

@@ -27,7 +27,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     @override
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         """Add an argument; a default other than None and False is appended to its help."""
         if kwargs.get("default") not in (None, False, argparse.SUPPRESS):
             kwargs["help"] += " (default: %(default)s)"

@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
         UserError: If the adapter is damaged, or the Hub refuses it or cannot be reached.
     """
     options = build_parser().parse(arguments)
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from snake_lora_pl.adapters.publish import push
 

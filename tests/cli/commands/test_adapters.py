@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from snake_lora_pl.adapters import store
 from tests.adapters.conftest import rewrite_metadata
 
 
-def test_the_table_has_a_line_for_each_adapter(
+def test_table_has_a_line_per_adapter(
     adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = {"settings": {}, "adapters": {}, "players": {"adapter": {"apples_mean": 26.04}}}
@@ -20,14 +21,14 @@ def test_the_table_has_a_line_for_each_adapter(
     monkeypatch.chdir(tmp_path)
     assert main(["adapters"]) == 0
     header, line = capsys.readouterr().out.splitlines()
-    assert header.split() == ["kind", "base", "rank", "step", "val", "loss", "apples", "size", "date", "directory"]
+    assert header.split() == ["type", "base", "rank", "step", "val", "loss", "apples", "size", "date", "directory"]
     metadata = store.read_metadata(adapter_dir)
     date = metadata.training_timestamp[:16].split("T")
     expected = ["lora", metadata.base_model_name, "4", "12", "0.2500", "26.0", "0.0", "MB", *date, "model_artifacts"]
     assert line.split() == expected
 
 
-def test_in_a_narrow_terminal_directories_have_lines_of_their_own(
+def test_narrow_terminal_shows_directories_on_separate_lines(
     adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -40,7 +41,9 @@ def test_in_a_narrow_terminal_directories_have_lines_of_their_own(
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_json_is_for_machines(adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_facts_of_each_adapter(
+    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["adapters", str(tmp_path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     metadata = store.read_metadata(adapter_dir)
@@ -59,7 +62,7 @@ def test_json_is_for_machines(adapter_dir: Path, tmp_path: Path, capsys: pytest.
     }
 
 
-def test_a_damaged_adapter_is_listed_with_what_is_wrong(
+def test_damaged_adapter_is_listed_with_its_problem(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (adapter_dir / "adapter_model.bin").touch()
@@ -73,12 +76,13 @@ def test_a_damaged_adapter_is_listed_with_what_is_wrong(
     assert capsys.readouterr().out.splitlines()[1].split() == ["damaged", *"-------", str(adapter_dir)]
 
 
-def test_an_empty_directory_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_without_adapters_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == f"no adapter of snake_lora_pl under {tmp_path}"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"under {tmp_path}")
 
 
-def test_an_adapter_may_be_where_one_stands(
+def test_adapter_may_be_the_working_directory(
     adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(adapter_dir)
@@ -88,7 +92,7 @@ def test_an_adapter_may_be_where_one_stands(
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_the_name_of_a_directory_can_neither_break_a_line_nor_steer_the_terminal(
+def test_control_characters_in_directory_names_are_escaped(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = adapter_dir.rename(tmp_path / "first\nsecond\x1b[2J")
@@ -105,7 +109,7 @@ def test_the_name_of_a_directory_can_neither_break_a_line_nor_steer_the_terminal
     }  # fmt: skip
 
 
-def test_metadata_that_is_no_file_or_lies_where_nothing_can_be_read_stops_no_list(
+def test_unreadable_metadata_does_not_stop_the_list(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a" / store.METADATA_FILE).mkdir(parents=True)
@@ -119,7 +123,7 @@ def test_metadata_that_is_no_file_or_lies_where_nothing_can_be_read_stops_no_lis
     assert f"no {store.METADATA_FILE} here" in problems[str(tmp_path / "b")]
 
 
-def test_a_kind_that_is_not_registered_here_is_answered_with_the_program_that_does(
+def test_unregistered_adapter_type_is_reported(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite_metadata(adapter_dir, adapter_type="loha")
@@ -128,27 +132,27 @@ def test_a_kind_that_is_not_registered_here_is_answered_with_the_program_that_do
         ["adapters", str(tmp_path)],
     ):
         main(arguments)
-        said = "".join(capsys.readouterr())
-        assert "'loha', which is not registered here (adalora, lora, qlora). Run the program that registers it" in said
+        output = "".join(capsys.readouterr())
+        assert re.search(r"'loha'.*adalora, lora, qlora", output)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["adapters", "nowhere"], "nowhere: no such directory"),
-        (["adapters", "--jsn"], "Did you mean --json?"),
-        (["merge", "--adapter", "nowhere", "--out", "x"], "--adapter nowhere: no such directory"),
-        (["merge", "--out", "x"], "required: --adapter"),
+        (["adapters", "nowhere"], "nowhere"),
+        (["adapters", "--jsn"], "'--json'"),
+        (["merge", "--adapter", "nowhere", "--out", "x"], "--adapter nowhere"),
+        (["merge", "--out", "x"], "--adapter"),
         (["merge", "--adapter", "{adapter}", "--adapter", "x", "--out", "x"], "merge: takes one --adapter"),
-        (["merge", "--adapter", "{adapter}", "--out", "{adapter}"], "there is a directory that is not empty"),
-        (["merge", "--adapter", "{adapter}", "--out", "x", "--dtype", "int8"], "--dtype must be one of auto"),
-        (["export", "--adapter", "{adapter}", "--out", "x", "--format", "onnx"], "--format must be one of gguf"),
-        (["export", "--adapter", "{adapter}", "--out", "x", "--converter", "no"], "--converter no: no such file"),
-        (["push", "--adapter", "nowhere", "--repo", "me/x"], "--adapter nowhere: no such directory"),
-        (["push", "--adapter", "{adapter}", "--repo", "no/good/name"], "It reads owner/name"),
+        (["merge", "--adapter", "{adapter}", "--out", "{adapter}"], "not empty"),
+        (["merge", "--adapter", "{adapter}", "--out", "x", "--dtype", "int8"], "--dtype"),
+        (["export", "--adapter", "{adapter}", "--out", "x", "--format", "onnx"], "--format"),
+        (["export", "--adapter", "{adapter}", "--out", "x", "--converter", "no"], "--converter no"),
+        (["push", "--adapter", "nowhere", "--repo", "me/x"], "--adapter nowhere"),
+        (["push", "--adapter", "{adapter}", "--repo", "no/good/name"], "owner/name"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_user_error_is_one_line(
     adapter_dir: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main([argument.format(adapter=adapter_dir) for argument in arguments]) == 2

@@ -10,14 +10,15 @@ from tests.adapters.conftest import rewrite_metadata
 from tests.adapters.test_gguf import CONVERTER
 
 
-def test_merge_ends_with_one_line_that_says_what_was_written(
+def test_merge_prints_directory_size_and_rounding(
     adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["merge", "--adapter", str(adapter_dir), "--out", "merged", "--dtype", "bfloat16"]) == 0
     line = capsys.readouterr().out.strip()
-    assert line.startswith("merged: 30,880 parameters in bfloat16; its logits differ from the adapter's by at most")
-    assert line.endswith("deviation, which is rounding: --dtype float32 has none. Serve it: vllm serve merged")
+    assert line.startswith("merged: 30,880 parameters in bfloat16")
+    assert "--dtype float32" in line
+    assert line.endswith("vllm serve merged")
     assert AutoModelForCausalLM.from_pretrained("merged").num_parameters() == 30_880
 
 
@@ -29,7 +30,7 @@ def test_merge_ends_with_one_line_that_says_what_was_written(
         ("chat", '"""<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n"""'),
     ],
 )
-def test_export_writes_the_prompts_of_the_training_into_the_modelfile(
+def test_export_writes_the_trained_template_into_the_modelfile(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, expected: str
 ) -> None:
     rewrite_metadata(adapter_dir, data={"template": template})
@@ -51,7 +52,7 @@ def test_export_writes_the_prompts_of_the_training_into_the_modelfile(
     assert 'PARAMETER stop "<|im_end|>"' in text
 
 
-def test_an_adapter_that_does_not_say_its_template_needs_one_named(
+def test_export_needs_a_template_when_the_metadata_names_none(
     adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite_metadata(adapter_dir, data={})
@@ -59,9 +60,9 @@ def test_an_adapter_that_does_not_say_its_template_needs_one_named(
     arguments = ["export", "--adapter", str(adapter_dir), "--out", str(tmp_path / "out")]
     arguments += ["--converter", str(tmp_path / "convert.py")]
     assert main(arguments) == 2
-    assert "Name it: --template instruction, chat, raw." in capsys.readouterr().err
+    assert "instruction, chat, raw" in capsys.readouterr().err
     assert main([*arguments, "--template", "chatty"]) == 2
-    assert "unknown --template 'chatty'" in capsys.readouterr().err
+    assert "--template 'chatty'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--template", "raw"]) == 0
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text()

@@ -1,4 +1,4 @@
-"""``push`` against a hub of our own on this machine, which really receives the files."""
+"""``push`` to a local server that implements the Hub's upload API."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def hub() -> Iterator[FakeHub]:
 
 
 def push(adapter_dir: Path, endpoint: str, home: Path, *arguments: str, token: str = TOKEN) -> tuple[int, str, str]:
-    # In a process of its own: the hub's client reads its environment when it is imported.
+    # In a new process, because the client of the Hub reads its environment at import.
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_TOKEN": token,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",  # large files go by LFS, which a hub of sixty lines can speak
+        "HF_HUB_DISABLE_XET": "1",  # the server supports LFS, but not Xet
     }
     command = [sys.executable, "-m", "snake_lora_pl", "push", "--adapter", str(adapter_dir), "--repo", "me/snake"]
     result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -41,29 +41,29 @@ def push(adapter_dir: Path, endpoint: str, home: Path, *arguments: str, token: s
     return result.returncode, result.stdout, result.stderr
 
 
-def test_the_hub_receives_every_file_as_it_is(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_hub_receives_every_file_unchanged(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
     (adapter_dir / ".hidden").touch()
     code, out, err = push(adapter_dir, hub.url, tmp_path / "home", "--private")
     assert code == 0, err
-    assert out.strip().endswith(f"is at {hub.url}/me/snake/commit/{'0' * 40}")
-    sent = {path.name: path.read_bytes() for path in adapter_dir.iterdir() if path.name != ".hidden"}
-    assert "adapter_model.safetensors" in sent
-    assert hub.files == sent
+    assert out.strip().endswith(f"{hub.url}/me/snake/commit/{'0' * 40}")
+    expected = {path.name: path.read_bytes() for path in adapter_dir.iterdir() if path.name != ".hidden"}
+    assert "adapter_model.safetensors" in expected
+    assert hub.files == expected
     assert hub.visibility == "private"
     (warning,) = err.splitlines()
-    assert "names its base model by a directory of this machine" in warning
+    assert "base model" in warning
 
 
-def test_a_refused_token_is_not_printed(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_refused_token_is_not_printed(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
     code, _, err = push(adapter_dir, hub.url, tmp_path / "home", token="hf_AnotherSecret")
     assert code == 2
-    assert "not published" in err
-    assert "Log in with `hf auth login`, or set HF_TOKEN" in err
+    assert "`hf auth login`" in err
+    assert "HF_TOKEN" in err
     assert "Traceback" not in err
     assert hub.files == {}
 
 
-def test_a_refused_token_of_the_login_is_not_printed(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_refused_token_of_the_login_is_not_printed(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "token").write_text("hf_OfTheLogin")  # as `hf auth login` keeps it
     code, _, err = push(adapter_dir, hub.url, tmp_path / "home", token="")
@@ -71,16 +71,16 @@ def test_a_refused_token_of_the_login_is_not_printed(adapter_dir: Path, hub: Fak
     assert "bad token Bearer ***" in err
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(adapter_dir: Path, tmp_path: Path) -> None:
+def test_unreachable_hub_is_one_line(adapter_dir: Path, tmp_path: Path) -> None:
     code, _, err = push(adapter_dir, "http://localhost:9", tmp_path / "home")
     assert code == 2
-    assert "not published at http://localhost:9" in err
+    assert "http://localhost:9" in err
     assert "Traceback" not in err
 
 
-def test_a_damaged_adapter_is_not_sent(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_damaged_adapter_is_not_uploaded(adapter_dir: Path, hub: FakeHub, tmp_path: Path) -> None:
     (adapter_dir / "adapter_model.safetensors").write_bytes(b"")
     code, _, err = push(adapter_dir, hub.url, tmp_path / "home")
     assert code == 2
-    assert "truncated or changed" in err
+    assert "adapter_model.safetensors" in err
     assert hub.visibility is None
