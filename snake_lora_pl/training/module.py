@@ -172,8 +172,6 @@ class LoRALightningModule(pl.LightningModule):
         self._nonfinite = NonfiniteGuard(on_nonfinite)
         self._nonfinite_val_rows: list[str] = []
 
-    # Model
-
     @override
     def configure_model(self) -> None:
         if self.model is not None:
@@ -307,8 +305,6 @@ class LoRALightningModule(pl.LightningModule):
         self.model = AdapterFactory.load(adapter_dir, base).to(self.device)
         self._fused = self._fuse()
 
-    # Forward pass
-
     def _target_states(self, batch: dict[str, Any], targets: Targets) -> Tensor:
         """Return the hidden state that predicts each target; shape (num_targets, hidden_size)."""
         if self._fused is None:
@@ -358,8 +354,6 @@ class LoRALightningModule(pl.LightningModule):
             return
         with disable_input_dtype_casting(self.peft_model):
             yield
-
-    # Training
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -470,8 +464,6 @@ class LoRALightningModule(pl.LightningModule):
             loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
         )
 
-    # Validation
-
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update the metrics with the prediction of each target token, given the true tokens before it."""
@@ -532,8 +524,6 @@ class LoRALightningModule(pl.LightningModule):
         for metric in metrics:
             metric.reset()
 
-    # Prediction
-
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Generate greedy completions for a batch of prompts.
@@ -568,8 +558,6 @@ class LoRALightningModule(pl.LightningModule):
             {"prompt": prompt, "completion": completion, "source": source}
             for prompt, completion, source in zip(batch["prompts"], completions, batch["sources"], strict=True)
         ]
-
-    # Checkpoints
 
     @functools.cached_property
     def _base_source(self) -> BaseModelSource:

@@ -1,4 +1,4 @@
-"""Batches of random rows and a run over them, without the data room: training knows nothing of rows."""
+"""Batches of random rows, a module and a trainer, without the data package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAD = 2
 
 
 def make_rows(num_rows: int, seed: int = 0) -> list[tuple[list[int], int]]:
-    """Random rows of unequal length: (token ids, number of prompt tokens)."""
+    """Return random rows of unequal length as (token ids, number of prompt tokens)."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(num_rows):

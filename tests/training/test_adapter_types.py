@@ -1,4 +1,4 @@
-"""Every kind of adapter and every option of LoRA: it trains, its checkpoint is small and exact, and it loads again."""
+"""Every adapter type and LoRA option trains, resumes exactly from small checkpoints, and loads again."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def logits(model: PeftModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_starts_at_the_base_model_learns_and_loads_with_equal_logits(make, variant: str, tmp_path: Path) -> None:
+def test_adapter_starts_at_the_base_model_learns_and_loads_with_equal_logits(
+    make, variant: str, tmp_path: Path
+) -> None:
     module = make(variant)
     module.configure_model()
     with module.peft_model.disable_adapter():
@@ -111,44 +113,42 @@ def test_it_starts_at_the_base_model_learns_and_loads_with_equal_logits(make, va
     trained = logits(module.peft_model)
     assert (trained - base).abs().max() > 0.1
     loaded = AdapterFactory.load(checkpoint.adapter_dir, dtype="float32")
-    # Factors that change their rank on the way to disk are summed in another order.
+    # Factors that are saved with another rank are summed in another order.
     is_same_shape = module.adapter_type != "adalora" and not module.lora.starts_from_base
     tolerance = {"rtol": 0, "atol": 0} if is_same_shape else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(logits(loaded), trained, **tolerance)
     with module.peft_model.disable_adapter():
-        assert torch.equal(logits(module.peft_model), base), "switched off, the adapter leaves a trace on the base"
+        assert torch.equal(logits(module.peft_model), base), "disabling the adapter does not restore the base"
 
 
 @pytest.mark.parametrize(
     "variant", ["loraplus", "dora", "pissa_niter", "olora", "qlora", "qlora 8 bits", "adalora", "adalora loraplus"]
 )
-def test_a_checkpoint_holds_the_adapter_alone_and_a_resumed_run_ends_bit_equal(
-    make, variant: str, tmp_path: Path
-) -> None:
-    straight = make(variant)
-    fit(straight, tmp_path / "straight")
+def test_checkpoint_holds_only_the_adapter_and_a_resumed_run_is_bit_equal(make, variant: str, tmp_path: Path) -> None:
+    uninterrupted = make(variant)
+    fit(uninterrupted, tmp_path / "uninterrupted")
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            trainer.should_stop = trainer.global_step == 6  # an epoch's end: the loader keeps no position
+            trainer.should_stop = trainer.global_step == 6  # the loader does not save its position in an epoch
 
     fit(make(variant), tmp_path / "stopped", callbacks=(Stop(),))
     last = tmp_path / "stopped" / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
     assert content["global_step"] == 6
-    num_base = sum(p.numel() for name, p in straight.named_parameters() if "lora_" not in name)
+    num_base = sum(p.numel() for name, p in uninterrupted.named_parameters() if "lora_" not in name)
     assert sum(t.numel() for t in content["state_dict"].values()) < 0.5 * num_base
     assert not any("base_layer" in name or "embed" in name or "norm" in name for name in content["state_dict"])
 
     resumed = make(variant)
-    pl.seed_everything(99, verbose=False)  # what an adapter starts from must come from the checkpoint
+    pl.seed_everything(99, verbose=False)  # the initial adapter must come from the checkpoint
     fit(resumed, tmp_path / "stopped", ckpt_path=last)
-    ours, theirs = straight._adapter_tensors(), resumed._adapter_tensors()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    expected, actual = uninterrupted._adapter_tensors(), resumed._adapter_tensors()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_loraplus_gives_b_a_higher_rate_than_a_all_along_the_schedule(make, tmp_path: Path) -> None:
+def test_loraplus_gives_b_a_higher_learning_rate_than_a_throughout_the_schedule(make, tmp_path: Path) -> None:
     module = make("loraplus", warmup_steps=2)
     checkpoint = fit(module, tmp_path, max_steps=6)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -162,7 +162,7 @@ def test_loraplus_gives_b_a_higher_rate_than_a_all_along_the_schedule(make, tmp_
 
 
 @pytest.mark.parametrize("variant", ["qlora", "qlora 8 bits"])
-def test_a_validation_leaves_the_gradients_of_a_quantized_base_as_they_were(make, variant: str, tmp_path: Path) -> None:
+def test_validation_does_not_change_gradients_through_a_quantized_base(make, variant: str, tmp_path: Path) -> None:
     module = make(variant)
     trainer = make_trainer(tmp_path)
     trainer.validate(module, make_loader(VAL_ROWS, 4), verbose=False)  # loads the model
@@ -182,7 +182,7 @@ def test_a_validation_leaves_the_gradients_of_a_quantized_base_as_they_were(make
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_qlora_adapter_loads_on_the_bits_it_was_trained_on_or_on_the_full_base(make, tmp_path: Path) -> None:
+def test_qlora_adapter_loads_on_its_quantized_base_or_on_the_full_base(make, tmp_path: Path) -> None:
     module = make("qlora bfloat16 storage")
     checkpoint = fit(module, tmp_path)
     assert checkpoint.adapter_dir is not None
@@ -203,13 +203,13 @@ def test_a_qlora_adapter_loads_on_the_bits_it_was_trained_on_or_on_the_full_base
     assert full.adapter_metadata().quantization == {}
 
 
-def test_qlora_says_what_the_base_takes_before_and_after(make, caplog: pytest.LogCaptureFixture) -> None:
+def test_qlora_logs_the_size_of_the_base_before_and_after_quantization(make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="snake_lora_pl"):
         make("qlora").configure_model()
     assert any("Base model in 4 bits: " in m and "in float32 it takes" in m for m in caplog.messages)
 
 
-def test_a_saved_adapter_takes_the_place_of_the_one_in_memory(make, tmp_path: Path) -> None:
+def test_saved_adapter_replaces_the_one_in_memory(make, tmp_path: Path) -> None:
     for variant in ("adalora", "pissa", "qlora"):
         module = make(variant)
         checkpoint = fit(module, tmp_path / variant)
@@ -223,7 +223,7 @@ def test_a_saved_adapter_takes_the_place_of_the_one_in_memory(make, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("adapter_type", "options", "named"),
+    ("adapter_type", "options", "keys"),
     [
         ("lora", {"quantization": QuantizationConfig(bits=8)}, "model.lora.quantization"),
         ("lora", {"adalora": ADALORA}, "model.lora.adalora"),
@@ -232,16 +232,16 @@ def test_a_saved_adapter_takes_the_place_of_the_one_in_memory(make, tmp_path: Pa
         ("adalora", {"rank_pattern": {"q_proj": 2}}, "model.lora.rank_pattern"),
     ],
 )
-def test_a_setting_without_effect_on_the_kind_is_refused(
-    make_module, adapter_type: str, options: dict[str, Any], named: str
+def test_setting_without_effect_on_the_adapter_type_is_refused(
+    make_module, adapter_type: str, options: dict[str, Any], keys: str
 ) -> None:
-    with pytest.raises(UserError, match=f"{named}.*without effect on adapter_type '{adapter_type}'"):
+    with pytest.raises(UserError, match=rf"{keys}.*'{adapter_type}'"):
         make_module(adapter_type=adapter_type, lora=LoRAConfig(**options))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_optimiser_of_qlora_is_paged_and_a_resumed_run_goes_on(make, tmp_path: Path) -> None:
+def test_optimizer_of_qlora_is_paged_on_a_gpu_and_its_run_resumes(make, tmp_path: Path) -> None:
     module = make("qlora")
     fit(module, tmp_path, max_steps=6, accelerator="gpu", devices=1)
     assert type(module.trainer.optimizers[0]).__name__ == "PagedAdamW32bit"
