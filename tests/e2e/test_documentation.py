@@ -120,7 +120,7 @@ def filled_in(command: tuple[str, ...], adapter_dir: Path) -> list[str]:
     values["OWNER/NAME"] = "me/snake"
     words = [values.get(word, word) for word in command]
     name = (documented.arguments(words) or [""])[0]
-    if name in (*LIGHTNING_COMMANDS, "memory") and "--help" not in words:
+    if name in LIGHTNING_COMMANDS and "--help" not in words:
         words += ["--trainer.accelerator=cpu", "--model.dtype=float32", "--model.max_new_tokens=4"]
     return words
 
@@ -161,8 +161,6 @@ def run(
     "command", [pytest.param(c, id=f"{place} {' '.join(c[1:4])}") for c, place in COMMANDS.items()]
 )
 def test_documented_command_succeeds(command: tuple[str, ...], run: Callable[[tuple[str, ...]], str]) -> None:
-    if "memory" in command and "memory" not in (*LIGHTNING_COMMANDS, *LIGHT_COMMANDS):
-        pytest.skip("no such command yet")
     if "push" in command:
         pytest.skip("tests/cli/commands/test_push.py uploads to a local hub")
     if "gguf" in command and importlib.util.find_spec("gguf") is None:
@@ -221,7 +219,8 @@ def test_example_file_begins_with_a_documented_command(path: Path) -> None:
 
 
 def test_readme_example_trains_and_plays(capsys: pytest.CaptureFixture[str]) -> None:
-    names = execute(source(**IN_README), **{'"trainer.max_steps": 100': '"trainer.max_steps": 3, "play.max_steps": 3'})
+    small = '"trainer.max_steps": 3, "play.max_steps": 3, "model.max_new_tokens": 4'
+    names = execute(source(**IN_README), **{'"trainer.max_steps": 100': small})
     assert len(source(**IN_README).text.splitlines()) <= 15
     assert names["result"].play["adapter"]["num_games"] == 4
     assert re.search(r"^(Move\.\w+|None) ", capsys.readouterr().out, flags=re.MULTILINE)
