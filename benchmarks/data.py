@@ -73,7 +73,7 @@ def write_rows(path: Path, num_rows: int, style: str) -> None:
 def run_ours(timer: TurnTimer, settings: EncodeSettings, num_turns: int) -> None:
     """Encode with this project's reader into an empty cache."""
     from snake_lora_pl.data.encoding import Encoder
-    from snake_lora_pl.data.example_cache import open_encoded_rows
+    from snake_lora_pl.data.example_cache import open_examples
     from snake_lora_pl.models import load_tokenizer
 
     tokenizer = load_tokenizer(settings.base_model)
@@ -83,7 +83,7 @@ def run_ours(timer: TurnTimer, settings: EncodeSettings, num_turns: int) -> None
             timer.start()
             # A new encoder, because encoders cache lines.
             encoder = Encoder(tokenizer, max_length=MAX_LENGTH, on_overflow="error")
-            rows = open_encoded_rows([Path(settings.rows_path)], encoder)
+            rows = open_examples([Path(settings.rows_path)], encoder)
             timer.stop(int(rows.lengths().sum()), 0.0, 0.0)
 
 

@@ -23,7 +23,8 @@ from snake_lora_pl.cli import dry_run, games, summary
 from snake_lora_pl.cli.argparse_internals import parser_actions
 from snake_lora_pl.cli.parser import OneLineParser, ShippedConfigFile, append_repeated, raise_user_error
 from snake_lora_pl.cli.run_directory import locked_run, resolve_run
-from snake_lora_pl.data.datamodule import SnakeJSONLDataModule, max_processes
+from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
+from snake_lora_pl.data.loaders import max_processes
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
 from snake_lora_pl.evaluation.callbacks.prediction_writer import PredictionWriter

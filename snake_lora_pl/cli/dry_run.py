@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
 from snake_lora_pl.data.audit_checks import audit_rows
-from snake_lora_pl.data.audit_text import describe
+from snake_lora_pl.data.audit_text import format_audit
 from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule
 from snake_lora_pl.data.jsonl import count_lines
@@ -103,7 +103,7 @@ def _sections(
         if data.train_path is None:
             share *= data.generated_games / num_games
         scope = f"  the first {num_read:,} rows, {share:.1%} of all\n" if share < 1 else ""
-        yield _Section("data", scope + describe(audit).replace(str(row_cache), str(cache_dir())))
+        yield _Section("data", scope + format_audit(audit).replace(str(row_cache), str(cache_dir())))
 
         batch = data.longest_batch(num_rows)
         estimate = estimate_memory(module, dict(batch), trainer.strategy.root_device.type)

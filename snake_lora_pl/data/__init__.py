@@ -1,1 +1,4 @@
-"""JSONL rows become batches. Importing this room is cheap; ``datamodule`` and ``batching`` import torch."""
+"""Data pipeline: JSONL rows are read, encoded, cached, split and batched.
+
+Importing this package is cheap: only ``datamodule``, ``loaders``, ``samplers`` and ``batching`` import torch.
+"""

@@ -1,43 +1,45 @@
-"""What is in a file of rows, before anything is trained on it: games, duplicates, moves, truth and lengths in tokens.
+"""Checks of rows before training: games, duplicates, moves, claims of completions, and lengths in tokens.
 
-Completions are checked against the board of their prompt. A board is known where the prompt tells the body's order, and
-in drawings where it follows from the rows before.
+Completions are checked against the board of their prompt. The board is known if the prompt contains the body in order,
+or, for drawn boards, if it follows from the previous rows.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from snake_lora_pl.data.data_files import PathSpec, expand_paths
 from snake_lora_pl.data.encoding import Encoder, Example
-from snake_lora_pl.data.example_cache import GameCounter
-from snake_lora_pl.data.jsonl import Complaints, Row, expand_paths, read_rows
+from snake_lora_pl.data.game_counter import GameCounter
+from snake_lora_pl.data.jsonl import Row, read_rows
+from snake_lora_pl.data.row_errors import RowErrors
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import Board, BoardReader, Move, check_claims, read_grid_size, read_move, shortest_moves
 
 NO_MOVE = "none"
 
 _NUM_BINS = 10
-_NUM_NAMED = 5
-# No row is longer: what a row's length is must not depend on where it would be cut.
-_NO_LIMIT = 2**31
+_MAX_SOURCES = 5
+# Lengths are measured before rows are shortened.
+_UNLIMITED_TOKENS = 2**31
 
 
 @dataclass
 class MoveReport:
-    """What the completions conclude with.
+    """Moves of the completions.
 
     Attributes:
-        counts: Rows by move; ``none`` for those that conclude with no move.
-        num_boards: Rows whose board is known, which the rest is out of.
-        num_illegal: Rows whose move the rules do not allow.
+        counts: Rows by move; ``none`` for rows without a move.
+        num_boards: Rows with a known board; the following counts are among these.
+        num_illegal: Rows with an illegal move.
         num_shortest: Rows whose move is the first of a shortest path to the apple.
-        num_without_path: Rows of positions without any such path.
-        illegal_rows: The first of the illegal ones, as ``path:line``.
+        num_without_path: Rows of positions without a path to the apple.
+        illegal_rows: ``path:line`` of the first rows with an illegal move.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -50,12 +52,12 @@ class MoveReport:
 
 @dataclass
 class ClaimReport:
-    """One thing that completions speak of.
+    """A claim of completions about the board or the move.
 
     Attributes:
-        num_said: Rows that speak of it and whose board is known.
-        num_false: Those of them in which it is not so.
-        false_rows: The first of these, as ``path:line``.
+        num_said: Rows that make the claim and whose board is known.
+        num_false: Rows in which the claim is false.
+        false_rows: ``path:line`` of the first rows in which it is false.
     """
 
     num_said: int = 0
@@ -65,13 +67,13 @@ class ClaimReport:
 
 @dataclass
 class ShownRow:
-    """A row as the model sees it.
+    """A row as the model is trained on it.
 
     Attributes:
-        source: Where it stands.
-        num_tokens: Its length.
-        prompt: What it is given.
-        trained_on: What it is to learn, EOS included.
+        source: ``path:line``.
+        num_tokens: Length.
+        prompt: Decoded prompt.
+        trained_on: Decoded completion, EOS included.
     """
 
     source: str
@@ -82,20 +84,20 @@ class ShownRow:
 
 @dataclass
 class TokenReport:
-    """Rows in tokens, template and EOS included.
+    """Lengths of rows in tokens, template and EOS included.
 
     Attributes:
-        tokenizer: Whose tokens.
-        template: How prompt and completion became one text.
-        max_length: The limit they are held against.
-        num_over_max_length: Rows that exceed it.
-        min_tokens: The shortest row.
-        median_tokens: The middle one.
-        max_tokens: The longest one.
-        mean_trained_tokens: Tokens of a row that are trained on, on average.
-        histogram: First length, last length and rows of each bin.
+        tokenizer: Name of the tokenizer.
+        template: Template of prompt and completion.
+        max_length: Limit that the lengths are compared with.
+        num_over_max_length: Rows longer than the limit.
+        min_tokens: Length of the shortest row.
+        median_tokens: Median length.
+        max_tokens: Length of the longest row.
+        mean_trained_tokens: Mean number of tokens per row that are trained on.
+        histogram: First length, last length and number of rows of each bin.
         num_refused: Rows that cannot be encoded, whatever their length.
-        examples: Rows decoded: the first, and the longest one.
+        examples: The first and the longest row, decoded.
     """
 
     tokenizer: str
@@ -113,19 +115,19 @@ class TokenReport:
 
 @dataclass
 class Audit:
-    """What was found.
+    """Results of the checks.
 
     Attributes:
         paths: The files.
-        num_rows: Rows that can be used.
-        bad_rows: Rows that cannot, by reason.
-        num_games: Games found. The symmetries of one game count as one.
-        grid_sizes: Rows by cells along one side; those of unknown prompts are not in it.
-        num_duplicates: Rows that repeat prompt and completion of an earlier one.
-        num_conflicts: Rows that repeat the prompt of an earlier one but conclude with another move.
-        moves: What is concluded with.
-        claims: What is said beside, by field of ``game.Claims``.
-        tokens: Lengths; None without a tokenizer.
+        num_rows: Valid rows.
+        bad_rows: Invalid rows by reason.
+        num_games: Games. All symmetries of a game count as one.
+        grid_sizes: Rows by grid size, without rows whose prompt has an unknown format.
+        num_duplicates: Rows that repeat prompt and completion of an earlier row.
+        num_conflicts: Rows that repeat the prompt of an earlier row with another move.
+        moves: Moves of the completions.
+        claims: Claims of the completions, by field of ``game.Claims``.
+        tokens: Lengths in tokens; None without a tokenizer.
     """
 
     paths: list[str]
@@ -140,23 +142,24 @@ class Audit:
     tokens: TokenReport | None = None
 
 
-def audit_rows(spec: str | Sequence[str], encoder: Encoder | None = None, max_rows: int | None = None) -> Audit:
-    """Look through files of rows.
+def audit_rows(spec: PathSpec, encoder: Encoder | None = None, max_rows: int | None = None) -> Audit:
+    """Check the rows of files.
 
     Args:
-        spec: A path, a glob or several, as ``expand_paths`` takes them.
-        encoder: What makes tokens of rows; its ``max_length`` is the limit they are held against.
-        max_rows: Rows to read from the beginning of each file; None reads all.
+        spec: A path, a glob or a list of them, as in ``expand_paths``.
+        encoder: Encoder to measure lengths with; its ``max_length`` is the limit they are compared with.
+        max_rows: Number of rows to read from the beginning of each file; None reads all.
 
     Raises:
-        UserError: If a file cannot be read, or no row in any can be used.
+        UserError: If a file cannot be read, or if there is no valid row.
     """
     paths = expand_paths(spec)
-    complaints = Complaints()
-    rows = [row for path in paths for row in islice(read_rows([path], "skip", complaints=complaints), max_rows)]
+    errors = RowErrors()
+    rows = [row for path in paths for row in islice(read_rows([path], "skip", errors=errors), max_rows)]
     if not rows:
-        raise UserError(f"{paths[0]}: no row can be used: {complaints}" if complaints else f"{paths[0]}: holds no row")
-    audit = Audit([str(path) for path in paths], len(rows), dict(complaints.counts))
+        found = str(errors) if errors else "the file has no rows"
+        raise UserError(f"{paths[0]}: no valid row: {found}")
+    audit = Audit([str(path) for path in paths], len(rows), dict(errors.counts))
     _count_games(rows, audit)
     _find_duplicates(rows, audit)
     _check_completions(rows, audit)
@@ -196,7 +199,7 @@ def _check_completions(rows: list[Row], audit: Audit) -> None:
         report.num_boards += 1
         if move not in board.legal_moves():
             report.num_illegal += 1
-            _name(row, report.illegal_rows)
+            _add_source(row, report.illegal_rows)
         shortest = shortest_moves(board)
         report.num_shortest += move in shortest
         report.num_without_path += not shortest
@@ -205,7 +208,7 @@ def _check_completions(rows: list[Row], audit: Audit) -> None:
             claim.num_said += 1
             if not is_true:
                 claim.num_false += 1
-                _name(row, claim.false_rows)
+                _add_source(row, claim.false_rows)
     report.counts = dict(counts.most_common())
 
 
@@ -214,13 +217,13 @@ def _read_boards(rows: Iterable[Row]) -> list[Board | None]:
     return [readers.setdefault(row.path, BoardReader()).read(row.prompt) for row in rows]
 
 
-def _name(row: Row, named: list[str]) -> None:
-    if len(named) < _NUM_NAMED:
-        named.append(row.source)
+def _add_source(row: Row, sources: list[str]) -> None:
+    if len(sources) < _MAX_SOURCES:
+        sources.append(row.source)
 
 
 def _measure_tokens(rows: list[Row], encoder: Encoder) -> TokenReport:
-    measure = Encoder(encoder.tokenizer, encoder.template, _NO_LIMIT, encoder.on_overflow)
+    measure = Encoder(encoder.tokenizer, encoder.template, _UNLIMITED_TOKENS, encoder.on_overflow)
     examples = {
         row: example for row, example in zip(rows, measure.encode(rows), strict=True) if isinstance(example, Example)
     }
@@ -250,7 +253,7 @@ def _histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _show(row: Row, encoder: Encoder) -> ShownRow:
-    """A row as training sees it: shortened or refused where it is too long."""
+    """Return a row as training encodes it, shortened or rejected if it is too long."""
     (example,) = encoder.encode([row])
     if not isinstance(example, Example):
         return ShownRow(row.source, 0, "", f"nothing: {example.message}")

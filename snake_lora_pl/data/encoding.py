@@ -1,8 +1,7 @@
-"""A row becomes token ids: templates, the boundary between prompt and completion, and rows that are too long.
+"""Encoding of rows as token ids: template, BOS, appended EOS, and rows that are too long.
 
-Prompt and completion are tokenized apart, so the boundary is exact, and a prompt has the same ids here as when the
-model plays. Nothing cuts the end of a completion: what teaches the model its move and its EOS stays, or the row is
-refused.
+Prompt and completion are tokenized separately, so their boundary is exact and a prompt has the same ids in training and
+in play. The end of a completion is never truncated: an example keeps its move and its EOS, or the row is rejected.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from snake_lora_pl.data.jsonl import Row
-from snake_lora_pl.data.line_tokenizer import LineTokenizer, cuts_at_lines
+from snake_lora_pl.data.line_tokenizer import LineTokenizer, splits_at_lines
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,12 +33,12 @@ _INSTRUCTION_PROMPT = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 
 class Example(NamedTuple):
-    """A row encoded.
+    """An encoded row.
 
     Attributes:
-        input_ids: Prompt, completion and EOS.
-        num_prompt: How many of the ids are the prompt's; the others are to be learned.
-        source: Where the row stands, as ``path:line``.
+        input_ids: Ids of prompt, completion and EOS.
+        num_prompt: Number of leading ids that belong to the prompt; the others are trained on.
+        source: The row's ``path:line``.
     """
 
     input_ids: Sequence[int] | npt.NDArray[np.unsignedinteger[Any]]
@@ -47,11 +46,11 @@ class Example(NamedTuple):
     source: str
 
 
-class Refusal(NamedTuple):
-    """A row that was not encoded.
+class Rejection(NamedTuple):
+    """The reason why a row was not encoded.
 
     Attributes:
-        source: Where the row stands, as ``path:line``.
+        source: The row's ``path:line``.
         reason: ``TOO_LONG`` or ``SPECIAL_TOKEN``.
         message: What was found, and what to do.
     """
@@ -62,28 +61,28 @@ class Refusal(NamedTuple):
 
 
 class Encoder:
-    r"""Encodes prompts and rows with one tokenizer and one template.
+    r"""Encoder of prompts and rows with one tokenizer and one template.
 
     Templates:
-        - ``instruction``: ``### Instruction:\n{prompt}\n\n### Response:\n`` and the completion.
-        - ``chat``: the tokenizer's own chat template, the prompt as the user's turn, the completion as the assistant's.
-        - ``raw``: the prompt and the completion as they are.
+        - ``instruction``: ``### Instruction:\n{prompt}\n\n### Response:\n``, followed by the completion.
+        - ``chat``: the tokenizer's chat template, with the prompt as user turn and the completion as assistant turn.
+        - ``raw``: the prompt followed by the completion.
 
-    All end in EOS. ``instruction`` and ``raw`` begin with BOS if the tokenizer's own call puts it there; a chat
-    template writes its own.
+    Every example ends with EOS. With ``instruction`` and ``raw`` it begins with BOS if calling the tokenizer adds BOS;
+    a chat template contains its own.
 
-    A special token that is spelt out in a row is text, not a token: nobody can end a turn by writing ``<|im_end|>``
-    into a file. Under ``chat``, where the rendered text has to be parsed for special tokens, such a row is refused.
+    The text of a special token in a row is encoded as text, so that no row can end a turn by containing
+    ``<|im_end|>``. With ``chat`` the rendered text has to be parsed for special tokens, so such a row is rejected.
 
     Args:
         tokenizer: A Hugging Face tokenizer with an EOS token.
         template: Name of the template.
-        max_length: Most tokens in an example, EOS included.
-        on_overflow: What becomes of longer rows. ``shorten`` takes whole lines out of the completion's middle and keeps
-            its last line and, where there is room for two, its first; ``error`` and ``drop`` refuse them.
+        max_length: Maximum number of tokens per example, EOS included.
+        on_overflow: How to handle longer rows. ``shorten`` removes whole lines from the middle of the completion; the
+            last line stays, and the first line too if both fit. ``error`` and ``drop`` reject the row.
 
     Raises:
-        UserError: If a setting is unknown or out of range, or the tokenizer lacks EOS or a chat template.
+        UserError: If a setting is unknown or out of range, or if the tokenizer lacks EOS or a chat template.
     """
 
     def __init__(
@@ -96,13 +95,11 @@ class Encoder:
         check_choice("data.template", template, TemplateName)
         check_choice("data.on_overflow", on_overflow, OnOverflow)
         if max_length < 2:
-            raise UserError(f"data.max_length must be at least 2, a token and EOS (found: {max_length})")
+            raise UserError(f"data.max_length must be at least 2, for one token and EOS (found: {max_length}).")
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so no completion could end. Set one, or use another base.")
+            raise UserError("the tokenizer has no EOS token. Set one, or use another base model.")
         if template == "chat" and not tokenizer.chat_template:
-            raise UserError(
-                "data.template=chat, but the tokenizer has no chat template. Set data.template=instruction."
-            )
+            raise UserError("data.template=chat: the tokenizer has no chat template. Set data.template=instruction.")
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
@@ -110,58 +107,64 @@ class Encoder:
         self._eos_id: int = tokenizer.eos_token_id
         self._prefix_ids = [] if template == "chat" else _prefix_ids(tokenizer)
         self._special = _special_pattern(tokenizer) if template == "chat" else None
-        self._backend = _private_backend(tokenizer, parse_special=template == "chat")
-        self._lines: LineTokenizer | None = None
-        if self._backend is not None and cuts_at_lines(self._backend):
-            self._lines = LineTokenizer(self._backend)
+        self._backend = _copy_backend(tokenizer, parse_special=template == "chat")
+        self._line_tokenizer: LineTokenizer | None = None
+        if self._backend is not None and splits_at_lines(self._backend):
+            self._line_tokenizer = LineTokenizer(self._backend)
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The ids that come before a completion: what the model is given when it plays.
+        """Return the ids that precede a completion: the input of the model in play.
 
         Raises:
-            UserError: If the template is ``chat`` and the prompt spells out a special token.
+            UserError: If the template is ``chat`` and the prompt contains the text of a special token.
         """
-        if refusal := self.refuse(prompt):
-            raise UserError(f"the prompt {refusal.message}")
+        if rejection := self.check(prompt):
+            raise UserError(f"the prompt {rejection.message}")
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The ids of many prompts, none of which ``refuse`` objects to."""
+        """Return the ids of prompts that ``check`` accepts."""
         return [[*self._prefix_ids, *ids] for ids in self._tokenize([self.render_prompt(prompt) for prompt in prompts])]
 
-    def refuse(self, *texts: str, source: str = "") -> Refusal | None:
-        """Why no text of these can be encoded, whatever its length; None where they can."""
+    def check(self, *texts: str, source: str = "") -> Rejection | None:
+        """Return why one of the texts cannot be encoded, whatever its length; None if all can."""
         if self._special is None:
             return None
         for text in texts:
             if match := self._special.search(text):
-                return Refusal(
+                return Rejection(
                     source,
                     SPECIAL_TOKEN,
-                    f"holds {match[0]!r}, which template 'chat' would take for the end or start of a turn. "
-                    "Reword it, or set data.template=instruction.",
+                    f"contains {match[0]!r}, which template 'chat' would parse as a special token. "
+                    "Change the text, or set data.template=instruction.",
                 )
         return None
 
-    def encode(self, rows: Sequence[Row]) -> list[Example | Refusal]:
-        """Encode rows; a thousand at a time keep the tokenizer's threads busy.
+    def encode(self, rows: Sequence[Row]) -> list[Example | Rejection]:
+        """Encode rows; batches of about a thousand keep the tokenizer's threads busy.
 
         Returns:
-            An example or a refusal for each row, in order.
+            An example or a rejection for each row, in order.
         """
-        refusals = [self.refuse(row.prompt, row.completion, source=row.source) for row in rows]
+        rejections = [self.check(row.prompt, row.completion, source=row.source) for row in rows]
         texts = [
-            ("", "") if refusal else self._render(row.prompt, row.completion)
-            for row, refusal in zip(rows, refusals, strict=True)
+            ("", "") if rejection else self._render(row.prompt, row.completion)
+            for row, rejection in zip(rows, rejections, strict=True)
         ]
         ids = self._tokenize([text for pair in texts for text in pair])
         return [
-            refusal or self._finish(row, prompt_ids, completion_ids)
-            for row, refusal, prompt_ids, completion_ids in zip(rows, refusals, ids[::2], ids[1::2], strict=True)
+            rejection or self._fit(row, self._concatenate(prompt_ids, completion_ids, row.source))
+            for row, rejection, prompt_ids, completion_ids in zip(rows, rejections, ids[::2], ids[1::2], strict=True)
         ]
 
+    def render_prompt(self, prompt: str) -> str:
+        """Return the text that precedes a completion, with the special tokens of a chat template as text."""
+        if self.template == "chat":
+            return self._render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return _INSTRUCTION_PROMPT.format(prompt=prompt) if self.template == "instruction" else prompt
+
     def fingerprint(self) -> str:
-        """A hash of all that decides which ids a row becomes."""
+        """Return a hash of everything that determines the ids of a row."""
         import tokenizers
 
         tokenizer = self.tokenizer
@@ -182,58 +185,52 @@ class Encoder:
         }
         return hashlib.blake2b((vocabulary + json.dumps(settings, sort_keys=True)).encode(), digest_size=16).hexdigest()
 
-    def _finish(self, row: Row, prompt_ids: list[int], completion_ids: list[int]) -> Example | Refusal:
-        example = self._join(prompt_ids, completion_ids, row.source)
+    def _concatenate(self, prompt_ids: list[int], completion_ids: list[int], source: str) -> Example:
+        """Join BOS, prompt and completion, and append EOS unless the completion already ends with it."""
+        eos = [] if completion_ids[-1:] == [self._eos_id] else [self._eos_id]
+        input_ids = [*self._prefix_ids, *prompt_ids, *completion_ids, *eos]
+        return Example(input_ids, len(self._prefix_ids) + len(prompt_ids), source)
+
+    def _fit(self, row: Row, example: Example) -> Example | Rejection:
         num_tokens = len(example.input_ids)
         if num_tokens <= self.max_length:
             return example
         if self.on_overflow == "shorten":
             return self._shorten(row, num_tokens)
-        return Refusal(
+        return Rejection(
             row.source,
             TOO_LONG,
-            f"{num_tokens:,} tokens, over data.max_length={self.max_length}. "
+            f"{num_tokens:,} tokens, more than data.max_length={self.max_length}. "
             f"Set data.max_length to {num_tokens} or more, or data.on_overflow to shorten or drop.",
         )
 
-    def _join(self, prompt_ids: list[int], completion_ids: list[int], source: str) -> Example:
-        eos = [] if completion_ids[-1:] == [self._eos_id] else [self._eos_id]
-        input_ids = [*self._prefix_ids, *prompt_ids, *completion_ids, *eos]
-        return Example(input_ids, len(self._prefix_ids) + len(prompt_ids), source)
-
-    def _shorten(self, row: Row, num_tokens: int) -> Example | Refusal:
-        """The row with as few lines taken out of its completion's middle as will make it fit."""
+    def _shorten(self, row: Row, num_tokens: int) -> Example | Rejection:
+        """Remove as few lines from the middle of the completion as necessary."""
         *lines, last = row.completion.rstrip().split("\n")
         best = self._encode_one(row, last)
         if len(best.input_ids) > self.max_length:
-            return Refusal(
+            return Rejection(
                 row.source,
                 TOO_LONG,
-                f"{num_tokens:,} tokens, {len(best.input_ids):,} with only the completion's last line kept, over "
+                f"{num_tokens:,} tokens, {len(best.input_ids):,} with only the last line of the completion, more than "
                 f"data.max_length={self.max_length}. Set data.max_length to {len(best.input_ids)} or more, "
                 "or data.on_overflow=drop.",
             )
-        kept, too_many = 0, len(lines) + 1
-        while too_many - kept > 1:
-            middle = (kept + too_many) // 2
-            num_head = (middle + 1) // 2
-            num_tail = middle - num_head
-            example = self._encode_one(row, "\n".join([*lines[:num_head], *lines[len(lines) - num_tail :], last]))
+        num_kept, too_many = 0, len(lines) + 1
+        while too_many - num_kept > 1:
+            middle = (num_kept + too_many) // 2
+            num_first = (middle + 1) // 2
+            num_last = middle - num_first
+            example = self._encode_one(row, "\n".join([*lines[:num_first], *lines[len(lines) - num_last :], last]))
             if len(example.input_ids) <= self.max_length:
-                kept, best = middle, example
+                num_kept, best = middle, example
             else:
                 too_many = middle
         return best
 
     def _encode_one(self, row: Row, completion: str) -> Example:
         prompt_ids, completion_ids = self._tokenize(list(self._render(row.prompt, completion)))
-        return self._join(prompt_ids, completion_ids, row.source)
-
-    def render_prompt(self, prompt: str) -> str:
-        """The text that comes before a completion, special tokens of a chat template spelt out."""
-        if self.template == "chat":
-            return self._render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        return _INSTRUCTION_PROMPT.format(prompt=prompt) if self.template == "instruction" else prompt
+        return self._concatenate(prompt_ids, completion_ids, row.source)
 
     def _render(self, prompt: str, completion: str) -> tuple[str, str]:
         before = self.render_prompt(prompt)
@@ -243,42 +240,44 @@ class Encoder:
         whole = self._render_chat(turns, add_generation_prompt=False)
         if not whole.startswith(before):
             raise UserError(
-                "data.template=chat, but with this tokenizer's chat template a conversation does not begin with its "
-                "own prompt, so the completion cannot be told apart. Set data.template=instruction."
+                "data.template=chat: the tokenizer's chat template renders a conversation that does not begin with "
+                "its prompt, so the completion cannot be separated. Set data.template=instruction."
             )
-        # Templates put a newline behind the end of a turn; EOS must come last, for generation stops there.
+        # Templates append a newline to a turn; EOS must come last, because generation stops there.
         return before, whole[len(before) :].rstrip()
 
     def _render_chat(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # A template is a program of the model's maker's: it may raise anything.
+        except Exception as error:  # A chat template is a program, which can raise anything.
             raise UserError(
-                f"data.template=chat, but the chat template failed ({error}). Set data.template=instruction."
+                f"data.template=chat: the chat template failed ({error}). Set data.template=instruction."
             ) from error
+        return cast(str, text)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if self._backend is None:
-            return self.tokenizer(
-                texts, add_special_tokens=False, split_special_tokens=self.template != "chat", verbose=False
-            )["input_ids"]
-        if self._lines is not None:
-            return self._lines(texts)
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._line_tokenizer is not None:
+            return self._line_tokenizer(texts)
+        if self._backend is not None:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=self.template != "chat", verbose=False
+        )
+        return cast("list[list[int]]", encodings["input_ids"])
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Check a setting that has few values.
+    """Check that a setting has one of its allowed values.
 
     Args:
         name: The setting, as the user wrote it.
-        value: What it was set to.
-        choices: A ``Literal`` of the values it can have.
+        value: Its value.
+        choices: A ``Literal`` of the allowed values.
 
     Raises:
-        UserError: If it is none of them; the message lists them.
+        UserError: If the value is not allowed; the message lists the allowed values.
     """
     known = get_args(choices)
     if value not in known:
@@ -286,7 +285,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer's own call puts in front of a text: BOS for some models, nothing for others."""
+    """Return the ids that calling the tokenizer puts before a text: BOS for some models, none for others."""
     probe = "Snake"
     bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer(probe)["input_ids"]
@@ -299,11 +298,11 @@ def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in {*added, *tokenizer.all_special_tokens} if token))
 
 
-def _private_backend(tokenizer: PreTrainedTokenizerBase, *, parse_special: bool) -> Tokenizer | None:
-    """A copy of a fast tokenizer's engine, a third faster than its wrapper; None where it is no fast tokenizer.
+def _copy_backend(tokenizer: PreTrainedTokenizerBase, *, parse_special: bool) -> Tokenizer | None:
+    """Return a copy of a fast tokenizer's backend, a third faster than its wrapper; None for a slow tokenizer.
 
-    A copy, since truncation, padding and the treatment of special tokens are state of the engine, which the tokenizer's
-    other users set as well.
+    Truncation, padding and the handling of special tokens are state of the backend, which other users of the tokenizer
+    change as well.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

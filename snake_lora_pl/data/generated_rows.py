@@ -1,7 +1,7 @@
-"""Seeded games, played by a teacher and written down as rows. Knows nothing of tokenizers or models.
+"""Generation of rows from seeded games that a teacher plays.
 
-Every game has a seed of its own, made from the data set's seed and the game's number alone: rows do not depend on how
-many games there are or on who plays them in which order.
+The seed of a game depends only on the data set's seed and the game's number, so the rows of a game depend neither on
+the number of games nor on the process that plays it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from snake_lora_pl.game import SYMMETRIES, Board, End, Game, Move, SeededTeacher
 from snake_lora_pl.game.game import starvation_cap
 from snake_lora_pl.game.seeds import GAMES_PER_SEED, NUM_DATA_SEEDS, data_seed
 
-# Games that a worker plays before it hands them over: some tenths of a second's work.
+# Games per task of a worker: a few tenths of a second of work.
 _GAMES_PER_TASK = 8
 
 
@@ -38,12 +38,12 @@ class _Row(TypedDict):
 
 
 class GeneratedRow(_Row, total=False):
-    """One position of one game.
+    """A position of a game.
 
-    ``game`` and ``step`` count from 0; ``seed`` is the game's own, so that ``Game(grid_size, seed)`` plays it again.
-    ``symmetry``, in augmented data alone, says how the board was turned: an index into ``game.SYMMETRIES``. All
-    symmetries of a game bear its number: were they games of their own, a split by game would validate on turned copies
-    of what it trains on.
+    ``game`` and ``step`` count from 0; ``seed`` is the game's seed, so that ``Game(grid_size, seed)`` repeats the game.
+    ``symmetry``, in augmented data only, is the index in ``game.SYMMETRIES`` of the board's transformation. All
+    symmetries of a game have the same number, because a split by game would otherwise validate on transformed copies of
+    training positions.
     """
 
     symmetry: int
@@ -51,19 +51,19 @@ class GeneratedRow(_Row, total=False):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides which rows a game becomes.
+    """Settings that determine the rows of a game.
 
     Attributes:
-        grid_size: Cells along one side of the board.
-        teacher: What makes the player from a game's seed.
-        style: The text format.
+        grid_size: Cells per side of the board.
+        teacher: Function that creates the player from a game's seed.
+        style: Text format.
         seed: Seed of the data set.
-        noise: Probability of playing a random legal move. The row holds the teacher's move all the same, so that rows
-            of positions follow which the teacher would not have come to.
-        augment: Whether each game is written in all symmetries of the board, the teacher asked again in each, as its
-            choice among equals is not symmetric.
-        upstream_rules: Whether to play as the program that wrote the ``heuristics-v0.04`` files, and to leave out the
-            move that it leaves out: the last one.
+        noise: Probability of playing a random legal move. The row contains the teacher's move nevertheless, so that
+            there are rows for positions that the teacher alone would not reach.
+        augment: Whether to write each game in all symmetries of the board. The teacher chooses a move in each of them,
+            because its choice between equally good moves is not symmetric.
+        upstream_rules: Whether to follow the rules of the program that wrote the ``heuristics-v0.04`` files, and to
+            drop the last move of each game as it does.
 
     Raises:
         UserError: If a value is out of range.
@@ -78,18 +78,18 @@ class Recipe:
     upstream_rules: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the ranges of the values."""
         if not 0 <= self.seed < NUM_DATA_SEEDS:
-            raise UserError(f"seed must lie between 0 and {NUM_DATA_SEEDS - 1:,} (found: {self.seed})")
+            raise UserError(f"seed must be between 0 and {NUM_DATA_SEEDS - 1:,} (found: {self.seed}).")
         if not 0 <= self.noise <= 1:
-            raise UserError(f"noise is a probability, from 0 to 1 (found: {self.noise})")
+            raise UserError(f"noise must be a probability between 0 and 1 (found: {self.noise}).")
         try:
             Game(self.grid_size)
         except ValueError as error:
             raise UserError(str(error)) from error
 
     def rows(self, game: int) -> list[GeneratedRow]:
-        """The rows of one game, one symmetry after the other."""
+        """Return the rows of one game, one symmetry after the other."""
         seed = data_seed(self.seed, game)
         positions = self._play(seed)
         if not self.augment:
@@ -98,10 +98,11 @@ class Recipe:
         for number, symmetry in enumerate(SYMMETRIES):
             teacher = self.teacher(seed)
             for step, (board, _) in enumerate(positions):
-                turned = symmetry.board(board)
-                move = teacher(turned)
-                assert move is not None  # It had one before the board was turned.
-                rows.append(self._row(turned, move, game, step, seed) | {"symmetry": number})
+                transformed = symmetry.board(board)
+                move = teacher(transformed)
+                if move is None:
+                    raise ValueError(f"the teacher has no move for {transformed}, but has one for {board}")
+                rows.append(self._row(transformed, move, game, step, seed) | {"symmetry": number})
         return rows
 
     def _row(self, board: Board, move: Move, game: int, step: int, seed: int) -> GeneratedRow:
@@ -114,7 +115,7 @@ class Recipe:
         }
 
     def _play(self, seed: int) -> list[tuple[Board, Move]]:
-        """Every position of one game with the teacher's move, until the game ends or no legal move is left."""
+        """Return each position of a game and the teacher's move, until the game ends or there is no legal move."""
         game = Game(
             self.grid_size,
             seed,
@@ -133,7 +134,7 @@ class Recipe:
                 moves = board.legal_moves()
                 move = moves[int(game.rng.random() * len(moves))]
             game.play(move)
-        # Upstream makes one more move, off an apple that lies under the head, and leaves that one out.
+        # If the apple is under the head, upstream plays one more move and drops that one.
         if self.upstream_rules and not (game.end is End.NO_PATH and game.board.apple is None):
             positions.pop()
         return positions
@@ -150,11 +151,11 @@ def generate_rows(
     augment: bool = False,
     upstream_rules: bool = False,
 ) -> Iterator[GeneratedRow]:
-    """Rows of seeded games, game by game, a row for every position in which the teacher has a legal move.
+    """Yield rows of seeded games, one for each position in which the teacher has a legal move.
 
     Args:
-        num_games: Games to play, each until its end.
-        grid_size: Cells along one side of the board.
+        num_games: Number of games, each played to its end.
+        grid_size: Cells per side of the board.
         teacher: Name of the player, one of ``game.TEACHERS``.
         style: Name of the text format, one of ``game.STYLES``.
         seed: Seed of the data set; the same arguments give the same rows.
@@ -163,10 +164,10 @@ def generate_rows(
         upstream_rules: See ``Recipe``.
 
     Raises:
-        UserError: If an argument is out of range or a name is unknown; raised at the call, not at the first row.
+        UserError: If an argument is out of range or a name is unknown; raised by the call, not with the first row.
     """
     _check_num_games(num_games)
-    recipe = _recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules)
+    recipe = _make_recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules)
     return (row for game in range(num_games) for row in recipe.rows(game))
 
 
@@ -184,38 +185,38 @@ def write_dataset(
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write the rows of ``generate_rows`` to a JSONL file, whole or not at all; the same arguments give the same bytes.
+    """Write the rows of ``generate_rows`` to a JSONL file, atomically; the same arguments give the same bytes.
 
     Args:
-        path: File to write; its directory is made where it is missing, a file of that name is replaced.
-        num_games: Games to play, each until its end.
-        grid_size: Cells along one side of the board.
+        path: File to write; a missing directory is created, an existing file is replaced.
+        num_games: Number of games, each played to its end.
+        grid_size: Cells per side of the board.
         teacher: Name of the player.
         style: Name of the text format.
         seed: Seed of the data set.
         noise: See ``Recipe``.
         augment: See ``Recipe``.
         upstream_rules: See ``Recipe``.
-        num_workers: Processes that play. One plays in this process; more are started anew, so teacher and style must
-            come from a module. The bytes are the same for any number.
-        progress: Called after each game with the number of games played and the number in all.
+        num_workers: Number of processes that play; 1 plays in this process. More are spawned, so teacher and style must
+            be importable from a module. The bytes are the same for any number.
+        progress: Called after each game with the number of games played and the total number.
 
     Returns:
         The number of rows written.
 
     Raises:
-        UserError: If an argument is out of range, a name is unknown, ``path`` is a directory or a worker dies.
+        UserError: If an argument is out of range, a name is unknown, ``path`` is a directory or a worker is killed.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a directory; give the name of a file to write")
+        raise UserError(f"{path}: is a directory. Name a file to write.")
     _check_num_games(num_games)
     if num_workers < 1:
-        raise UserError(f"num_workers must be at least 1 (found: {num_workers})")
-    recipe = _recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules)
+        raise UserError(f"num_workers must be at least 1 (found: {num_workers}).")
+    recipe = _make_recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules)
     num_rows = 0
     with open_durably(path) as file:
-        for num_played, game in enumerate(_written_games(recipe, num_games, num_workers), start=1):
+        for num_played, game in enumerate(_write_games(recipe, num_games, num_workers), start=1):
             file.write(game.lines)
             num_rows += game.num_rows
             if progress is not None:
@@ -224,7 +225,7 @@ def write_dataset(
 
 
 class _WrittenGame(NamedTuple):
-    """A game as lines of JSON."""
+    """The JSON lines of a game."""
 
     num_rows: int
     lines: bytes
@@ -232,10 +233,10 @@ class _WrittenGame(NamedTuple):
 
 def _check_num_games(num_games: int) -> None:
     if not 1 <= num_games <= GAMES_PER_SEED:
-        raise UserError(f"num_games must lie between 1 and {GAMES_PER_SEED:,} (found: {num_games})")
+        raise UserError(f"num_games must be between 1 and {GAMES_PER_SEED:,} (found: {num_games}).")
 
 
-def _recipe(
+def _make_recipe(
     grid_size: int, teacher: str, style: str, seed: int, noise: float, augment: bool, upstream_rules: bool
 ) -> Recipe:
     try:
@@ -245,19 +246,20 @@ def _recipe(
     return Recipe(grid_size, make_teacher, writer, seed, noise, augment, upstream_rules)
 
 
-def _written_games(recipe: Recipe, num_games: int, num_workers: int) -> Iterator[_WrittenGame]:
-    """The games in order, whoever plays them."""
+def _write_games(recipe: Recipe, num_games: int, num_workers: int) -> Iterator[_WrittenGame]:
+    """Yield the games in order."""
     write = partial(_write_game, recipe)
     if num_workers == 1:
         yield from map(write, range(num_games))
         return
     try:
         pickle.dumps(recipe)
-    except Exception as error:  # Whatever the objects raise: pickling runs their code.
+    except Exception as error:  # Pickling runs code of the objects, which can raise anything.
         raise UserError(
-            f"teacher or style cannot be sent to another process ({error}). Define it in a module, or use one worker."
+            f"teacher or style cannot be pickled for num_workers={num_workers} ({error}). "
+            "Define it in a module, or use one worker."
         ) from error
-    # Processes forked from one that runs threads, as any with torch does, may hang.
+    # Forking a process that runs threads, as torch does, can deadlock.
     executor = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
     )
@@ -265,7 +267,8 @@ def _written_games(recipe: Recipe, num_games: int, num_workers: int) -> Iterator
         yield from executor.map(write, range(num_games), chunksize=_GAMES_PER_TASK)
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died, perhaps for want of memory; nothing was written. Use fewer workers."
+            f"a worker process was killed, possibly for lack of memory (found: num_workers={num_workers}); no file was "
+            "written. Use fewer workers."
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

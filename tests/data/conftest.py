@@ -1,4 +1,4 @@
-"""Writers of small JSONL files."""
+"""Small JSONL files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 
 PROMPT = (
     "You are playing Snake on a {size}x{size} grid. The coordinate system is (0,0) at bottom-left to "
@@ -20,19 +22,19 @@ PROMPT = (
 
 
 def position(x: int, y: int, move: str, size: int = 10, apple: tuple[int, int] = (9, 9)) -> dict[str, Any]:
-    """A ``bfs-512`` row of a snake of length 1."""
+    """Return a ``bfs-512`` row with a snake of length 1."""
     prompt = PROMPT.format(size=size, last=size - 1, x=x, y=y, ax=apple[0], ay=apple[1])
     return {"prompt": prompt, "completion": f"Moving {move} from [{x}, {y}]\n\nConclusion: The move is: {move}"}
 
 
 def games_of_steps(*num_steps: int) -> list[dict[str, Any]]:
-    """Games that walk to the right along a row of their own, so that no two share a prompt."""
+    """Return games that move to the right, each in another row of the board, so that no two share a prompt."""
     return [position(x, y, "RIGHT") for y, steps in enumerate(num_steps) for x in range(steps)]
 
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes objects, or lines as they are, to a JSONL file."""
+    """Return a function that writes objects, or lines given as bytes, to a JSONL file."""
 
     def write(rows: Sequence[Any], name: str = "rows.jsonl") -> Path:
         path = tmp_path / name
@@ -41,3 +43,20 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def make(tiny_tokenizer) -> Callable[..., SnakeJSONLDataModule]:
+    """Return a function that creates a data module with the tiny tokenizer."""
+
+    def make_datamodule(train_path: Any = None, **settings: Any) -> SnakeJSONLDataModule:
+        settings = {"batch_size": 4, "tokenizer": tiny_tokenizer, **settings}
+        return SnakeJSONLDataModule(train_path=None if train_path is None else str(train_path), **settings)
+
+    return make_datamodule
+
+
+@pytest.fixture
+def rows_path(write_rows) -> Path:
+    """Path of 41 rows in 7 games."""
+    return write_rows(games_of_steps(6, 5, 7, 6, 5, 6, 6))

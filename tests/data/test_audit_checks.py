@@ -25,7 +25,7 @@ def write(path: Path, *rows: tuple[str, str] | str) -> str:
     return str(path)
 
 
-def test_the_real_rows_are_found_sound(bfs512_sample_path):
+def test_real_rows_have_no_findings(bfs512_sample_path):
     audit = audit_rows(str(bfs512_sample_path))
     assert (audit.num_rows, audit.num_games, audit.grid_sizes) == (354, 4, {10: 354})
     assert audit.moves.num_boards == audit.moves.num_shortest == 354
@@ -35,7 +35,7 @@ def test_the_real_rows_are_found_sound(bfs512_sample_path):
     assert audit.tokens is None
 
 
-def test_drawn_boards_are_known_from_the_rows_before(bfs512_sample_path):
+def test_drawn_boards_are_derived_from_previous_rows(bfs512_sample_path):
     pattern = str(bfs512_sample_path.parents[1] / "*4096" / "*.jsonl")
     audit = audit_rows(pattern)
     assert len(audit.paths) == 2
@@ -44,20 +44,20 @@ def test_drawn_boards_are_known_from_the_rows_before(bfs512_sample_path):
     assert {claim.num_false for claim in audit.claims.values()} == {0}
 
 
-def test_generated_games_are_counted_once_in_all_symmetries(tmp_path):
+def test_symmetries_of_a_game_count_as_one_game(tmp_path):
     path = tmp_path / "rows.jsonl"
     write_dataset(path, 3, 5, augment=True)
     assert audit_rows(str(path)).num_games == 3
 
 
-def test_what_is_wrong_is_counted_and_named(tmp_path):
-    lie = completion_for(Move.DOWN).replace("to apple: 3", "to apple: 7")
+def test_findings_are_counted_with_the_source_of_the_first_rows(tmp_path):
+    false_claim = completion_for(Move.DOWN).replace("to apple: 3", "to apple: 7")
     path = write(
         tmp_path / "rows.jsonl",
         (PROMPT, completion_for(Move.DOWN)),
         (PROMPT, completion_for(Move.DOWN)),
         (PROMPT, completion_for(Move.UP)),
-        (PROMPT, lie),
+        (PROMPT, false_claim),
         (PROMPT, "I do not know."),
         ("Who are you?", "Conclusion: LEFT"),
         "no JSON",
@@ -65,11 +65,11 @@ def test_what_is_wrong_is_counted_and_named(tmp_path):
     audit = audit_rows(path)
     assert audit.num_rows == 6
     assert audit.bad_rows == {"bad JSON": 1}
-    # The second row repeats the first; the third and fifth conclude otherwise.
+    # The second row repeats the first; the third and fifth have another move.
     assert (audit.num_duplicates, audit.num_conflicts) == (1, 2)
     assert audit.moves.counts == {"DOWN": 3, "UP": 1, "none": 1, "LEFT": 1}
     assert audit.moves.num_boards == 5
-    # No move is no legal move.
+    # A missing move counts as illegal.
     assert (audit.moves.num_illegal, audit.moves.illegal_rows) == (2, [f"{path}:3", f"{path}:5"])
     assert audit.moves.num_shortest == 3
     assert audit.claims["manhattan_distance"] == ClaimReport(4, 1, [f"{path}:4"])
@@ -77,7 +77,7 @@ def test_what_is_wrong_is_counted_and_named(tmp_path):
     assert audit.claims["head"] == ClaimReport(4, 0, [])
 
 
-def test_lengths_are_those_of_training(bfs512_sample_path, tiny_tokenizer):
+def test_lengths_equal_those_of_training_before_shortening(bfs512_sample_path, tiny_tokenizer):
     encoder = Encoder(tiny_tokenizer, max_length=700)
     audit = audit_rows(str(bfs512_sample_path), encoder)
     tokens = audit.tokens
@@ -91,7 +91,7 @@ def test_lengths_are_those_of_training(bfs512_sample_path, tiny_tokenizer):
     assert short.histogram == tokens.histogram
 
 
-def test_shown_rows_mark_exactly_what_is_trained_on(bfs512_sample_path, tiny_tokenizer):
+def test_shown_rows_separate_prompt_and_trained_text(bfs512_sample_path, tiny_tokenizer):
     first = json.loads(bfs512_sample_path.read_text().splitlines()[0])
     tokens = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=4096)).tokens
     shown, longest = tokens.examples
@@ -101,7 +101,7 @@ def test_shown_rows_mark_exactly_what_is_trained_on(bfs512_sample_path, tiny_tok
     assert longest.num_tokens == tokens.max_tokens
 
 
-def test_a_row_that_is_too_long_is_shown_as_training_shortens_it(bfs512_sample_path, tiny_tokenizer):
+def test_overlong_row_is_shown_as_training_shortens_it(bfs512_sample_path, tiny_tokenizer):
     longest = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=4096)).tokens.max_tokens
     shown = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=longest - 1)).tokens.examples[1]
     assert shown.num_tokens < longest
@@ -109,7 +109,7 @@ def test_a_row_that_is_too_long_is_shown_as_training_shortens_it(bfs512_sample_p
     assert "Conclusion: The move is: " in shown.trained_on
     tight = audit_rows(str(bfs512_sample_path), Encoder(tiny_tokenizer, max_length=10)).tokens
     assert tight.num_over_max_length == 354
-    assert "over data.max_length=10" in tight.examples[0].trained_on
+    assert "data.max_length=10" in tight.examples[0].trained_on
 
 
 def test_rows_that_cannot_be_encoded_are_counted(tmp_path, tiny_tokenizer):
@@ -119,8 +119,8 @@ def test_rows_that_cannot_be_encoded_are_counted(tmp_path, tiny_tokenizer):
     assert audit_rows(only_bad, Encoder(tiny_tokenizer, "chat", 4096)).tokens.histogram == []
 
 
-def test_a_file_without_a_row_to_use_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no row can be used: 1 bad row"):
+def test_file_without_a_valid_row_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.jsonl: (?s:.*)1 missing key"):
         audit_rows(write(tmp_path / "rows.jsonl", "{}"))
-    with pytest.raises(UserError, match="holds no row"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: "):
         audit_rows(write(tmp_path / "rows.jsonl", ""))

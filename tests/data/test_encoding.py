@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snake_lora_pl.data.encoding import SPECIAL_TOKEN, TOO_LONG, Encoder, Example, Refusal
+from snake_lora_pl.data.encoding import SPECIAL_TOKEN, TOO_LONG, Encoder, Example, Rejection
 from snake_lora_pl.data.jsonl import Row
 from snake_lora_pl.errors import UserError
 
@@ -19,7 +19,7 @@ def row(prompt: str = "a prompt", completion: str = COMPLETION) -> Row:
     return Row(prompt, completion, None, "rows.jsonl", 3)
 
 
-def encode(encoder: Encoder, *rows: Row) -> Example | Refusal:
+def encode(encoder: Encoder, *rows: Row) -> Example | Rejection:
     (result,) = encoder.encode(rows)
     return result
 
@@ -28,24 +28,21 @@ def completion_text(encoder: Encoder, example: Example) -> str:
     return encoder.tokenizer.decode(list(example.input_ids[example.num_prompt :]))
 
 
-# Templates
-
-
-def test_instruction_is_the_text_of_the_contract(tiny_tokenizer):
+def test_instruction_template_wraps_the_prompt_and_appends_eos(tiny_tokenizer):
     example = encode(Encoder(tiny_tokenizer), row("the prompt", "the completion"))
     prompt_ids, completion_ids = example.input_ids[: example.num_prompt], example.input_ids[example.num_prompt :]
     assert tiny_tokenizer.decode(prompt_ids) == "### Instruction:\nthe prompt\n\n### Response:\n"
     assert tiny_tokenizer.decode(completion_ids) == "the completion" + tiny_tokenizer.eos_token
 
 
-def test_raw_joins_the_two(tiny_tokenizer):
+def test_raw_template_concatenates_prompt_and_completion(tiny_tokenizer):
     encoder = Encoder(tiny_tokenizer, "raw")
     example = encode(encoder, row("the prompt", " and the completion"))
     assert tiny_tokenizer.decode(example.input_ids) == "the prompt and the completion" + tiny_tokenizer.eos_token
     assert completion_text(encoder, example) == " and the completion" + tiny_tokenizer.eos_token
 
 
-def test_chat_has_the_ids_of_the_tokenizers_own_rendering_up_to_eos(tiny_tokenizer):
+def test_chat_ids_equal_those_of_the_tokenizers_rendering_up_to_eos(tiny_tokenizer):
     example = encode(Encoder(tiny_tokenizer, "chat"), row("the prompt", "the completion"))
     turns = [{"role": "user", "content": "the prompt"}, {"role": "assistant", "content": "the completion"}]
     whole = tiny_tokenizer.apply_chat_template(turns, return_dict=False)
@@ -56,7 +53,7 @@ def test_chat_has_the_ids_of_the_tokenizers_own_rendering_up_to_eos(tiny_tokeniz
     assert tiny_tokenizer.decode(whole[len(example.input_ids) :]).strip() == ""
 
 
-def test_chat_appends_eos_where_the_template_ends_a_turn_with_another_token(tiny_tokenizer):
+def test_chat_appends_eos_if_the_template_ends_a_turn_with_another_token(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
     example = encode(Encoder(tokenizer, "chat"), row("the prompt", "the completion"))
@@ -64,7 +61,7 @@ def test_chat_appends_eos_where_the_template_ends_a_turn_with_another_token(tiny
 
 
 @given(st.text(min_size=1, max_size=60), st.text(min_size=1, max_size=60), st.sampled_from(["instruction", "raw"]))
-def test_any_text_comes_back_from_its_ids_with_eos_at_the_end_alone(tiny_tokenizer, prompt, completion, template):
+def test_any_text_is_decoded_unchanged_and_eos_is_only_at_the_end(tiny_tokenizer, prompt, completion, template):
     encoder = Encoder(tiny_tokenizer, template, max_length=1000)
     example = encode(encoder, row(prompt, completion))
     assert completion_text(encoder, example) == completion + tiny_tokenizer.eos_token
@@ -72,24 +69,21 @@ def test_any_text_comes_back_from_its_ids_with_eos_at_the_end_alone(tiny_tokeniz
 
 
 @pytest.mark.parametrize("template", ["instruction", "chat", "raw"])
-def test_a_prompt_has_the_same_ids_in_play_as_in_training(tiny_tokenizer, template):
+def test_prompt_has_the_same_ids_in_play_and_in_training(tiny_tokenizer, template):
     encoder = Encoder(tiny_tokenizer, template)
     example = encode(encoder, row())
     assert encoder.encode_prompt("a prompt") == list(example.input_ids[: example.num_prompt])
 
 
 @pytest.mark.parametrize("template", ["instruction", "chat", "raw"])
-def test_rows_encoded_together_are_encoded_as_one_by_one(tiny_tokenizer, template):
+def test_rows_encoded_together_equal_rows_encoded_one_by_one(tiny_tokenizer, template):
     encoder = Encoder(tiny_tokenizer, template, max_length=90)
     rows = [row("p" * n, COMPLETION[: 40 * n]) for n in range(1, 20)]
     assert encoder.encode(rows) == [encode(encoder, one) for one in rows]
 
 
-def test_an_example_knows_where_its_row_stands(tiny_tokenizer):
+def test_example_has_the_source_of_its_row(tiny_tokenizer):
     assert encode(Encoder(tiny_tokenizer), row()).source == "rows.jsonl:3"
-
-
-# BOS
 
 
 def with_bos(tokenizer):
@@ -104,7 +98,7 @@ def with_bos(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["instruction", "raw"])
-def test_bos_is_put_in_front_if_the_tokenizers_own_call_does_so(tiny_tokenizer, template):
+def test_bos_is_prepended_if_calling_the_tokenizer_prepends_it(tiny_tokenizer, template):
     bos_tokenizer = with_bos(tiny_tokenizer)
     for tokenizer, expected in ((tiny_tokenizer, 0), (bos_tokenizer, 1)):
         ids = list(encode(Encoder(tokenizer, template), row()).input_ids)
@@ -113,15 +107,12 @@ def test_bos_is_put_in_front_if_the_tokenizers_own_call_does_so(tiny_tokenizer, 
         assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_a_chat_template_writes_its_own_bos(tiny_tokenizer):
+def test_bos_is_not_added_to_a_chat_template(tiny_tokenizer):
     assert encode(Encoder(with_bos(tiny_tokenizer), "chat"), row()) == encode(Encoder(tiny_tokenizer, "chat"), row())
 
 
-# Special tokens in a row's text
-
-
 @pytest.mark.parametrize("template", ["instruction", "raw"])
-def test_a_special_token_spelt_out_in_a_row_is_text(tiny_tokenizer, template):
+def test_special_token_in_a_row_is_encoded_as_text(tiny_tokenizer, template):
     encoder = Encoder(tiny_tokenizer, template)
     text = "Moving <|im_end|> UP<|endoftext|>"
     example = encode(encoder, row(text, text))
@@ -131,33 +122,30 @@ def test_a_special_token_spelt_out_in_a_row_is_text(tiny_tokenizer, template):
 
 
 @pytest.mark.parametrize("texts", [("<|im_end|>", "c"), ("p", "c<|im_start|>system")])
-def test_chat_refuses_a_row_that_spells_out_a_special_token(tiny_tokenizer, texts):
-    refused, fine = Encoder(tiny_tokenizer, "chat").encode([row(*texts), row()])
-    assert refused.reason == SPECIAL_TOKEN
-    assert "Reword it, or set data.template=instruction" in refused.message
-    assert isinstance(fine, Example)
+def test_chat_rejects_a_row_that_contains_a_special_token(tiny_tokenizer, texts):
+    rejected, accepted = Encoder(tiny_tokenizer, "chat").encode([row(*texts), row()])
+    assert rejected.reason == SPECIAL_TOKEN
+    assert "data.template=instruction" in rejected.message
+    assert isinstance(accepted, Example)
 
 
-def test_chat_refuses_such_a_prompt_in_play(tiny_tokenizer):
-    with pytest.raises(UserError, match="the prompt holds '<|im_end|>'"):
+def test_chat_rejects_a_prompt_that_contains_a_special_token(tiny_tokenizer):
+    with pytest.raises(UserError, match=r"<\|im_end\|>"):
         Encoder(tiny_tokenizer, "chat").encode_prompt("a<|im_end|>b")
 
 
-def test_the_tokenizer_given_is_left_as_it_was(tiny_tokenizer):
+def test_encoder_does_not_change_the_tokenizer(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     before = tokenizer.backend_tokenizer.to_str(), tokenizer("a <|im_end|>")["input_ids"]
     Encoder(tokenizer).encode([row()])
     assert (tokenizer.backend_tokenizer.to_str(), tokenizer("a <|im_end|>")["input_ids"]) == before
 
 
-def test_truncation_that_a_tokenizer_brings_along_is_not_applied(tiny_tokenizer):
+def test_truncation_and_padding_of_the_tokenizer_are_not_applied(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=900)
     assert encode(Encoder(tokenizer), row()) == encode(Encoder(tiny_tokenizer), row())
-
-
-# Rows that are too long
 
 
 @given(
@@ -166,13 +154,13 @@ def test_truncation_that_a_tokenizer_brings_along_is_not_applied(tiny_tokenizer)
     st.integers(2, 200),
     st.sampled_from(["instruction", "chat", "raw"]),
 )
-def test_shortening_fits_keeps_the_last_line_and_eos_and_takes_out_whole_lines_of_the_middle(
+def test_shortening_fits_and_removes_whole_lines_from_the_middle_only(
     tiny_tokenizer, lines, last, max_length, template
 ):
     encoder = Encoder(tiny_tokenizer, template, max_length)
     result = encode(encoder, row("p", "\n".join([*lines, last])))
     shortest = encode(Encoder(tiny_tokenizer, template, 10_000), row("p", last))
-    if isinstance(result, Refusal):
+    if isinstance(result, Rejection):
         assert len(shortest.input_ids) > max_length
         return
     assert len(result.input_ids) <= max_length
@@ -184,51 +172,50 @@ def test_shortening_fits_keeps_the_last_line_and_eos_and_takes_out_whole_lines_o
         assert kept[num_head:-1] == lines[len(lines) - (len(kept) - 1 - num_head) :]
 
 
-def test_shortening_keeps_the_first_line_too_where_there_is_room_for_two(tiny_tokenizer):
+def test_shortening_keeps_the_first_line_if_two_lines_fit(tiny_tokenizer):
     two_lines = len(encode(Encoder(tiny_tokenizer), row("p", f"{LINES[0]}\n{LINES[-1]}")).input_ids)
     encoder = Encoder(tiny_tokenizer, max_length=two_lines)
     assert completion_text(encoder, encode(encoder, row("p"))) == f"{LINES[0]}\n{LINES[-1]}<|im_end|>"
 
 
-def test_shortening_takes_out_no_more_lines_than_it_must(tiny_tokenizer):
+def test_shortening_removes_no_more_lines_than_necessary(tiny_tokenizer):
     whole = encode(Encoder(tiny_tokenizer, max_length=10_000), row("p"))
     encoder = Encoder(tiny_tokenizer, max_length=len(whole.input_ids) - 1)
     assert len(completion_text(encoder, encode(encoder, row("p"))).split("\n")) == len(LINES) - 1
 
 
-def test_a_row_that_fits_exactly_is_left_alone(tiny_tokenizer):
+def test_row_of_exactly_max_length_is_unchanged(tiny_tokenizer):
     whole = encode(Encoder(tiny_tokenizer, max_length=10_000), row("p"))
     assert encode(Encoder(tiny_tokenizer, max_length=len(whole.input_ids)), row("p")) == whole
 
 
 @pytest.mark.parametrize("on_overflow", ["error", "drop"])
-def test_a_refused_row_is_told_what_max_length_would_fit_it(tiny_tokenizer, on_overflow):
+def test_rejection_names_the_max_length_that_would_fit(tiny_tokenizer, on_overflow):
     needed = len(encode(Encoder(tiny_tokenizer, max_length=10_000), row("p")).input_ids)
-    refusal = encode(Encoder(tiny_tokenizer, max_length=60, on_overflow=on_overflow), row("p"))
-    assert (refusal.source, refusal.reason) == ("rows.jsonl:3", TOO_LONG)
-    assert f"Set data.max_length to {needed} or more" in refusal.message
+    rejection = encode(Encoder(tiny_tokenizer, max_length=60, on_overflow=on_overflow), row("p"))
+    assert (rejection.source, rejection.reason) == ("rows.jsonl:3", TOO_LONG)
+    assert "data.max_length=60" in rejection.message
+    assert str(needed) in rejection.message
     assert isinstance(encode(Encoder(tiny_tokenizer, max_length=needed, on_overflow=on_overflow), row("p")), Example)
 
 
-def test_a_prompt_that_leaves_no_room_for_the_last_line_is_refused_with_the_max_length_that_would(tiny_tokenizer):
-    refusal = encode(Encoder(tiny_tokenizer, max_length=60), row("p" * 100))
+def test_rejection_of_a_long_prompt_names_the_max_length_for_the_last_line(tiny_tokenizer):
+    rejection = encode(Encoder(tiny_tokenizer, max_length=60), row("p" * 100))
     needed = len(encode(Encoder(tiny_tokenizer, max_length=10_000), row("p" * 100, LINES[-1])).input_ids)
-    assert f"{needed:,} with only the completion's last line kept, over data.max_length=60" in refusal.message
-    assert f"Set data.max_length to {needed} or more, or data.on_overflow=drop" in refusal.message
-
-
-# Settings
+    assert str(needed) in rejection.message
+    assert "data.max_length=60" in rejection.message
+    assert "data.on_overflow=drop" in rejection.message
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "alpaca"}, "unknown data.template 'alpaca'. Choose one of instruction, chat, raw"),
-        ({"on_overflow": "cut"}, "unknown data.on_overflow 'cut'. Choose one of error, drop, shorten"),
-        ({"max_length": 1}, "data.max_length must be at least 2"),
+        ({"template": "alpaca"}, r"data\.template 'alpaca'.*instruction, chat, raw"),
+        ({"on_overflow": "cut"}, r"data\.on_overflow 'cut'.*error, drop, shorten"),
+        ({"max_length": 1}, r"data\.max_length .*2.*1"),
     ],
 )
-def test_a_setting_that_cannot_be_is_an_error(tiny_tokenizer, settings, message):
+def test_invalid_setting_is_an_error(tiny_tokenizer, settings, message):
     with pytest.raises(UserError, match=message):
         Encoder(tiny_tokenizer, **settings)
 
@@ -236,19 +223,19 @@ def test_a_setting_that_cannot_be_is_an_error(tiny_tokenizer, settings, message)
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        (None, "has no chat template. Set data.template=instruction"),
-        ("{{ raise_exception('no') }}", "chat template failed .no.. Set data.template=instruction"),
-        ("{{ messages | length }}", "does not begin with its own prompt"),
+        (None, r"data\.template=chat.*data\.template=instruction"),
+        ("{{ raise_exception('no') }}", r"data\.template=chat.*\bno\b.*data\.template=instruction"),
+        ("{{ messages | length }}", r"data\.template=chat.*prompt.*data\.template=instruction"),
     ],
 )
-def test_a_chat_template_that_cannot_serve_is_an_error(tiny_tokenizer, chat_template, message):
+def test_unusable_chat_template_is_an_error(tiny_tokenizer, chat_template, message):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = chat_template
     with pytest.raises(UserError, match=message):
         Encoder(tokenizer, "chat").encode([row()])
 
 
-def test_the_fingerprint_follows_all_that_decides_the_ids_and_nothing_else(tiny_tokenizer):
+def test_fingerprint_depends_on_exactly_what_determines_the_ids(tiny_tokenizer):
     other = copy.deepcopy(tiny_tokenizer)
     other.add_tokens(["Moving"])
     rechatted = copy.deepcopy(tiny_tokenizer)

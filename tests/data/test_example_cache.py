@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.data import example_cache
-from snake_lora_pl.data.encoding import Encoder
-from snake_lora_pl.data.example_cache import EncodedRows, GameCounter, hash_file, open_encoded_rows
-from snake_lora_pl.data.jsonl import Row, expand_paths, read_rows
+from snake_lora_pl.data.data_files import expand_paths
+from snake_lora_pl.data.encoding import Encoder, Example
+from snake_lora_pl.data.example_cache import hash_file, open_examples
+from snake_lora_pl.data.example_files import ExampleFile, ExampleFileWriter, Examples
+from snake_lora_pl.data.jsonl import Row, read_rows
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import encoded_rows_dir
-from tests.data.conftest import games_of_steps, position
-
-SHARED_DIR = Path(__file__).parents[3] / "shared" / "data" / "heuristics_v0.04"
+from tests.data.conftest import games_of_steps
 
 
 @pytest.fixture
@@ -28,51 +29,41 @@ def encoder(tiny_tokenizer) -> Encoder:
 
 
 @pytest.fixture
-def count_builds(monkeypatch) -> list[Path]:
-    """Paths of the files that are encoded from now on."""
-    built = []
-    build = example_cache._build
+def encoded_paths(monkeypatch) -> list[Path]:
+    """Paths of the files that were encoded, in order."""
+    paths = []
+    build = example_cache._Cache.build
 
-    def counting(directory: Path, path: Path, *args) -> None:
-        built.append(path)
-        build(directory, path, *args)
+    def record(self, directory: Path, path: Path, content_hash: str) -> None:
+        paths.append(path)
+        build(self, directory, path, content_hash)
 
-    monkeypatch.setattr(example_cache, "_build", counting)
-    return built
+    monkeypatch.setattr(example_cache._Cache, "build", record)
+    return paths
 
 
-def contents(rows: EncodedRows) -> list[tuple[list[int], int, str]]:
+def contents(rows: Examples) -> list[tuple[list[int], int, str]]:
     return [(list(ids), num_prompt, source) for ids, num_prompt, source in (rows[i] for i in range(len(rows)))]
 
 
-def settle(path: Path) -> None:
-    """Make a file's time of last change look older than the resolution of time stamps."""
-    monkeypatch_time = time.time() - 60
-    os.utime(path, (monkeypatch_time, monkeypatch_time))
-
-
-# What is kept
-
-
-def test_rows_come_back_as_the_encoder_made_them(encoder, bfs512_sample_path):
-    rows = open_encoded_rows([bfs512_sample_path], encoder)
+def test_examples_equal_the_output_of_the_encoder(encoder, bfs512_sample_path):
+    rows = open_examples([bfs512_sample_path], encoder)
     expected = encoder.encode(list(read_rows([bfs512_sample_path])))
     assert contents(rows) == [(list(ids), num_prompt, source) for ids, num_prompt, source in expected]
     assert rows.lengths().tolist() == [len(ids) for ids, _, _ in expected]
-    assert rows.num_targets() == sum(len(ids) - num_prompt for ids, num_prompt, _ in expected)
 
 
-def test_chunks_leave_no_trace(encoder, bfs512_sample_path, monkeypatch):
-    whole = contents(open_encoded_rows([bfs512_sample_path], encoder))
+def test_examples_do_not_depend_on_chunk_boundaries(encoder, bfs512_sample_path, monkeypatch):
+    whole = contents(open_examples([bfs512_sample_path], encoder))
     shutil.rmtree(encoded_rows_dir("").parent)
     monkeypatch.setattr(example_cache, "_ROWS_PER_CHUNK", 100)
     monkeypatch.setattr(example_cache, "_CHARS_PER_CHUNK", 30_000)
-    assert contents(open_encoded_rows([bfs512_sample_path], encoder)) == whole
+    assert contents(open_examples([bfs512_sample_path], encoder)) == whole
 
 
-def test_several_files_are_one_sequence_in_the_order_given(encoder, write_rows):
+def test_files_form_one_sequence_in_the_order_given(encoder, write_rows):
     paths = [write_rows(games_of_steps(*steps), f"{i}.jsonl") for i, steps in enumerate([(3, 2), (4,), (1, 1)])]
-    rows = open_encoded_rows(paths, encoder)
+    rows = open_examples(paths, encoder)
     assert [source for _, _, source in contents(rows)] == [
         f"{path}:{line}" for path, num_rows in zip(paths, (5, 4, 2), strict=True) for line in range(1, num_rows + 1)
     ]
@@ -80,129 +71,125 @@ def test_several_files_are_one_sequence_in_the_order_given(encoder, write_rows):
     assert rows.num_games == 5
 
 
-def test_an_empty_file_among_others_is_fine(encoder, write_rows):
+def test_empty_file_among_others_is_accepted(encoder, write_rows):
     paths = [write_rows([], "a.jsonl"), write_rows(games_of_steps(2), "b.jsonl"), write_rows([], "c.jsonl")]
-    rows = open_encoded_rows(paths, encoder)
+    rows = open_examples(paths, encoder)
     assert [source for _, _, source in contents(rows)] == [f"{paths[1]}:1", f"{paths[1]}:2"]
 
 
-def test_no_rows_at_all_are_an_error(encoder, write_rows):
-    with pytest.raises(UserError, match=r"rows.jsonl: no rows\. Write one JSON object"):
-        open_encoded_rows([write_rows([])], encoder)
-    with pytest.raises(UserError, match=r"rows.jsonl: no rows .2 bad JSON left out"):
-        open_encoded_rows([write_rows([b"x", b"y"])], encoder, "skip")
+def test_no_rows_are_an_error_that_counts_skipped_rows(encoder, write_rows):
+    with pytest.raises(UserError, match=r"rows\.jsonl: .*'prompt' and 'completion'"):
+        open_examples([write_rows([])], encoder)
+    with pytest.raises(UserError, match=r"rows\.jsonl: .*2 bad JSON"):
+        open_examples([write_rows([b"x", b"y"])], encoder, "skip")
 
 
-def test_prompts_hash_alike_if_and_only_if_they_are_alike(encoder, write_rows):
+def test_prompt_hashes_are_equal_exactly_for_equal_prompts(encoder, write_rows):
     rows = [{"prompt": prompt, "completion": f"c{i}"} for i, prompt in enumerate(["a", "b", "a", "A"])]
-    hashes = open_encoded_rows([write_rows(rows)], encoder).prompt_hashes().tolist()
+    hashes = open_examples([write_rows(rows)], encoder).prompt_hashes().tolist()
     assert hashes[0] == hashes[2]
     assert len(set(hashes)) == 3
 
 
 @pytest.mark.parametrize(("vocabulary_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocabulary_size, dtype):
-    from snake_lora_pl.data.encoding import Example
-
+def test_ids_take_two_bytes_up_to_65536_tokens(tmp_path, vocabulary_size, dtype):
     last_id = vocabulary_size - 1
-    with example_cache._Writer(tmp_path, vocabulary_size) as writer:
+    with ExampleFileWriter(tmp_path, vocabulary_size) as writer:
         writer.write([(Row("p", "c", None, "x", 1), 0, Example([last_id, 0], 1, "x:1"))])
         writer.finish(content_hash="", num_games=1, skipped={})
     assert json.loads((tmp_path / "meta.json").read_text())["token_dtype"] == dtype
-    assert example_cache.EncodedFile(tmp_path, Path("x"))[0].input_ids.tolist() == [last_id, 0]
+    assert ExampleFile(tmp_path, Path("x"))[0].input_ids.tolist() == [last_id, 0]
 
 
-def test_pickled_rows_are_a_name_not_a_copy(encoder, bfs512_sample_path):
-    rows = open_encoded_rows([bfs512_sample_path], encoder)
+def test_pickle_contains_paths_instead_of_arrays(encoder, bfs512_sample_path):
+    rows = open_examples([bfs512_sample_path], encoder)
     pickled = pickle.dumps(rows)
     assert len(pickled) < 2000
     assert contents(pickle.loads(pickled)) == contents(rows)
 
 
-# The cache
+def test_second_opening_uses_the_cache(encoder, bfs512_sample_path, encoded_paths):
+    first = contents(open_examples([bfs512_sample_path], encoder))
+    assert contents(open_examples([bfs512_sample_path], encoder)) == first
+    assert len(encoded_paths) == 1
 
 
-def test_a_second_opening_encodes_nothing_and_gives_the_same(encoder, bfs512_sample_path, count_builds):
-    first = contents(open_encoded_rows([bfs512_sample_path], encoder))
-    assert contents(open_encoded_rows([bfs512_sample_path], encoder)) == first
-    assert len(count_builds) == 1
-
-
-def test_a_file_of_another_name_and_the_same_bytes_is_not_encoded_again(encoder, write_rows, count_builds):
+def test_copy_of_a_file_uses_the_same_cache_entry(encoder, write_rows, encoded_paths):
     a, b = (write_rows(games_of_steps(3), name) for name in ("a.jsonl", "b.jsonl"))
-    open_encoded_rows([a], encoder)
-    assert open_encoded_rows([b], encoder)[0].source == f"{b}:1"
-    assert len(count_builds) == 1
+    open_examples([a], encoder)
+    assert open_examples([b], encoder)[0].source == f"{b}:1"
+    assert len(encoded_paths) == 1
 
 
-def test_a_file_name_may_be_any_bytes(encoder, write_rows, caplog):
-    caplog.set_level(logging.CRITICAL, "snake_lora_pl")  # pytest-xdist cannot pass such a name on in what was logged
+def test_file_name_need_not_be_utf_8(encoder, write_rows, caplog):
+    caplog.set_level(logging.CRITICAL, "snake_lora_pl")  # pytest-xdist cannot transfer such a name in a log record
     path = write_rows(games_of_steps(3), os.fsdecode(b"\xff.jsonl"))
-    assert len(open_encoded_rows(expand_paths(str(path.parent / "*.jsonl")), encoder)) == 3
+    assert len(open_examples(expand_paths(str(path.parent / "*.jsonl")), encoder)) == 3
 
 
-def test_one_more_shard_leaves_the_others_as_they_are(encoder, write_rows, count_builds):
+def test_additional_file_does_not_reencode_the_others(encoder, write_rows, encoded_paths):
     a, b = (write_rows(games_of_steps(steps), f"{steps}.jsonl") for steps in (3, 4))
-    open_encoded_rows([a], encoder)
-    open_encoded_rows([a, b], encoder)
-    assert count_builds == [a, b]
+    open_examples([a], encoder)
+    open_examples([a, b], encoder)
+    assert encoded_paths == [a, b]
 
 
-def test_other_settings_have_other_rows(tiny_tokenizer, write_rows, count_builds):
+def test_each_setting_has_its_own_cache_entry(tiny_tokenizer, write_rows, encoded_paths):
     path = write_rows(games_of_steps(3))
     for settings in ({}, {"template": "raw"}, {"max_length": 300}, {"on_overflow": "drop"}):
-        open_encoded_rows([path], Encoder(tiny_tokenizer, **settings))
-    open_encoded_rows([path], Encoder(tiny_tokenizer), "skip")
-    assert len(count_builds) == 5
+        open_examples([path], Encoder(tiny_tokenizer, **settings))
+    open_examples([path], Encoder(tiny_tokenizer), "skip")
+    assert len(encoded_paths) == 5
 
 
-def test_an_edit_is_noticed_also_where_size_and_time_of_change_are_put_back(encoder, write_rows):
+def test_edit_is_detected_even_if_size_and_mtime_are_restored(encoder, write_rows):
     path = write_rows([{"prompt": "p", "completion": "abc"}])
-    settle(path)
+    an_hour_ago = time.time() - 3600
+    os.utime(path, (an_hour_ago, an_hour_ago))
     times = path.stat()
-    before = contents(open_encoded_rows([path], encoder))
+    before = contents(open_examples([path], encoder))
     write_rows([{"prompt": "p", "completion": "xyz"}])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert contents(open_encoded_rows([path], encoder)) != before
+    assert contents(open_examples([path], encoder)) != before
 
 
-def test_the_hash_of_a_settled_file_is_remembered(write_rows, monkeypatch):
+def test_hash_of_an_old_file_is_cached(write_rows, monkeypatch):
     path = write_rows(games_of_steps(3))
-    monkeypatch.setattr(example_cache, "_STAMPS_SETTLE_S", -1)
+    monkeypatch.setattr(example_cache, "_TIMESTAMP_RESOLUTION_S", -1)
     first = hash_file(path)
     monkeypatch.setattr("hashlib.blake2b", None)
-    monkeypatch.setattr(example_cache, "_hash_text", lambda *_: next(encoded_rows_dir("content_hashes").iterdir()).name)
+    monkeypatch.setattr(example_cache, "hash_text", lambda *_: next(encoded_rows_dir("content_hashes").iterdir()).name)
     assert hash_file(path) == first
 
 
-def test_the_hash_of_a_fresh_file_is_not_remembered_since_its_time_stamps_prove_nothing(write_rows):
+def test_hash_of_a_fresh_file_is_not_cached(write_rows):
     hash_file(write_rows(games_of_steps(3)))
     assert not encoded_rows_dir("content_hashes").exists()
 
 
-def test_a_file_that_cannot_be_hashed_is_an_error(write_rows, monkeypatch):
+def test_error_of_hashing_names_the_file_and_the_reason(write_rows, monkeypatch):
     path = write_rows(games_of_steps(1))
 
     def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", fail)
-    with pytest.raises(UserError, match=r"rows.jsonl: cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: .*Permission denied"):
         hash_file(path)
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(encoder, write_rows, monkeypatch):
+def test_file_that_changes_while_it_is_read_is_an_error(encoder, write_rows, monkeypatch):
     path = write_rows(games_of_steps(3))
-    build = example_cache._build
+    build = example_cache._Cache.build
 
     def build_and_append(*args) -> None:
         build(*args)
         with open(path, "ab") as file:
             file.write(b"\n")
 
-    monkeypatch.setattr(example_cache, "_build", build_and_append)
-    with pytest.raises(UserError, match=r"rows.jsonl: changed while it was read"):
-        open_encoded_rows([path], encoder)
+    monkeypatch.setattr(example_cache._Cache, "build", build_and_append)
+    with pytest.raises(UserError, match=r"rows\.jsonl: changed"):
+        open_examples([path], encoder)
 
 
 def cached_dir() -> Path:
@@ -222,31 +209,32 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_cache_is_built_again_with_a_warning(encoder, write_rows, caplog, damage):
+def test_damaged_cache_entry_is_rebuilt_with_a_warning(encoder, write_rows, caplog, damage):
     path = write_rows(games_of_steps(3))
-    before = contents(open_encoded_rows([path], encoder))
-    damage(cached_dir())
-    assert contents(open_encoded_rows([path], encoder)) == before
-    assert "is damaged" in caplog.text
+    before = contents(open_examples([path], encoder))
+    entry = cached_dir()
+    damage(entry)
+    assert contents(open_examples([path], encoder)) == before
+    assert entry.name in caplog.text
     caplog.clear()
-    open_encoded_rows([path], encoder)
-    assert "is damaged" not in caplog.text
+    open_examples([path], encoder)
+    assert caplog.records == []
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next(encoder, write_rows):
+def test_leftover_of_a_killed_build_is_removed(encoder, write_rows):
     path = write_rows(games_of_steps(3))
-    open_encoded_rows([path], encoder)
+    open_examples([path], encoder)
     directory = cached_dir()
     shutil.rmtree(directory)
     leftover = directory.with_name(f".{directory.name}.abc.tmp")
     leftover.mkdir()
-    open_encoded_rows([path], encoder)
+    open_examples([path], encoder)
     assert not leftover.exists()
 
 
-def test_a_build_that_fails_leaves_nothing_behind(encoder, write_rows):
-    with pytest.raises(UserError, match="1 bad row"):
-        open_encoded_rows([write_rows([*games_of_steps(3), b"{}"])], encoder)
+def test_failed_build_leaves_no_files(encoder, write_rows):
+    with pytest.raises(UserError, match=r"1 missing key"):
+        open_examples([write_rows([*games_of_steps(3), b"{}"])], encoder)
     assert [path for path in encoded_rows_dir("").iterdir() if not path.name.endswith(".lock")] == []
 
 
@@ -255,10 +243,10 @@ def _open_in_a_process(path: Path, tokenizer_dir: Path, barrier, queue) -> None:
 
     encoder = Encoder(AutoTokenizer.from_pretrained(tokenizer_dir))
     barrier.wait()
-    queue.put(contents(open_encoded_rows([path], encoder)))
+    queue.put(contents(open_examples([path], encoder)))
 
 
-def test_two_processes_may_build_at_once(tiny_llama_dir, encoder, write_rows):
+def test_two_processes_build_the_same_entry(tiny_llama_dir, encoder, write_rows):
     path = write_rows(games_of_steps(10, 10))
     fork = multiprocessing.get_context("fork")
     barrier, queue = fork.Barrier(2), fork.Queue()
@@ -268,118 +256,80 @@ def test_two_processes_may_build_at_once(tiny_llama_dir, encoder, write_rows):
     results = [queue.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert results[0] == results[1] == contents(open_encoded_rows([path], encoder))
+    assert results[0] == results[1] == contents(open_examples([path], encoder))
 
 
-def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(encoder, write_rows, tmp_path, monkeypatch):
+def test_error_of_an_unwritable_cache_names_its_path_and_variable(encoder, write_rows, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with monkeypatch.context() as patch:
         patch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path / "file" / "cache"))
-        with pytest.raises(UserError, match=r"cannot write to the cache .*file/cache .*set SNAKE_LORA_PL_CACHE to"):
-            open_encoded_rows([write_rows(games_of_steps(1))], encoder)
+        with pytest.raises(UserError, match=r"file/cache .*SNAKE_LORA_PL_CACHE"):
+            open_examples([write_rows(games_of_steps(1))], encoder)
 
 
-def test_a_full_disk_is_an_error_that_says_so(encoder, write_rows, monkeypatch):
+def test_full_disk_is_an_error_that_names_the_variable(encoder, write_rows, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(example_cache._Writer, "write", fail)
-    with pytest.raises(UserError, match=r"No space left on device.*Free some space, or set SNAKE_LORA_PL_CACHE"):
-        open_encoded_rows([write_rows(games_of_steps(1))], encoder)
+    monkeypatch.setattr(ExampleFileWriter, "write", fail)
+    with pytest.raises(UserError, match=r"No space left on device.*SNAKE_LORA_PL_CACHE"):
+        open_examples([write_rows(games_of_steps(1))], encoder)
 
 
-# Rows that are left out
-
-
-def test_bad_and_too_long_rows_of_all_files_are_reported_at_once(tiny_tokenizer, write_rows):
+def test_invalid_and_too_long_rows_of_all_files_are_reported_together(tiny_tokenizer, write_rows):
     long = {"prompt": "p" * 300, "completion": "c"}
     a, b = write_rows([long, *games_of_steps(2), b"{}"], "a.jsonl"), write_rows([long], "b.jsonl")
-    with pytest.raises(UserError, match=r"3 bad rows .2 too long, 1 missing key") as caught:
-        open_encoded_rows([a, b], Encoder(tiny_tokenizer, max_length=300, on_overflow="error"))
+    with pytest.raises(UserError, match=r"2 too long, 1 missing key") as caught:
+        open_examples([a, b], Encoder(tiny_tokenizer, max_length=300, on_overflow="error"))
     assert [line.split(": ")[0] for line in str(caught.value).splitlines()[1:]] == [f"{a}:4", f"{a}:1", f"{b}:1"]
 
 
-def test_dropped_rows_are_counted_each_time(tiny_tokenizer, write_rows, caplog):
+def test_dropped_rows_are_logged_at_every_opening(tiny_tokenizer, write_rows, caplog):
     path = write_rows([{"prompt": "p" * 300, "completion": "c"}, *games_of_steps(2)])
     encoder = Encoder(tiny_tokenizer, max_length=300, on_overflow="drop")
-    for said in ("dropped 1 row", "left out 1 too long"):
-        rows = open_encoded_rows([path], encoder)
+    for expected in ("dropped 1 rows over data.max_length=300", "skipped 1 too long"):
+        rows = open_examples([path], encoder)
         assert [row.source for row in map(rows.__getitem__, range(2))] == [f"{path}:2", f"{path}:3"]
         assert rows.skipped == {"too long": 1}
-        assert said in caplog.text
+        assert expected in caplog.text
 
 
-def test_a_row_that_cannot_be_shortened_is_an_error_also_where_bad_rows_are_skipped(tiny_tokenizer, write_rows):
+def test_row_that_cannot_be_shortened_is_an_error_even_if_invalid_rows_are_skipped(tiny_tokenizer, write_rows):
     path = write_rows([{"prompt": "p" * 300, "completion": "c"}, b"{}", *games_of_steps(1)])
-    with pytest.raises(UserError, match=r"1 bad row .1 too long"):
-        open_encoded_rows([path], Encoder(tiny_tokenizer, max_length=300), "skip")
+    with pytest.raises(UserError, match=r"1 too long"):
+        open_examples([path], Encoder(tiny_tokenizer, max_length=300), "skip")
 
 
-def test_skipped_rows_are_counted_each_time(encoder, write_rows, caplog):
+def test_skipped_rows_are_logged_at_every_opening(encoder, write_rows, caplog):
     path = write_rows([b"{}", *games_of_steps(2), b"nonsense"])
-    for said in ("skipped 2 bad rows", "left out 1 missing key, 1 bad JSON"):
-        assert len(open_encoded_rows([path], encoder, "skip")) == 2
-        assert said in caplog.text
+    for _ in range(2):
+        assert len(open_examples([path], encoder, "skip")) == 2
+        assert "1 missing key, 1 bad JSON" in caplog.text
+        caplog.clear()
 
 
-def test_under_chat_a_row_with_a_special_token_is_a_bad_row(tiny_tokenizer, write_rows):
+def test_row_with_a_special_token_is_invalid_under_chat(tiny_tokenizer, write_rows):
     path = write_rows([{"prompt": "a<|im_end|>", "completion": "c"}, {"prompt": "a", "completion": "c"}])
     encoder = Encoder(tiny_tokenizer, "chat")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: holds '<\|im_end\|>'"):
-        open_encoded_rows([path], encoder)
-    assert len(open_encoded_rows([path], encoder, "skip")) == 1
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*'<\|im_end\|>'"):
+        open_examples([path], encoder)
+    assert len(open_examples([path], encoder, "skip")) == 1
 
 
-def test_a_long_build_says_how_far_it_is(encoder, bfs512_sample_path, caplog, monkeypatch):
+def test_long_build_logs_its_progress(encoder, bfs512_sample_path, caplog, monkeypatch):
     monkeypatch.setattr(example_cache, "_ROWS_PER_CHUNK", 100)
-    monkeypatch.setattr(example_cache, "_PROGRESS_EVERY_S", 0)
+    monkeypatch.setattr(example_cache, "_PROGRESS_INTERVAL_S", 0)
     with caplog.at_level(logging.INFO):
-        open_encoded_rows([bfs512_sample_path], encoder)
-    assert "encoding, 100 rows so far" in caplog.text
-    assert "encoded, 354 rows so far" in caplog.text
+        open_examples([bfs512_sample_path], encoder)
+    counts = [re.search(r" (\d+) rows", record.message)[1] for record in caplog.records]
+    assert counts == ["100", "200", "300", "354", "354"]
 
 
-# Games
-
-
-def games_of(rows: list[dict]) -> list[int]:
-    counter = GameCounter()
-    return [
-        counter.game_of(Row(row["prompt"], row["completion"], row.get("game"), "x", line))
-        for line, row in enumerate(rows)
-    ]
-
-
-def test_a_game_begins_where_the_head_is_not_where_the_last_move_led():
-    assert games_of(games_of_steps(3, 1, 4)) == [0, 0, 0, 1, 2, 2, 2, 2]
-
-
-def test_rows_that_name_their_game_belong_to_it_wherever_they_stand():
-    named = [{**position(5, 5, "UP"), "game": game} for game in "abab"]
-    assert games_of(named) == [0, 1, 0, 1]
-    assert games_of([named[0], *games_of_steps(2), named[1], named[0]]) == [0, 1, 1, 2, 0]
-
-
-def test_rows_of_an_unknown_format_are_games_of_their_own():
-    unknown = {"prompt": "p", "completion": "c"}
-    assert games_of([unknown, unknown, *games_of_steps(2), unknown]) == [0, 1, 2, 2, 3]
-
-
-def test_games_of_two_files_are_never_the_same_one(encoder, write_rows):
+def test_games_of_two_files_are_distinct(encoder, write_rows):
     rows = [{**row, "game": 0} for row in games_of_steps(2)]
     paths = [write_rows(rows, "a.jsonl"), write_rows(rows[:1], "b.jsonl")]
-    assert open_encoded_rows(paths, encoder).games().tolist() == [0, 0, 1]
+    assert open_examples(paths, encoder).games().tolist() == [0, 0, 1]
 
 
-def test_the_sample_has_its_four_games(encoder, bfs512_sample_path):
-    assert open_encoded_rows([bfs512_sample_path], encoder).num_games == 4
-
-
-@pytest.mark.skipif(not SHARED_DIR.is_dir(), reason="the shared heuristics-v0.04 files are not beside the repository")
-def test_the_upstream_file_has_its_forty_games():
-    counter = GameCounter()
-    games = [
-        counter.game_of(row)
-        for row in read_rows(expand_paths(str(SHARED_DIR / "grid-size-10" / "bfs-512" / "*.jsonl")))
-    ]
-    assert (len(games), counter.num_games) == (5348, 40)
+def test_sample_has_four_games(encoder, bfs512_sample_path):
+    assert open_examples([bfs512_sample_path], encoder).num_games == 4

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snake_lora_pl.data.split import leave_out_duplicates, split_by_game
+from snake_lora_pl.data.split import drop_duplicates, split_by_game
 from snake_lora_pl.errors import UserError
 
 GAMES = st.lists(st.integers(0, 12), min_size=2, max_size=60).filter(lambda games: len(set(games)) > 1)
@@ -16,7 +16,7 @@ def distinct(num_rows: int) -> np.ndarray:
 
 
 @given(GAMES, st.floats(0.001, 0.999), st.integers(0, 5))
-def test_whole_games_validate_and_all_rows_are_somewhere(games, val_fraction, seed):
+def test_split_keeps_games_whole_and_loses_no_row(games, val_fraction, seed):
     games = np.array(games)
     split = split_by_game(games, distinct(len(games)), val_fraction, seed)
     assert sorted([*split.train, *split.val]) == list(range(len(games)))
@@ -26,7 +26,7 @@ def test_whole_games_validate_and_all_rows_are_somewhere(games, val_fraction, se
 
 
 @given(GAMES, st.floats(0.001, 0.999), st.integers(0, 5))
-def test_as_few_games_as_reach_the_share_validate(games, val_fraction, seed):
+def test_no_more_games_validate_than_the_fraction_needs(games, val_fraction, seed):
     games = np.array(games)
     val_games = games[split_by_game(games, distinct(len(games)), val_fraction, seed).val]
     share = len(val_games) / len(games)
@@ -36,7 +36,7 @@ def test_as_few_games_as_reach_the_share_validate(games, val_fraction, seed):
 
 
 @given(GAMES, st.lists(st.integers(0, 9), min_size=60, max_size=60), st.integers(0, 5))
-def test_no_training_prompt_validates_and_only_such_rows_are_removed(games, hashes, seed):
+def test_only_training_rows_whose_prompt_validates_are_dropped(games, hashes, seed):
     games, hashes = np.array(games), np.array(hashes, np.uint64)[: len(games)]
     try:
         split = split_by_game(games, hashes, 0.3, seed)
@@ -54,38 +54,38 @@ def test_the_split_is_a_function_of_the_seed():
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_games_without_a_row_are_never_chosen():
+def test_game_numbers_without_rows_are_never_chosen():
     games = np.array([1000, 2000])
     assert len(split_by_game(games, distinct(2), 0.1, 0).val) == 1
 
 
-def test_with_a_share_of_zero_all_rows_train():
+def test_fraction_of_zero_trains_on_all_rows():
     split = split_by_game(np.zeros(5, int), distinct(5), 0.0, 0)
     assert (split.train.tolist(), split.val.tolist()) == ([0, 1, 2, 3, 4], [])
 
 
-def test_one_game_alone_trains_whole_and_it_is_said_that_nothing_validates(caplog):
+def test_single_game_trains_without_validation_and_logs_a_warning(caplog):
     split = split_by_game(np.zeros(5, int), distinct(5), 0.1, 0)
     assert (split.train.tolist(), split.val.tolist()) == ([0, 1, 2, 3, 4], [])
-    assert "training without validation" in caplog.text
+    assert [(record.levelname, "data.val_path" in record.message) for record in caplog.records] == [("WARNING", True)]
 
 
 @pytest.mark.parametrize("val_fraction", [-0.1, 1.0, 10, float("nan")])
-def test_a_share_out_of_range_is_an_error(val_fraction):
-    with pytest.raises(UserError, match="data.val_fraction must be at least 0 and below 1"):
+def test_fraction_out_of_range_is_an_error(val_fraction):
+    with pytest.raises(UserError, match=rf"data\.val_fraction .*{val_fraction}"):
         split_by_game(np.arange(5), distinct(5), val_fraction, 0)
 
 
-def test_training_rows_that_all_validate_are_an_error():
-    with pytest.raises(UserError, match="no training row is left"):
-        leave_out_duplicates(np.arange(3), distinct(3), distinct(3))
+def test_error_if_every_training_prompt_validates():
+    with pytest.raises(UserError, match=r"data\.val_path"):
+        drop_duplicates(np.arange(3), distinct(3), distinct(3))
 
 
-def test_leaving_out_duplicates_is_leaving_out_equal_hashes():
+def test_dropping_duplicates_drops_exactly_the_equal_hashes():
     generator = np.random.default_rng(0)
-    # Hashes that differ in their first bits only are told apart too.
+    # Some hashes differ in their first bits only.
     hashes = generator.integers(0, 40, 500).astype(np.uint64) << np.uint64(40) | generator.integers(0, 5, 500).astype(
         np.uint64
     )
     train, val = np.arange(400), hashes[400:430]
-    assert leave_out_duplicates(train, hashes, val).tolist() == [i for i in train if hashes[i] not in val]
+    assert drop_duplicates(train, hashes, val).tolist() == [i for i in train if hashes[i] not in val]

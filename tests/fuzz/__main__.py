@@ -1,7 +1,7 @@
-"""``python -m tests.fuzz TARGET [-max_total_time=60 ...]``: Atheris looks for inputs that break a target.
+"""``python -m tests.fuzz TARGET [-max_total_time=60 ...]``: search with Atheris for inputs that violate a target.
 
-It needs ``pip install -e .[fuzz]``. Options are libFuzzer's. A finding is written to ``crash-*`` in the working
-directory, and the exit code is not 0.
+Requires ``pip install -e .[fuzz]``. The options are libFuzzer's. An input that violates the target is written to
+``crash-*`` in the working directory, and the exit code is not 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What mutations begin with.
+# Initial corpus by target.
 SEEDS = {
     "rows": [
         b'{"prompt": "a", "completion": "b"}\n',
@@ -33,7 +33,7 @@ SEEDS = {
 
 
 def main() -> int:
-    """Run Atheris in a process of its own, which it ends as it likes, over a corpus that grows from the seeds."""
+    """Run Atheris in a subprocess, because it exits the process, on a temporary corpus."""
     name, *options = sys.argv[1:]
     with tempfile.TemporaryDirectory() as corpus:
         for number, seed in enumerate(SEEDS[name]):

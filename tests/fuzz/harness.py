@@ -1,4 +1,4 @@
-"""The process that Atheris takes over: arguments are the target, then libFuzzer's options and directories."""
+"""Process that Atheris controls; the arguments are the target, libFuzzer's options and directories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ with atheris.instrument_imports(include=["snake_lora_pl", "tests.fuzz"]):
 
 
 def main() -> None:
-    """Run Atheris on the target that the first argument names."""
+    """Run Atheris on the target named by the first argument."""
     name = sys.argv.pop(1)
     target = TARGETS[name]
     atheris.Setup(sys.argv, target if name == "rows" else lambda data: target(data.decode("utf-8", "surrogateescape")))

@@ -1,4 +1,4 @@
-"""What must hold for any input of the readers that strangers write for; hypothesis and Atheris both drive these."""
+"""Properties of the readers of untrusted input, for any input; Hypothesis and Atheris both call these functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jsonargparse import get_loader
 
 from snake_lora_pl.adapters.card import model_card
 from snake_lora_pl.adapters.metadata import parse_metadata
-from snake_lora_pl.data.jsonl import Complaints, read_rows
+from snake_lora_pl.data.jsonl import read_rows
+from snake_lora_pl.data.row_errors import RowErrors
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game.text import STYLES, check_claims, read_board, read_grid_size, read_move, read_state
 from snake_lora_pl.paths import find_config
@@ -23,30 +24,30 @@ from snake_lora_pl.untrusted import load_yaml, printable
 
 
 def rows(content: bytes) -> None:
-    """Rows come out as JSON has them, each line is a row or a complaint, and nothing but a ``UserError`` is raised."""
-    complaints = Complaints()
+    """Check that rows equal their JSON, that each line is a row or an error, and that only ``UserError`` is raised."""
+    errors = RowErrors()
     with _file(content) as path:
         try:
-            good = list(read_rows([path], "skip", complaints=complaints))
-        except UserError:  # gzip by its first bytes, and damaged
+            good = list(read_rows([path], "skip", errors=errors))
+        except UserError:  # damaged gzip
             return
     lines = content.split(b"\n")
     if not content.startswith(b"\x1f\x8b"):
-        # A byte order mark and a line of white space are no rows.
+        # A byte order mark and a line of white space are not rows.
         filled = [line for line in lines if line.removeprefix(b"\xef\xbb\xbf").strip()]
-        assert len(good) + sum(complaints.counts.values()) == len(filled)
+        assert len(good) + len(errors) == len(filled)
         for row in good:
-            read = json.loads(lines[row.line - 1].decode("utf-8-sig"))
-            assert (row.prompt, row.completion) == (read["prompt"], read["completion"])
+            expected = json.loads(lines[row.line - 1].decode("utf-8-sig"))
+            assert (row.prompt, row.completion) == (expected["prompt"], expected["completion"])
     for row in good:
         assert row.prompt.strip()
         assert row.completion.strip()
         (row.prompt + row.completion).encode()
-    assert printable(str(complaints)).replace("\n", "").isprintable()
+    assert printable(str(errors)).replace("\n", "").isprintable()
 
 
 def prompts(text: str) -> None:
-    """A text is read as a board, and judged as a completion, without an exception; what is read fits together."""
+    """Check that reading a text as board and as completion raises nothing and gives consistent results."""
     board, state, move = read_board(text), read_state(text), read_move(text)
     assert read_grid_size(text) == (None if state is None else state.grid_size)
     if board is None or board.apple is None:
@@ -59,7 +60,7 @@ def prompts(text: str) -> None:
 
 
 def metadata(text: str) -> None:
-    """Metadata is refused with a ``ValueError``, or is whole: it can be written, read again and put on a card."""
+    """Check that metadata raises ``ValueError``, or can be written, read again and rendered as a model card."""
     try:
         read = parse_metadata(text)
     except ValueError:
@@ -69,7 +70,7 @@ def metadata(text: str) -> None:
 
 
 def configs(text: str) -> None:
-    """A name finds a file or a message; a content is read within bounds or refused as YAML."""
+    """Check that a name finds a config or raises ``UserError``, and that a config is bounded or invalid YAML."""
     with contextlib.suppress(UserError):
         assert find_config(text).is_file()
     with contextlib.suppress(yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""Hypothesis on the readers of what strangers write, with inputs that are nearly right."""
+"""Readers of untrusted input, tested with inputs that are almost valid."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ cut = st.builds(lambda content, at: content[:at], compressed, st.integers(0, 60)
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: st.SearchStrategy[str]) -> str:
-    """A text of which up to three parts are cut out, doubled or written over."""
+    """Return a text with up to three parts removed, duplicated or overwritten."""
     text = draw(whole)
     for _ in range(draw(st.integers(0, 3))):
         begin = draw(st.integers(0, len(text)))
@@ -89,23 +89,23 @@ names = st.sampled_from(["", ".", "..", "/", "\0", "balanced.yaml", "balanced", 
 
 @often
 @given(file_of_rows | compressed | cut | st.binary(max_size=80))
-def test_any_file_of_rows(content: bytes) -> None:
+def test_any_file_gives_rows_or_errors(content: bytes) -> None:
     targets.rows(content)
 
 
 @often
 @given(damaged(written) | texts)
-def test_any_prompt(text: str) -> None:
+def test_any_text_is_read_as_a_board(text: str) -> None:
     targets.prompts(text)
 
 
 @often
 @given(nearly_metadata() | damaged(nearly_metadata()) | anything.map(json.dumps) | texts)
-def test_any_metadata(text: str) -> None:
+def test_any_metadata_is_valid_or_an_error(text: str) -> None:
     targets.metadata(text)
 
 
 @often
 @given(damaged(shipped) | nodes | names | texts)
-def test_any_config(text: str) -> None:
+def test_any_config_is_valid_or_an_error(text: str) -> None:
     targets.configs(text)

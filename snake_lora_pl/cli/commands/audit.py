@@ -10,7 +10,7 @@ from typing import get_args
 from snake_lora_pl.cli.commands.parser import CommandParser
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.data.audit_checks import audit_rows
-from snake_lora_pl.data.audit_text import describe
+from snake_lora_pl.data.audit_text import format_audit
 from snake_lora_pl.data.encoding import Encoder, TemplateName, check_choice
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import base_model_cache_dir
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     options = build_parser().parse(arguments)
     check_choice("--template", options.template, TemplateName)
     audit = audit_rows(options.files, _encoder(options.base_model, options.template, options.max_length))
-    print(json.dumps(asdict(audit), indent=2) if options.json else describe(audit))
+    print(json.dumps(asdict(audit), indent=2) if options.json else format_audit(audit))
     return 0
 
 

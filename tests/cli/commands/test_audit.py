@@ -15,7 +15,7 @@ def test_text_lists_rows_games_claims_and_tokens(bfs512_sample_path, tiny_llama_
         "rows                     354 (354 on 10x10)",
         "games                    4",
         "illegal moves            0",
-        "said: valid_moves        354, false: 0",
+        "claim: valid_moves       354, false: 0",
         "rows over 450 tokens",
         "[[Moving ",
         "Conclusion: The move is: UP<|im_end|>]]",

@@ -66,7 +66,7 @@ def test_existing_file_is_replaced_only_with_overwrite(tmp_path, expect_user_err
         (["--out", "a", "--games", "0"], "1,000,000"),
         (["--out", "a", "--teacher", "safe-greedy"], "'safe_greedy'"),
         (["--out", "a", "--style", "bfs512"], "'bfs-512'"),
-        (["--out", "a", "--noise", "7"], "a probability, from 0 to 1"),
+        (["--out", "a", "--noise", "7"], "found: 7.0"),
         (["--out", "a", "--workers", "0"], "at least 1"),
         (["--out", "."], "directory"),
         (["--out", "/dev/null/a"], "--out /dev/null/a"),
