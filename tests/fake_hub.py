@@ -1,4 +1,4 @@
-"""A hub on this machine that really receives files."""
+"""A local stand-in for the Hugging Face Hub that receives uploads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from http.server import ThreadingHTTPServer
 
 from tests.json_server import JSONHandler
 
-TOKEN = "hf_NobodyMayReadThis"
+TOKEN = "hf_SecretTokenOfTheTest"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """What the hub's client asks of the hub when it sends a folder, and the files that arrive.
+    """An HTTP server with the endpoints that ``HfApi.upload_folder`` uses.
 
     Attributes:
-        files: Content of each file of the repository, by path, once a commit has named it.
-        visibility: What the repository was created as.
+        files: Content of each committed file, by path.
+        visibility: Visibility that the repository was created with.
     """
 
     def __init__(self) -> None:
@@ -31,13 +31,13 @@ class FakeHub(ThreadingHTTPServer):
 class _Handler(JSONHandler):
     server: FakeHub
 
-    def do_PUT(self) -> None:  # noqa: N802 - as http.server calls it
+    def do_PUT(self) -> None:  # noqa: N802 - required by http.server
         content = self._body()
         assert self.path == f"/blobs/{hashlib.sha256(content).hexdigest()}"
         self.server.blobs[self.path.rsplit("/", 1)[1]] = content
         self._answer({})
 
-    def do_POST(self) -> None:  # noqa: N802 - as http.server calls it
+    def do_POST(self) -> None:  # noqa: N802 - required by http.server
         body = self._body()
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self._answer({"error": f"bad token {self.headers['Authorization']}"}, 401)
@@ -72,4 +72,4 @@ class _Handler(JSONHandler):
                 elif item["key"] == "lfsFile":
                     self.server.files[value["path"]] = self.server.blobs[value["oid"]]
             return self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": commit})
-        return self._answer({"error": f"nothing at {self.path}"}, 404)
+        return self._answer({"error": f"not found: {self.path}"}, 404)

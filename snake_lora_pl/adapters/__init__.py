@@ -1,1 +1,1 @@
-"""What is trained on top of a base model, and its life on disk. Knows nothing of data, training or Snake."""
+"""Adapters on base models, in memory and on disk. Knows nothing of data, training or Snake."""

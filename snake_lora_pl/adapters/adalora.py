@@ -1,9 +1,9 @@
-"""AdaLoRA (https://arxiv.org/abs/2303.10512): ranks move, while training, to the layers that need them.
+"""AdaLoRA (https://arxiv.org/abs/2303.10512): allocates ranks to layers by importance during training.
 
-The update of a layer is ``B diag(E) A``. Every layer begins with ``initial_rank`` triplets of a row of A, an entry of E
-and a column of B. After the first phase the least important ones over all layers are set to zero, step by step down to
-``rank`` a layer on average; in the last phase the ranks stand and train on. The algorithm is PEFT's. What PEFT leaves
-to the training loop is here: the phases' lengths, when to allocate, the orthogonal term, what a resumed run needs.
+The update of a layer is ``B diag(E) A``. Every layer starts with ``initial_rank`` triplets of a row of A, an entry of E
+and a column of B. After an initial phase, the least important triplets over all layers are pruned step by step, down to
+an average of ``rank`` per layer; in the final phase, ranks are fixed. PEFT implements the algorithm. This module
+implements what PEFT leaves to the training loop: the schedule, the allocation, the regularizer, the state for a resume.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
@@ -30,7 +33,7 @@ _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
-    """AdaLoRA on a base model, at its initial rank everywhere; E is zero, so training starts at the base model."""
+    """Add AdaLoRA to a base model at its initial rank; E is zero, so logits are unchanged at first."""
     from peft import AdaLoraConfig, get_peft_model
 
     adalora = config.adalora
@@ -45,59 +48,73 @@ def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
         beta2=adalora.beta2,
         orth_reg_weight=adalora.orthogonal_weight,
         task_type="CAUSAL_LM",
-        # PEFT wants a number here; how long the run is, `start` learns from the trainer.
+        # PEFT requires a value; `start` sets the length of the run.
         total_step=1,
     )
     return get_peft_model(base_model, peft_config)
 
 
 class AdaLoRA(AdapterType):
-    """LoRA with a budget of ranks that is shared out by importance.
+    """LoRA with a rank budget that is allocated by importance.
 
-    An adapter that was trained before and is trained on keeps the ranks it has.
+    An adapter that is loaded to train further keeps its ranks.
     """
 
     ignored_settings = ("quantization", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern")
+    # In a saved rank_pattern, each layer has one boolean per initial triplet.
+    peft_setting_types: ClassVar[Mapping[str, Any]] = {
+        **AdapterType.peft_setting_types,
+        "peft_type": Literal["ADALORA"],
+        "rank_pattern": dict[str, list[bool]] | None,
+    }
+    card_settings: ClassVar[Mapping[str, str]] = {
+        "init_r": "initial rank",
+        "target_r": "target rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+    }
 
     def __init__(self) -> None:
         super().__init__(build_adalora)
 
+    @override
     def start(self, model: PeftModel, config: LoRAConfig, total_steps: int | None) -> None:
-        """Lay the three phases over the steps of the run.
+        """Divide the steps of the run into the three phases.
 
         Raises:
-            UserError: If the number of steps is not known or leaves no step to lower the ranks in.
+            UserError: If the number of steps is unknown, or leaves no step for pruning.
         """
         peft_config = _peft_config(model)
         if peft_config.rank_pattern is not None:
-            logger.info("AdaLoRA: the adapter's ranks are settled; training goes on with them.")
+            logger.info("AdaLoRA: the adapter's ranks are final; training continues without rank allocation.")
             model.base_model.rankallocator = None
             return
         if total_steps is None:
             raise UserError(
-                "model.adapter_type=adalora lowers ranks over a known number of steps, and the clock would end this "
-                "run: set trainer.max_steps, beside trainer.max_time or in its place."
+                "model.adapter_type=adalora prunes ranks over a known number of steps, but trainer.max_time ends this "
+                "run. Set trainer.max_steps, in addition or instead."
             )
         adalora = config.adalora
         initial = total_steps // 10 if adalora.initial_steps is None else adalora.initial_steps
         final = (total_steps - 1) // 2 if adalora.final_steps is None else adalora.final_steps
-        # Ranks are dropped by importance, which takes a step to be measured.
+        # Pruning is by importance, which takes one step to estimate.
         needed = max(initial, 1) + final + 1
         if total_steps < needed:
             given = [name for name in ("initial_steps", "final_steps") if getattr(adalora, name)]
             lower = ", or lower " + " and ".join(f"model.lora.adalora.{name}" for name in given) if given else ""
             raise UserError(
-                f"model.adapter_type=adalora: {initial} steps before ranks are lowered and {final} after do not fit "
-                f"into a run of {total_steps}. Train for at least {needed} steps (trainer.max_steps, "
-                f"trainer.max_epochs){lower}."
+                f"model.adapter_type=adalora: {initial} initial and {final} final steps do not fit into a run of "
+                f"{total_steps} steps. Train for at least {needed} steps (trainer.max_steps, trainer.max_epochs)"
+                f"{lower}."
             )
         peft_config.total_step, peft_config.tinit, peft_config.tfinal = total_steps, initial, final
 
+    @override
     def regularizer(self, model: PeftModel) -> Tensor | None:
-        """``orthogonal_weight`` times the mean over all factors of the Frobenius norm of ``P P^T - I``."""
+        """Return ``orthogonal_weight`` times the mean Frobenius norm of ``P P^T - I`` over all factors P."""
         import torch
 
-        weight = _peft_config(model).orth_reg_weight
+        weight: float = _peft_config(model).orth_reg_weight
         if weight == 0:
             return None
         norms = []
@@ -106,32 +123,35 @@ class AdaLoRA(AdapterType):
                 factor = parameter if ".lora_A." in name else parameter.T  # (rank, features)
                 identity = torch.eye(len(factor), device=factor.device, dtype=factor.dtype)
                 norms.append(torch.linalg.matrix_norm(factor @ factor.T - identity))
-        return weight * torch.stack(norms).mean()
+        return torch.stack(norms).mean() * weight
 
+    @override
     def after_step(self, model: PeftModel, step: int) -> dict[str, float]:
-        """Update each triplet's importance and set those beyond the step's budget to zero."""
+        """Update the importance of each triplet and prune those beyond the step's budget."""
         allocator = model.base_model.rankallocator
         if allocator is None:
             return {}
         model.base_model.update_and_allocate(step)
         return {"train/rank_budget": float(allocator.budget_schedule(step)[0]), "train/rank": _rank(model)}
 
+    @override
     def end(self, model: PeftModel, step: int) -> None:
-        """Say so where a run was cut before its ranks reached the target."""
+        """Log a warning if the run ended before its ranks reached the target."""
         peft_config = _peft_config(model)
         if model.base_model.rankallocator is None or step >= peft_config.total_step - peft_config.tfinal:
             return
         logger.warning(
-            "AdaLoRA: the run ended at step %d, before its ranks reached their target at step %d; %d of %d are left to "
-            "drop. Train on with --ckpt_path last, or plan for fewer steps with trainer.max_steps.",
+            "AdaLoRA: the run ended at step %d, before its ranks reached the target at step %d; %d of %d remain to be "
+            "pruned. Continue with --ckpt_path last, or plan for fewer steps with trainer.max_steps.",
             step,
             peft_config.total_step - peft_config.tfinal,
             int(_rank(model)) - model.base_model.rankallocator.target_bgt,
             model.base_model.rankallocator.init_bgt,
         )
 
+    @override
     def state(self, model: PeftModel) -> dict[str, Any]:
-        """The schedule, the ranks as allocated, and the running scores that the next allocation is made by."""
+        """Return the schedule, the allocated ranks, and the running scores that the next allocation depends on."""
         allocator = model.base_model.rankallocator
         if allocator is None:
             return {}
@@ -142,9 +162,10 @@ class AdaLoRA(AdapterType):
             "scores": {key: dict(getattr(allocator, key)) for key in _SCORES},
         }
 
+    @override
     def load_state(self, model: PeftModel, state: dict[str, Any]) -> None:
-        """Go on with the schedule that the run began with, also where the resumed run is longer."""
-        if not state:  # a run with settled ranks
+        """Restore the state, including the original schedule if the resumed run is longer."""
+        if not state:  # a run with final ranks
             return
         allocator = model.base_model.rankallocator
         peft_config = _peft_config(model)
@@ -155,14 +176,15 @@ class AdaLoRA(AdapterType):
         for key, scores in state["scores"].items():
             setattr(allocator, key, {name: score.to(devices[name]) for name, score in scores.items()})
 
+    @override
     def saved_form(self, model: PeftModel, weights: dict[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Only triplets that are not zero: PEFT cuts the factors down to the config's ``rank_pattern``."""
+        """Return the adapter without pruned triplets: PEFT truncates the factors to the config's ``rank_pattern``."""
         config = _peft_config(model)
         singular_values = {name: weights[name] for name in weights if ".lora_E." in name}
         is_resized = any(len(values) != config.init_r for values in singular_values.values())
         if is_resized or not any(values.any() for values in singular_values.values()):
             return config, weights
-        # Not the allocator's own pattern: between two allocations the optimizer moves what it had set to zero.
+        # Not the allocator's pattern: between two allocations, the optimizer changes what was set to zero.
         config = copy.deepcopy(config)
         config.rank_pattern = {
             name.removeprefix("base_model.model."): (values != 0).flatten().tolist()
@@ -170,12 +192,17 @@ class AdaLoRA(AdapterType):
         }
         return config, weights
 
+    @override
+    def saved_rank(self, peft_config: Mapping[str, Any]) -> int | None:
+        """Return the initial rank, which bounds the rank of every layer; AdaLoRA does not use ``r``."""
+        return peft_config.get("init_r")
+
 
 def _peft_config(model: PeftModel) -> AdaLoraConfig:
     return model.peft_config["default"]
 
 
 def _rank(model: PeftModel) -> float:
-    """Number of triplets, over all layers, that the last allocation kept."""
+    """Return the number of triplets over all layers after the last allocation."""
     pattern = _peft_config(model).rank_pattern
     return float(model.base_model.rankallocator.init_bgt if pattern is None else sum(map(sum, pattern.values())))

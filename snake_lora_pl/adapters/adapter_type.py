@@ -1,15 +1,16 @@
-"""What one kind of adapter is: a builder, and hooks where its training or its file differs from LoRA's.
+"""The interface of an adapter type: a builder, and hooks for what differs from LoRA in training and on disk.
 
-The training room calls these hooks and knows no kind by name.
+Other packages call these hooks; they never test an adapter type by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.initialization import as_plain_lora
+from snake_lora_pl.adapters.peft_internals import is_adapter_layer
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,26 +25,37 @@ if TYPE_CHECKING:
 
 
 class AdapterType:
-    """One kind of adapter; every hook does nothing until a subclass says otherwise.
+    """An adapter type. The default hooks are those of LoRA.
 
-    A kind holds no state of a run: one object serves every model. What must outlive a step lies in the PEFT model, and
-    what must outlive the process goes through ``state``.
+    An adapter type is stateless: one object serves every model. State that must survive a step belongs in the PEFT
+    model; state that must survive the process is returned by ``state``.
 
     Args:
-        build: Puts a fresh adapter on a loaded base model and returns the PEFT model.
+        build: Function that adds a fresh adapter to a loaded base model and returns the PEFT model.
     """
 
-    ignored_settings: tuple[str, ...] = ()
-    """Fields of ``LoRAConfig`` that mean nothing to this kind; setting one is refused."""
+    ignored_settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of ``LoRAConfig`` without effect on this type; setting one is an error."""
+    peft_setting_types: ClassVar[Mapping[str, Any]] = {
+        "peft_type": str | None,
+        "r": int | None,
+        "init_r": int | None,
+        "rank_pattern": dict[str, int] | None,
+        "target_modules": list[str] | str | None,
+        "modules_to_save": list[str] | None,
+    }
+    """Type hints of the settings in ``adapter_config.json`` that this package reads."""
+    card_settings: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    """Labels of the settings in ``adapter_config.json`` that the model card lists."""
 
     def __init__(self, build: AdapterBuilder) -> None:
         self.build = build
 
     def check(self, name: str, config: LoRAConfig) -> None:
-        """Refuse settings that this kind would ignore.
+        """Reject settings that this type ignores.
 
         Args:
-            name: The name that the kind is registered by.
+            name: The name that the type is registered under.
             config: The settings.
 
         Raises:
@@ -53,16 +65,16 @@ class AdapterType:
         given = [field for field in self.ignored_settings if getattr(config, field) != getattr(default, field)]
         if given:
             keys = ", ".join(f"model.lora.{field}" for field in given)
-            raise UserError(f"{keys}: without effect on adapter_type '{name}'. Leave out, or choose another type.")
+            raise UserError(f"{keys}: no effect on adapter_type '{name}'. Remove it, or choose another adapter type.")
 
     def load_base(self, base_model: BaseModelSpec | str, config: LoRAConfig, **load_options: Any) -> PreTrainedModel:
-        """Load the base model for a fresh adapter; ``load_options`` are those of ``load_base_model``."""
+        """Load the base model for a fresh adapter; ``load_options`` are passed to ``load_base_model``."""
         from snake_lora_pl.models import load_base_model
 
         return load_base_model(base_model, **load_options)
 
-    def optimizer_class(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[type[Any], dict]:
-        """The AdamW that trains ``parameters``, and the options it needs beside learning rate, betas and decay."""
+    def optimizer_class(self, parameters: Sequence[torch.nn.Parameter]) -> tuple[type[Any], dict[str, Any]]:
+        """Return the AdamW class for ``parameters``, and its options other than learning rate, betas and decay."""
         import torch
 
         return torch.optim.AdamW, {"fused": True}
@@ -71,62 +83,68 @@ class AdapterType:
         """Prepare for a run.
 
         Args:
-            model: The PEFT model, fresh or loaded to train on.
+            model: The PEFT model, fresh or loaded.
             config: The settings.
-            total_steps: Optimizer steps of the run, or None where only the clock will end it.
+            total_steps: Optimizer steps of the run; None if only a time limit ends it.
 
         Raises:
-            UserError: If the run is of a length that the kind cannot work with.
+            UserError: If the type cannot be trained for this number of steps.
         """
 
     def regularizer(self, model: PeftModel) -> Tensor | None:
-        """A term to minimize beside the mean loss of each optimizer step, as a scalar with a graph; None for none."""
+        """Return a differentiable scalar to add to the loss of each optimizer step; None for no regularization."""
         return None
 
     def after_step(self, model: PeftModel, step: int) -> dict[str, float]:
-        """Work that follows an optimizer step, while its gradients are still there.
+        """Update the adapter after an optimizer step, before its gradients are cleared.
 
         Args:
             model: The PEFT model.
             step: Number of the step, from 1.
 
         Returns:
-            Figures to log.
+            Metrics to log.
         """
         return {}
 
     def end(self, model: PeftModel, step: int) -> None:
-        """Say what a run that ended after ``step`` steps leaves undone."""
+        """Log a warning if a run that ended after ``step`` steps is incomplete."""
 
     def state(self, model: PeftModel) -> dict[str, Any]:
-        """What a resumed run needs beside the weights: tensors and plain values."""
+        """Return the state that a resumed run needs besides the weights: tensors and plain values."""
         return {}
 
     def load_state(self, model: PeftModel, state: dict[str, Any]) -> None:
-        """Take up what ``state`` returned; the model is on its device and its weights are loaded."""
+        """Restore what ``state`` returned. The model is on its device and its weights are loaded."""
 
     def saved_form(self, model: PeftModel, weights: dict[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """What goes to disk: an adapter that gives the same logits on the unchanged base.
+        """Return the form of an adapter on disk, which computes the same logits on the unchanged base.
 
         Args:
             model: The PEFT model.
-            weights: Its weights by the names of ``model.state_dict()``; the base's may be absent.
+            weights: Its weights by name in ``model.state_dict()``; base weights may be absent.
 
         Returns:
-            The PEFT config and the weights to save, which may differ in shape from those in memory.
+            The PEFT config and the weights to save, whose shapes may differ from those in memory.
         """
         return as_plain_lora(model, weights)
 
+    def saved_rank(self, peft_config: Mapping[str, Any]) -> int | None:
+        """Return the largest rank of any layer of a saved adapter; None if it has no rank.
+
+        Args:
+            peft_config: The content of ``adapter_config.json``.
+        """
+        rank = peft_config.get("r")
+        return None if rank is None else max([rank, *(peft_config.get("rank_pattern") or {}).values()])
+
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The parameters and buffers that an adapter consists of, by their names in ``model.state_dict()``.
+    """Return the parameters and buffers of an adapter, by name in ``model.state_dict()``.
 
-    Beside what is trained these are whatever else lies in PEFT's layers and is not the base's, such as the half of a
-    factor that a kind keeps frozen.
+    They include everything in PEFT's layers except base weights, such as factors that an adapter type keeps frozen.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    layers = tuple(f"{name}." for name, module in model.named_modules() if is_adapter_layer(module))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
         name: tensor

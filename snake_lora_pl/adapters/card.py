@@ -1,4 +1,4 @@
-"""Model cards: what a directory holds, what it was trained on, how it scored, how to load it."""
+"""Model cards of adapters and merged models."""
 
 from __future__ import annotations
 
@@ -6,40 +6,38 @@ import os
 from typing import Any
 
 from snake_lora_pl.adapters.metadata import AdapterMetadata, is_number
+from snake_lora_pl.adapters.registry import saved_conventions
 from snake_lora_pl.adapters.vllm import vllm_command, vllm_obstacles
 
-_SETTINGS = {
-    "r": "rank",
-    "init_r": "initial rank",
-    "target_r": "target rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-}
-# Figures of a table of games: what to call them, how to write them.
-_FIGURES = {
+# Statistics of games: label and format.
+_STATISTICS = {
     "num_games": ("games", "{:.0f}"),
     "apples_mean": ("apples, mean", "{:.1f}"),
-    "apples_low": ("95% interval from", "{:.1f}"),
-    "apples_high": ("to", "{:.1f}"),
+    "apples_low": ("95% interval, lower bound", "{:.1f}"),
+    "apples_high": ("95% interval, upper bound", "{:.1f}"),
     "apples_median": ("apples, median", "{:.0f}"),
     "win_rate": ("games won", "{:.0%}"),
     "steps_mean": ("steps, mean", "{:,.0f}"),
     "fatal_move_rate": ("fatal moves", "{:.2%}"),
-    "unparseable_rate": ("unreadable answers", "{:.2%}"),
-    "teacher_agreement": ("moves as the teacher's", "{:.1%}"),
+    "unparseable_rate": ("completions without a move", "{:.2%}"),
+    "teacher_agreement": ("agreement with the teacher", "{:.1%}"),
 }
-# Figures that the model index at the head of a card names.
-_HEADLINES = {"val/loss": "validation loss", "val/move_accuracy": "move accuracy", "play/apples_mean": "apples a game"}
+# Metrics in the model index of the card's YAML header, with their labels.
+_INDEXED_METRICS = {
+    "val/loss": "validation loss",
+    "val/move_accuracy": "move accuracy",
+    "play/apples_mean": "apples per game",
+}
 
 
 def model_card(metadata: AdapterMetadata) -> str:
-    """The card of an adapter directory."""
+    """Return the model card of an adapter directory."""
     lines = [
-        *_head(metadata, library="peft", relation="adapter"),
+        *_yaml_header(metadata, library="peft", relation="adapter"),
         f"# A {metadata.adapter_type} adapter that plays Snake",
         "",
         f"Trained on {_base_link(metadata)} for {metadata.step:,} optimizer steps with snake_lora_pl "
-        f"{metadata.packages.get('snake_lora_pl', '')}. {_base_copy(metadata)}",
+        f"{metadata.packages.get('snake_lora_pl', '')}. {_base_identity(metadata)}",
         "",
         "## Load",
         "",
@@ -58,18 +56,18 @@ def model_card(metadata: AdapterMetadata) -> str:
 
 
 def merged_model_card(metadata: AdapterMetadata, dtype: str) -> str:
-    """The card of a model that an adapter was merged into.
+    """Return the model card of a merged model.
 
     Args:
-        metadata: The adapter's.
-        dtype: Type of the merged weights.
+        metadata: The adapter's metadata.
+        dtype: Dtype of the merged weights.
     """
     lines = [
-        *_head(metadata, library="transformers", relation="finetune"),
+        *_yaml_header(metadata, library="transformers", relation="finetune"),
         "# A language model that plays Snake",
         "",
-        f"{_base_link(metadata)} with a {metadata.adapter_type} adapter of snake_lora_pl merged into its weights "
-        f"({dtype}); the adapter's sha256 is `{metadata.weights_sha256}`. {_base_copy(metadata)}",
+        f"{_base_link(metadata)}, merged in {dtype} with a {metadata.adapter_type} adapter that was trained with "
+        f"snake_lora_pl (sha256 `{metadata.weights_sha256}`). {_base_identity(metadata)}",
         "",
         "## Load",
         "",
@@ -84,7 +82,7 @@ def merged_model_card(metadata: AdapterMetadata, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def _head(metadata: AdapterMetadata, library: str, relation: str) -> list[str]:
+def _yaml_header(metadata: AdapterMetadata, library: str, relation: str) -> list[str]:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -96,7 +94,7 @@ def _head(metadata: AdapterMetadata, library: str, relation: str) -> list[str]:
             metric_name=label,
             metric_value=metadata.metrics[name],
         )
-        for name, label in _HEADLINES.items()
+        for name, label in _INDEXED_METRICS.items()
         if name in metadata.metrics
     ]
     on_hub = not os.path.isabs(metadata.base_model)
@@ -117,35 +115,39 @@ def _base_link(metadata: AdapterMetadata) -> str:
     return f"`{name}`" if os.path.isabs(name) else f"[`{name}`](https://huggingface.co/{name})"
 
 
-def _base_copy(metadata: AdapterMetadata) -> str:
+def _base_identity(metadata: AdapterMetadata) -> str:
     if metadata.base_sha256:
-        called = f" (`{metadata.base_model_name}`)" if metadata.base_model_name != metadata.base_model else ""
-        return f"The copy that was trained on{called} has sha256 `{metadata.base_sha256}`."
-    return f"The revision that was trained on is `{metadata.base_revision}`." if metadata.base_revision else ""
+        name = f" (`{metadata.base_model_name}`)" if metadata.base_model_name != metadata.base_model else ""
+        return f"The base weights{name} have sha256 `{metadata.base_sha256}`."
+    return f"The revision of the base is `{metadata.base_revision}`." if metadata.base_revision else ""
 
 
 def _serving(metadata: AdapterMetadata) -> list[str]:
     obstacles = vllm_obstacles(metadata.peft_config)
     if obstacles:
-        return ["## Serve", "", f"Not with vLLM as it is ({'; '.join(obstacles)}): merge it first.", ""]
+        return [
+            "## Serve",
+            "",
+            f"vLLM cannot serve this adapter ({'; '.join(obstacles)}): merge it first.",
+            "",
+        ]
     command = vllm_command(metadata.peft_config, metadata.base_model, "path/to/this/directory")
-    return ["## Serve", "", "```", command, "```", "", *_quantized(metadata)]
+    return ["## Serve", "", "```", command, "```", "", *_quantization_note(metadata)]
 
 
-def _quantized(metadata: AdapterMetadata) -> list[str]:
+def _quantization_note(metadata: AdapterMetadata) -> list[str]:
     if not metadata.quantization:
         return []
     return [
-        f"It was trained on its base in {metadata.quantization['bits']} bits: on the full weights, as above, its "
-        "answers differ a little. `python -m snake_lora_pl merge` writes the model that was trained.",
+        f"The adapter was trained on a {metadata.quantization['bits']}-bit base. On the full weights, as above, its "
+        "completions differ slightly; `python -m snake_lora_pl merge` writes the exact model.",
         "",
     ]
 
 
 def _body(metadata: AdapterMetadata) -> list[str]:
-    settings = dict(metadata.peft_config)
-    if "init_r" in settings:
-        settings.pop("r", None)  # AdaLoRA inherits the field and does not use it
+    settings = metadata.peft_config
+    labels = saved_conventions(metadata.adapter_type).card_settings
     layers = settings.get("target_modules") or []
     size = f"{metadata.grid_size}x{metadata.grid_size}" if metadata.grid_size else "unknown"
     return [
@@ -157,11 +159,11 @@ def _body(metadata: AdapterMetadata) -> list[str]:
         *_table(
             "setting",
             {
-                **{label: settings[key] for key, label in _SETTINGS.items() if settings.get(key) is not None},
+                **{label: settings[key] for key, label in labels.items() if settings.get(key) is not None},
                 "layers": layers if isinstance(layers, str) else ", ".join(sorted(layers)),
                 "trained parameters": f"{metadata.trainable_parameters:,} of {metadata.total_parameters:,}",
                 "epoch": metadata.epoch,
-                **({"base stored as": metadata.quantization} if metadata.quantization else {}),
+                **({"base quantization": metadata.quantization} if metadata.quantization else {}),
             },
         ),
         "## Metrics",
@@ -191,7 +193,7 @@ def _games(play: dict[str, Any]) -> list[str]:
     if not play:
         return []
     players = play["players"]
-    figures = {name: shown for name, shown in _FIGURES.items() if any(name in p for p in players.values())}
+    statistics = {name: shown for name, shown in _STATISTICS.items() if any(name in p for p in players.values())}
     return [
         "## Games",
         "",
@@ -200,13 +202,13 @@ def _games(play: dict[str, Any]) -> list[str]:
         "| | " + " | ".join(players) + " |",
         "|---|" + "---|" * len(players),
         *(
-            f"| {label} | " + " | ".join(_figure(p.get(name), form) for p in players.values()) + " |"
-            for name, (label, form) in figures.items()
+            f"| {label} | " + " | ".join(_format(p.get(name), form) for p in players.values()) + " |"
+            for name, (label, form) in statistics.items()
         ),
         "",
-        *_table("played with", play.get("settings", {})),
+        *_table("setting", play.get("settings", {})),
     ]
 
 
-def _figure(value: Any, form: str) -> str:
+def _format(value: Any, form: str) -> str:
     return form.format(value) if is_number(value) else "-"

@@ -1,43 +1,47 @@
-"""What is trained on top of the base model: rank, scale, dropout, the layers that carry it, and how it starts."""
+"""Settings of adapters: rank, scale, dropout, target layers, initialization."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass, field
 
 from snake_lora_pl.adapters.patterns import problem_with_pattern
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.errors import UserError, did_you_mean
 from snake_lora_pl.models.quantization import QuantizationConfig
 
 ALL_LINEAR = "all-linear"
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-
-# True is PEFT's word for its default.
+# PEFT names its default initialization `true`.
 _INITS = "true, gaussian, orthogonal, olora, pissa, pissa_niter_N (N iterations)"
-# The shorter side of the largest layers of open models (Llama 3.1 405B): a higher rank adds nothing to any layer.
-_MAX_RANK = 16_384
 _INIT_PATTERN = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
+# The smaller dimension of the largest layers of open models (Llama 3.1 405B), which bounds any useful rank.
+_MAX_RANK = 16_384
+
+PRESETS: dict[str, tuple[int, float, float]] = {
+    "lightweight": (8, 16, 0.1),
+    "balanced": (16, 32, 0.05),
+    "high_capacity": (32, 64, 0.02),
+}
+"""Rank, alpha and dropout of each preset."""
 
 
 @dataclass
 class AdaLoRAConfig:
-    """What AdaLoRA (https://arxiv.org/abs/2303.10512) adds to rank, alpha, dropout and layers.
+    """Additional settings of AdaLoRA (https://arxiv.org/abs/2303.10512).
 
     Args:
-        initial_rank: Rank that every layer starts with; ``model.lora.rank`` is the average that is left at the end.
-            1.5 times that if None.
-        initial_steps: Optimizer steps before the first rank is dropped; a tenth of the run if None.
-        final_steps: Optimizer steps at the end, with the ranks settled; half of the run if None.
-        allocate_every_n_steps: Optimizer steps between two allocations.
-        beta1: Decay rate of the running importance, between 0 and 1.
-        beta2: Decay rate of its running uncertainty, between 0 and 1.
-        orthogonal_weight: Weight of the term that keeps the factors orthogonal, beside a mean loss per token.
+        initial_rank: Initial rank of every layer, above the final average ``model.lora.rank``; 1.5 times that if None.
+        initial_steps: Optimizer steps before ranks are pruned; a tenth of the run if None.
+        final_steps: Optimizer steps at the end with fixed ranks; half of the run if None.
+        allocate_every_n_steps: Optimizer steps between two rank allocations.
+        beta1: Decay rate of the running importance, in (0, 1).
+        beta2: Decay rate of the running uncertainty, in (0, 1).
+        orthogonal_weight: Weight of the orthogonality regularizer, relative to the mean loss per token.
 
     Raises:
-        UserError: If a value lies outside its range.
+        UserError: If a value is out of range.
     """
 
     initial_rank: int | None = None
@@ -49,7 +53,7 @@ class AdaLoRAConfig:
     orthogonal_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check every value and report all that are wrong at once."""
+        """Check all values and report every problem at once."""
         problems = [
             f"{name} must be at least 0, not {value}"
             for name in ("initial_steps", "final_steps", "orthogonal_weight")
@@ -58,7 +62,7 @@ class AdaLoRAConfig:
         if self.allocate_every_n_steps < 1:
             problems.append(f"allocate_every_n_steps must be at least 1, not {self.allocate_every_n_steps}")
         problems += [
-            f"{name} must lie between 0 and 1, not {value}"
+            f"{name} must be between 0 and 1, not {value}"
             for name in ("beta1", "beta2")
             if not 0 < (value := getattr(self, name)) < 1
         ]
@@ -71,26 +75,26 @@ class LoRAConfig:
     """Settings of a low-rank adapter, ``W' = W + alpha / rank * B A`` (https://arxiv.org/abs/2106.09685).
 
     Args:
-        rank: Inner dimension of the two factors A and B.
-        alpha: Scale of the update; the product is multiplied by ``alpha / rank``.
-        dropout: Probability with which an input of A is zeroed in training, in [0, 1).
-        target_modules: Names of the layers that get an adapter; each must exist. ``all-linear`` takes every linear
-            layer but the output head, any other string is a regular expression over full module names. The default,
-            the four attention projections, follows the architecture where it has other names (GPT-2: ``c_attn``).
-        use_rslora: Scale by ``alpha / sqrt(rank)``, which suits high ranks (https://arxiv.org/abs/2312.03732).
-        use_dora: Train each weight's magnitude apart from its direction; slower (https://arxiv.org/abs/2402.09353).
-        init_lora_weights: How A and B start: ``true`` (B zero, A uniform), ``gaussian`` (B zero, A normal),
-            ``orthogonal``, or from the base's own weights: ``pissa``, ``pissa_niter_N``, ``olora``. Those are saved at
-            twice the rank, as plain LoRA that fits the unchanged base.
-        rank_pattern: Ranks of single layers: the end of a layer's full name after a dot, or a regular expression,
-            and its rank. Each must match a layer that carries the adapter.
-        alpha_pattern: Alphas of single layers, likewise.
-        loraplus_lr_ratio: Learning rate of B over that of A, at least 1 (LoRA+, https://arxiv.org/abs/2402.12354).
-        quantization: How the base is stored; for ``qlora``.
-        adalora: How ranks are shared out; for ``adalora``.
+        rank: Inner dimension of the factors A and B.
+        alpha: Scale of the update, which is multiplied by ``alpha / rank``.
+        dropout: Dropout probability on the input of A, in [0, 1).
+        target_modules: Names of the layers to adapt; each must exist. ``all-linear`` selects every linear layer except
+            the LM head; any other string is a regular expression over full module names. The default, the attention
+            projections, is replaced by the equivalent of other architectures (GPT-2: ``c_attn``).
+        use_rslora: Scale by ``alpha / sqrt(rank)``, for high ranks (https://arxiv.org/abs/2312.03732).
+        use_dora: Train magnitude and direction of each weight separately; slower (https://arxiv.org/abs/2402.09353).
+        init_lora_weights: Initialization of A and B: ``true`` (A uniform, B zero), ``gaussian`` (A normal, B zero),
+            ``orthogonal``, or from the base weights: ``pissa``, ``pissa_niter_N``, ``olora``. The latter are saved at
+            twice the rank, as plain LoRA for the unchanged base.
+        rank_pattern: Ranks of individual layers, by suffix of the layer's name or regular expression. Each key must
+            match an adapted layer.
+        alpha_pattern: Alphas of individual layers, with keys as in ``rank_pattern``.
+        loraplus_lr_ratio: Learning rate of B relative to A, at least 1 (LoRA+, https://arxiv.org/abs/2402.12354).
+        quantization: Quantization of the base, for ``qlora``.
+        adalora: Rank allocation, for ``adalora``.
 
     Raises:
-        UserError: If a value lies outside its range.
+        UserError: If a value is out of range.
     """
 
     rank: int = 16
@@ -107,10 +111,10 @@ class LoRAConfig:
     adalora: AdaLoRAConfig = field(default_factory=AdaLoRAConfig)
 
     def __post_init__(self) -> None:
-        """Check every value and report all that are wrong at once."""
+        """Check all values and report every problem at once."""
         problems = []
         if not 1 <= self.rank <= _MAX_RANK:
-            problems.append(f"rank must lie between 1 and {_MAX_RANK:,}, not {self.rank}")
+            problems.append(f"rank must be between 1 and {_MAX_RANK:,}, not {self.rank}")
         if not 0 < self.alpha < math.inf:
             problems.append(f"alpha must be a number above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -120,9 +124,9 @@ class LoRAConfig:
         if self.init_lora_weights is not True and not _INIT_PATTERN.fullmatch(str(self.init_lora_weights)):
             problems.append(f"init_lora_weights must be one of {_INITS}, not '{self.init_lora_weights}'")
         elif self.use_dora and self.starts_from_base:
-            problems.append(f"init_lora_weights={self.init_lora_weights} does not go with use_dora: choose one")
+            problems.append(f"init_lora_weights={self.init_lora_weights} cannot be combined with use_dora: choose one")
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.rank, *self.rank_pattern.values())):
-            problems.append("init_lora_weights=orthogonal needs even ranks")
+            problems.append("init_lora_weights=orthogonal requires even ranks")
         if not all(1 <= rank <= _MAX_RANK for rank in self.rank_pattern.values()):
             problems.append(f"rank_pattern must hold ranks between 1 and {_MAX_RANK:,}, not {self.rank_pattern}")
         if not all(0 < alpha < math.inf for alpha in self.alpha_pattern.values()):
@@ -134,7 +138,7 @@ class LoRAConfig:
             problems.append(f"loraplus_lr_ratio must be at least 1, not {self.loraplus_lr_ratio}")
         if self.adalora.initial_rank is not None and self.adalora.initial_rank <= self.rank:
             problems.append(
-                f"adalora.initial_rank must be above rank, {self.rank}, which is what is left in the end, "
+                f"adalora.initial_rank must be above rank ({self.rank}), the final average, "
                 f"not {self.adalora.initial_rank}"
             )
         if problems:
@@ -142,27 +146,17 @@ class LoRAConfig:
 
     @property
     def starts_from_base(self) -> bool:
-        """Whether the factors start as a part of the base's weights."""
+        """True if the factors are initialized from the base weights."""
         return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     @classmethod
     def preset(cls, name: str) -> LoRAConfig:
-        """The settings of a named preset.
+        """Return the settings of a named preset.
 
         Raises:
-            UserError: If there is no such preset; the message lists those there are.
+            UserError: If there is no such preset; the message lists the known ones.
         """
         if name not in PRESETS:
-            near = difflib.get_close_matches(name, PRESETS, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"Unknown preset '{name}'. Presets: {', '.join(PRESETS)}.{hint}")
+            raise UserError(f"Unknown preset '{name}'. Presets: {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
         rank, alpha, dropout = PRESETS[name]
         return cls(rank=rank, alpha=alpha, dropout=dropout)
-
-
-# name: (rank, alpha, dropout)
-PRESETS: dict[str, tuple[int, float, float]] = {
-    "lightweight": (8, 16, 0.1),
-    "balanced": (16, 32, 0.05),
-    "high_capacity": (32, 64, 0.02),
-}

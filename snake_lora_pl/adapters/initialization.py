@@ -1,10 +1,10 @@
-"""Adapters that start from the base's own weights (PiSSA, OLoRA) and leave those weights alone.
+"""Adapters that are initialized from the base weights (PiSSA, OLoRA) without changing the base.
 
-Both methods start at ``B0 A0``, a part of the weight ``W``, and train ``W' = (W - s B0 A0) + s B A``. PEFT writes the
-first term into the base, after which no other copy of the base fits the adapter, and switching the adapter off no
-longer gives the base model. Here the base stays as it is and each layer subtracts ``s B0 A0 x`` from its output: the
-same function. On disk the two products are one plain LoRA of twice the rank, ``[B, -B0] [A; A0]``, which loads on
-the unchanged base everywhere.
+Both methods initialize the factors to ``B0 A0``, a part of the weight ``W``, and train
+``W' = (W - s B0 A0) + s B A``. PEFT writes ``W - s B0 A0`` into the base; then the adapter fits no other copy of the
+base, and disabling it does not restore the base model. Here the base is unchanged and each layer subtracts
+``s B0 A0 x`` from its output, which is the same function. On disk, the two products are one plain LoRA of twice the
+rank, ``[B, -B0] [A; A0]``, which loads on the unchanged base.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from snake_lora_pl.adapters.peft_internals import dequantized_weight, initialize_from_base
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,37 +22,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_NAME = "default"
-"""The name that PEFT gives an adapter."""
+"""PEFT's default name of an adapter."""
 
 
 def start_from_base(model: PeftModel, method: str) -> None:
-    """Set a fresh adapter to a part of the base's weights.
+    """Initialize a fresh adapter from the base weights.
 
     Args:
-        model: A PEFT model with a LoRA adapter that has not been trained.
-        method: ``pissa`` (the largest singular values, https://arxiv.org/abs/2404.02948), ``pissa_niter_N`` (the same,
-            by a randomized decomposition with N iterations: faster) or ``olora`` (the first columns of a QR
-            decomposition, https://arxiv.org/abs/2406.01775).
+        model: A PEFT model with an untrained LoRA adapter.
+        method: ``pissa`` (largest singular values, https://arxiv.org/abs/2404.02948), ``pissa_niter_N`` (by a faster
+            randomized decomposition with N iterations) or ``olora`` (first columns of a QR decomposition,
+            https://arxiv.org/abs/2406.01775).
 
     Raises:
-        UserError: If the rank exceeds what a layer's weight has.
+        UserError: If the rank exceeds that of a layer's weight.
     """
     from peft.tuners.lora import LoraLayer
 
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        rank, largest = layer.r[ADAPTER_NAME], min(layer.in_features, layer.out_features)
-        if rank > largest:
+        rank, max_rank = layer.r[ADAPTER_NAME], min(layer.in_features, layer.out_features)
+        if rank > max_rank:
             raise UserError(
-                f"model.lora.init_lora_weights={method}: rank {rank} is more than the {largest} that {name} has. "
+                f"model.lora.init_lora_weights={method}: rank {rank} exceeds {max_rank}, the maximum of {name}. "
                 "Lower model.lora.rank, or set it for this layer in model.lora.rank_pattern."
             )
         with _plain_weight(layer):
-            if method == "olora":
-                layer.olora_init(ADAPTER_NAME)
-            else:
-                layer.pissa_init(ADAPTER_NAME, method)
+            initialize_from_base(layer, method, ADAPTER_NAME)
         for factor, module in (("initial_A", layer.lora_A), ("initial_B", layer.lora_B)):
             weight = module[ADAPTER_NAME].weight
             weight.data = weight.data.contiguous()
@@ -60,30 +58,28 @@ def start_from_base(model: PeftModel, method: str) -> None:
 
 
 def as_plain_lora(model: PeftModel, weights: dict[str, Tensor]) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """An adapter in the form that fits the unchanged base; one that did not start from the base is in it already.
+    """Return an adapter in the form for the unchanged base; only one initialized from the base changes.
 
     Args:
         model: The PEFT model.
-        weights: Its weights by the names of ``model.state_dict()``.
+        weights: Its weights by name in ``model.state_dict()``.
 
     Returns:
-        The PEFT config and the weights, of twice the rank where the adapter started from the base.
+        The PEFT config and the weights, at twice the rank if the adapter was initialized from the base.
     """
     import torch
 
     config = model.peft_config[ADAPTER_NAME]
-    started: list[tuple[str, Any]] = [
-        (n, module) for n, module in model.named_modules() if hasattr(module, "initial_A")
-    ]
-    if not started:
+    layers: list[tuple[str, Any]] = [(n, module) for n, module in model.named_modules() if hasattr(module, "initial_A")]
+    if not layers:
         return config, weights
     weights = {key: value for key, value in weights.items() if not key.endswith((".initial_A", ".initial_B"))}
-    for name, layer in started:
+    for name, layer in layers:
         a, b = f"{name}.lora_A.{ADAPTER_NAME}.weight", f"{name}.lora_B.{ADAPTER_NAME}.weight"
-        weights[a] = torch.cat([weights[a], layer.initial_A.to(weights[a])], dim=0)
-        weights[b] = torch.cat([weights[b], -layer.initial_B.to(weights[b])], dim=1)
+        weights[a] = torch.cat([weights[a], layer.initial_A.to(weights[a])], dim=0)  # (2 * rank, in_features)
+        weights[b] = torch.cat([weights[b], -layer.initial_B.to(weights[b])], dim=1)  # (out_features, 2 * rank)
     config = copy.deepcopy(config)
-    # The scale is alpha / rank, or alpha / sqrt(rank) for rsLoRA: it must not change.
+    # The scale, alpha / rank or alpha / sqrt(rank) for rsLoRA, must not change.
     alpha_factor = 2**0.5 if config.use_rslora else 2
     config.r *= 2
     config.lora_alpha *= alpha_factor
@@ -94,15 +90,15 @@ def as_plain_lora(model: PeftModel, weights: dict[str, Tensor]) -> tuple[PeftCon
 
 @contextlib.contextmanager
 def _plain_weight(layer: Any) -> Iterator[None]:
-    """Let PEFT work on a copy of the layer's weight: float32, (out, in), whatever the base stores."""
+    """Replace a layer's weight temporarily by a float32 copy of shape (out_features, in_features)."""
     import torch
-    from peft.utils.integrations import dequantize_module_weight
     from torch import nn
 
     base_layer, fan_in_fan_out = layer.base_layer, layer.fan_in_fan_out
     with torch.no_grad():
-        weight = dequantize_module_weight(base_layer).detach().to(torch.float32, copy=True)
-        copied = nn.Linear(1, 1, bias=False, device="meta")  # draws no random numbers; an empty one would warn
+        weight = dequantized_weight(base_layer).detach().to(torch.float32, copy=True)
+        # Size 1 on the meta device: draws no random numbers, and an empty layer would warn.
+        copied = nn.Linear(1, 1, bias=False, device="meta")
         copied.weight = nn.Parameter(weight.T.contiguous() if fan_in_fan_out else weight)
         try:
             layer.base_layer, layer.fan_in_fan_out = copied, False
@@ -116,6 +112,6 @@ def _subtract_initial_product(layer: Any, inputs: tuple[Tensor, ...], output: Te
 
     if layer.disable_adapters or ADAPTER_NAME not in layer.active_adapters:
         return output
-    hidden = functional.linear(inputs[0].to(layer.initial_A.dtype), layer.initial_A)
-    product = functional.linear(hidden, layer.initial_B) * layer.scaling[ADAPTER_NAME]
+    hidden = functional.linear(inputs[0].to(layer.initial_A.dtype), layer.initial_A)  # (..., rank)
+    product: Tensor = functional.linear(hidden, layer.initial_B) * layer.scaling[ADAPTER_NAME]
     return output - product.to(output.dtype)

@@ -1,4 +1,4 @@
-"""LoRA: the builder, and with it every option that PEFT has for it."""
+"""LoRA with all options that PEFT offers for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
-    """LoRA (https://arxiv.org/abs/2106.09685) on a base model of any precision: training starts at the base model.
+    """Add LoRA (https://arxiv.org/abs/2106.09685) to a base model of any precision; logits are unchanged at first.
 
     Raises:
         UserError: If a setting names a layer that does not exist, or does not fit the base.
@@ -36,7 +36,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*_pattern keys did not match.*")  # below it is an error
+        warnings.filterwarnings("ignore", ".*_pattern keys did not match.*")  # check_layer_patterns raises instead
         model = get_peft_model(base_model, peft_config)
     check_layer_patterns(model, "rank_pattern", config.rank_pattern)
     check_layer_patterns(model, "alpha_pattern", config.alpha_pattern)
@@ -46,7 +46,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
 
 
 class LoRA(AdapterType):
-    """Two low-rank factors beside each chosen layer of a frozen base."""
+    """Two low-rank factors per adapted layer of a frozen base."""
 
     ignored_settings = ("quantization", "adalora")
 

@@ -1,4 +1,4 @@
-"""An adapter and its base as one plain model: written, read back, and compared before it takes its place."""
+"""Merging of an adapter into its base: the merged model is written, read back and compared before it appears."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.card import merged_model_card
+from snake_lora_pl.adapters.peft_internals import is_adapter_layer
 from snake_lora_pl.adapters.qlora import dequantize_base
 from snake_lora_pl.durable import directory_durably
 from snake_lora_pl.errors import UserError, one_line
@@ -27,20 +28,20 @@ logger = logging.getLogger(__name__)
 
 MERGE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# As a share of the logits' standard deviation. All are computed in float32, so only the order of additions differs.
+# Relative to the standard deviation of the logits. All are computed in float32; only the order of additions differs.
 _TOLERANCE = 1e-2
 _PROBE_SHAPE = (4, 64)
 
 
 class MergedModel(NamedTuple):
-    """What ``merge`` wrote.
+    """The result of ``merge``.
 
     Attributes:
         path: The model directory.
-        num_parameters: Parameters of the model, tied ones counted once.
-        dtype: Type of its weights.
-        logit_difference: Largest difference between its logits and the adapter's, as a share of their standard
-            deviation: what rounding to ``dtype`` did.
+        num_parameters: Parameters of the model; tied parameters count once.
+        dtype: Dtype of its weights.
+        logit_difference: Largest difference between the logits of merged model and adapter, from rounding to ``dtype``,
+            relative to the standard deviation of the logits.
     """
 
     path: Path
@@ -56,22 +57,22 @@ def merge(
     base_model: BaseModelSpec | str | None = None,
     dtype: str = "auto",
 ) -> MergedModel:
-    """Write an adapter, merged into its base, as a directory that ``AutoModelForCausalLM`` loads without PEFT.
+    """Merge an adapter into its base and write a directory that ``AutoModelForCausalLM`` loads without PEFT.
 
-    The merge is computed in float32, whatever the base is stored in: four bytes a parameter. An adapter that was
-    trained on a quantized base is merged into what that base stood for. What was written is read back and its logits
-    are compared before the directory appears.
+    The merge is computed in float32, at four bytes per parameter. An adapter that was trained on a quantized base is
+    merged into the dequantized base. The written model is read back and its logits are compared before the directory
+    appears.
 
     Args:
         adapter_dir: The adapter directory.
-        out_dir: Where to; absent or empty.
+        out_dir: Directory to write; it must not exist or be empty.
         base_model: Spec or name of the base; None takes the name from the metadata.
-        dtype: Type of the merged weights: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the one that the base
-            is stored in.
+        dtype: Dtype of the merged weights: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the stored dtype of
+            the base.
 
     Raises:
-        UserError: If the adapter cannot be loaded, ``out_dir`` holds something or cannot be written, or the merged
-            model computes something else than the adapter.
+        UserError: If the adapter cannot be loaded, ``out_dir`` is not empty or cannot be written, or the logits of the
+            merged model differ from the adapter's.
     """
     import torch
     from safetensors import SafetensorError
@@ -93,7 +94,6 @@ def merge(
     tokenizer = load_tokenizer(spec)
     quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
     base = load_base_model(spec, dtype="float32", quantization=quantization, device="cpu")
-    # The adapter corrects the rounded weights; merged into the rounding itself it would be lost.
     base = dequantize_base(base)
     model = store.load(adapter_dir, base).eval()
     expected = _probe(model)
@@ -108,13 +108,13 @@ def merge(
             (directory / store.CARD_FILE).write_text(merged_model_card(metadata, chosen), encoding="utf-8")
             _cast(merged, torch.float32)
             rounded = _probe(merged)
-            del model, merged, base  # what is read back takes their place in memory
+            del model, merged, base  # free the memory for the model that is read back
             written = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, trust_remote_code=spec.trust_remote_code
             )
-            _check_same(_probe(written), rounded, out_dir, "what was written and read back")
+            _check_same(_probe(written), rounded, out_dir, "the model read back from disk")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {out_dir}: cannot be written ({one_line(error)}). Choose another place.") from error
+        raise UserError(f"--out {out_dir}: cannot be written ({one_line(error)}). Choose another directory.") from error
     return MergedModel(out_dir, num_parameters, chosen, _difference(rounded, expected))
 
 
@@ -122,61 +122,61 @@ def _check_is_free(out_dir: Path) -> None:
     if out_dir.is_dir() and not any(out_dir.iterdir()):
         return
     if out_dir.exists():
-        what = "a directory that is not empty" if out_dir.is_dir() else "a file"
-        raise UserError(f"--out {out_dir}: there is {what}. Choose another name, or remove it first.")
+        found = "the directory is not empty" if out_dir.is_dir() else "the path is a file"
+        raise UserError(f"--out {out_dir}: {found}. Choose another directory, or delete it first.")
 
 
 def _merge(model: PeftModel) -> PreTrainedModel:
     base = model.get_base_model()
     if base.config.tie_word_embeddings:
-        _untie_what_was_trained(base)
+        _untie_adapted_embeddings(base)
     with warnings.catch_warnings():
-        # That embedding and head are no longer one is what was just seen to.
+        # The embedding and the LM head are untied on purpose.
         warnings.filterwarnings("ignore", message=".*no longer tied.*")
         try:
             return model.merge_and_unload(safe_merge=True)
-        except (ValueError, RuntimeError) as error:  # PEFT's, by the kind of adapter that it cannot merge
-            raise UserError(f"the adapter cannot be merged: {one_line(error)}.") from error
+        except (ValueError, RuntimeError) as error:  # raised by PEFT for adapter types that it cannot merge
+            raise UserError(f"the adapter cannot be merged: {one_line(error)}. Load it with PEFT instead.") from error
 
 
-def _untie_what_was_trained(base: PreTrainedModel) -> None:
-    """Give the head a weight of its own where an adapter on it, or on the embedding, would be merged into both.
+def _untie_adapted_embeddings(base: PreTrainedModel) -> None:
+    """Copy the weight of the LM head if an adapter on it, or on the embedding, would be merged into both.
 
-    PEFT then notes in the config that they are two (https://github.com/huggingface/peft/issues/2018,
+    PEFT then records in the config that they are untied (https://github.com/huggingface/peft/issues/2018,
     https://github.com/huggingface/transformers/issues/45127).
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if not any(isinstance(layer, BaseTunerLayer) for layer in (embedding, head)):
+    embedding, lm_head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not any(is_adapter_layer(layer) for layer in (embedding, lm_head)):
         return
-    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    layer = lm_head.get_base_layer() if is_adapter_layer(lm_head) else lm_head
     layer.weight = nn.Parameter(layer.weight.detach().clone())
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the weights, and not the buffers: those of rotary positions are not saved and would stay rounded."""
+    """Cast the weights but not the buffers: rotary frequencies are not saved and would remain rounded."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
-    """Logits on tokens that are the same in every call, float32, shape (batch, length, vocab)."""
+    """Return the logits on fixed random tokens, float32, of shape (batch, length, vocab)."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, _PROBE_SHAPE, generator=generator)
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
 
 
 def _check_same(logits: Tensor, expected: Tensor, out_dir: Path, what: str) -> None:
     difference = _difference(logits, expected)
     if not difference <= _TOLERANCE:
         raise UserError(
-            f"--out {out_dir}: not written, for the logits of {what} differ by {difference:.2g} of their standard "
-            "deviation from those that they should be. This architecture cannot be merged; load the adapter with PEFT."
+            f"--out {out_dir}: not written: the logits of {what} differ from the expected logits by {difference:.2g} "
+            "standard deviations. This architecture cannot be merged; load the adapter with PEFT instead."
         )
 
 

@@ -1,4 +1,4 @@
-"""What an adapter's metadata says, read as something that a stranger may have written."""
+"""Metadata of an adapter, parsed as untrusted input."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ import unicodedata
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from types import UnionType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from snake_lora_pl.adapters.registry import saved_conventions
 from snake_lora_pl.models.quantization import QuantizationConfig
 
 
 @dataclass
 class AdapterMetadata:
-    """What an adapter is, what it was trained on and with what; ``adapter_metadata.json`` holds it as plain JSON.
+    """The content of ``adapter_metadata.json``.
 
     Args:
-        adapter_type: Kind of adapter, as registered in ``AdapterFactory``.
-        base_model: Name that any PEFT user loads the base by: a hub id or an absolute directory.
-        base_model_name: Name that ``model.base_model`` took, which may be a short name.
+        adapter_type: Name of the adapter type in ``AdapterFactory``.
+        base_model: Name of the base model for any PEFT user: a hub id or an absolute directory.
+        base_model_name: Value of ``model.base_model`` in training, possibly a short name.
         base_revision: Commit of a hub model, or None.
-        base_sha256: Hash of the copy that was trained on, where it has no revision, or None.
-        trainable_parameters: Number of parameters that were trained.
+        base_sha256: Hash of the base weights if there is no revision, or None.
+        trainable_parameters: Number of trained parameters.
         total_parameters: Number of parameters of base and adapter.
-        training_timestamp: When the adapter was written, UTC, ISO 8601.
-        grid_size: Cells along one side of the board in the data, or None.
-        step: Optimizer steps done.
-        epoch: Epoch the adapter was written in, from 0.
+        training_timestamp: Time at which the adapter was written, UTC, ISO 8601.
+        grid_size: Cells per side of the board in the data, or None.
+        step: Completed optimizer steps.
+        epoch: Current epoch, from 0.
         metrics: Last logged value of each metric.
-        data: What the data module says of the rows: ``data_hash``, ``split_hash``, ``template``, ``prompt_format`` ...
-        play: The table of the games it played last, as ``record_play`` takes it, and ``player``, its own name there.
-        quantization: How the base was quantized while it was trained on (``QuantizationConfig``); empty if it
-            was not.
-        peft_config: PEFT's settings as plain JSON.
-        packages: Version of each package that matters to the result.
+        data: Facts about the rows, from the data module: ``data_hash``, ``split_hash``, ``template``,
+            ``prompt_format`` and others.
+        play: Results of the last games as in ``record_play``, and ``player``, the adapter's name in them.
+        quantization: Fields of the base's ``QuantizationConfig`` in training; empty if the base was not quantized.
+        peft_config: The content of ``adapter_config.json``.
+        packages: Versions of the packages that affect the result.
         weights_sha256: Hash of ``adapter_model.safetensors``.
     """
 
@@ -59,52 +60,46 @@ class AdapterMetadata:
     packages: dict[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
 
+    @property
+    def rank(self) -> int | None:
+        """Largest rank of any layer; None if the adapter has no rank."""
+        return saved_conventions(self.adapter_type).saved_rank(self.peft_config)
 
-# Of the fields that hold anything, what this package itself reads; of PEFT's settings PEFT checks the others.
-_PARTS: dict[str, dict[str, Any]] = {
+
+# Type hints of the nested values that this package reads.
+_PART_TYPES: dict[str, dict[str, Any]] = {
     "data": {"template": str | None, "prompt_format": str | None, "split_hash": str | None},
     "play": {"player": str, "players": dict[str, dict[str, Any]], "settings": dict[str, Any]},
-    "peft_config": {
-        "peft_type": str | None,
-        "r": int | None,
-        "init_r": int | None,
-        "rank_pattern": dict[str, int] | None,
-        "target_modules": list[str] | str | None,
-        "modules_to_save": list[str] | None,
-    },
 }
 
 
 def parse_metadata(text: str) -> AdapterMetadata:
-    """Read metadata, every value of the type that its field names; keys of other versions are left out.
+    """Parse metadata and check the type of each value. Unknown keys, from other versions, are dropped.
 
     Args:
-        text: JSON, as ``adapter_metadata.json`` holds it.
+        text: The content of ``adapter_metadata.json``.
 
     Raises:
-        ValueError: If it is no JSON, or a value is missing or of another type; the message names it.
+        ValueError: If the text is not JSON, or a value is missing or has the wrong type; the message names it.
     """
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_reject_constant)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
     if not isinstance(content, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     types = get_type_hints(AdapterMetadata)
     known = {name: value for name, value in content.items() if name in types}
-    needed = {f.name for f in dataclasses.fields(AdapterMetadata) if _has_no_default(f)}
-    if missing := sorted(needed - known.keys()):
-        raise ValueError(f"{', '.join(missing)} missing")
+    required = {f.name for f in dataclasses.fields(AdapterMetadata) if _has_no_default(f)}
+    if missing := sorted(required - known.keys()):
+        raise ValueError(f"missing: {', '.join(missing)}")
     for name, value in known.items():
         _check(name, value, types[name])
-    for part, part_types in _PARTS.items():
-        if not known.get(part):
-            continue
-        for name, type_hint in part_types.items():
-            # AdaLoRA's says of every triplet whether it is there.
-            is_adalora_s = name == "rank_pattern" and known[part].get("peft_type") == "ADALORA"
-            hint = dict[str, list[bool]] | None if is_adalora_s else type_hint
-            _check(f"{part}.{name}", known[part].get(name), hint)
+    part_types = {**_PART_TYPES, "peft_config": saved_conventions(known["adapter_type"]).peft_setting_types}
+    for part, hints in part_types.items():
+        if known.get(part):
+            for name, type_hint in hints.items():
+                _check(f"{part}.{name}", known[part].get(name), type_hint)
     if known.get("quantization"):
         try:
             QuantizationConfig(**known["quantization"])  # raises
@@ -114,12 +109,12 @@ def parse_metadata(text: str) -> AdapterMetadata:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value that came from JSON is a finite number."""
+    """Return whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _has_no_default(f: dataclasses.Field[Any]) -> bool:
@@ -127,25 +122,27 @@ def _has_no_default(f: dataclasses.Field[Any]) -> bool:
 
 
 def _check(name: str, value: Any, type_hint: Any) -> None:
-    if not _is_of(value, type_hint):
+    if not _has_type(value, type_hint):
         expected = type_hint.__name__ if isinstance(type_hint, type) and not get_args(type_hint) else type_hint
         raise ValueError(f"{name} is {json.dumps(value)[:60]}, not of type {expected}")
 
 
-def _is_of(value: Any, type_hint: Any) -> bool:
-    """Whether a value that came from JSON has a type, with all that it holds."""
+def _has_type(value: Any, type_hint: Any) -> bool:
+    """Return whether a JSON value and everything in it matches a type hint."""
     origin, parts = get_origin(type_hint), get_args(type_hint)
     if origin is UnionType:
-        return any(_is_of(value, part) for part in parts)
+        return any(_has_type(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
     if origin is dict:
-        return isinstance(value, dict) and all(_is_of(item, parts[1]) for item in value.values())
+        return isinstance(value, dict) and all(_has_type(item, parts[1]) for item in value.values())
     if origin is list:
-        return isinstance(value, list) and all(_is_of(item, parts[0]) for item in value)
+        return isinstance(value, list) and all(_has_type(item, parts[0]) for item in value)
     if type_hint is Any:
         return True
     if type_hint is float:
         return is_number(value)
     if type_hint is str:
-        # What is printed must not steer a terminal.
-        return isinstance(value, str) and not any(unicodedata.category(letter) == "Cc" for letter in value)
+        # Control characters in printed text can control the terminal.
+        return isinstance(value, str) and not any(unicodedata.category(char) == "Cc" for char in value)
     return type(value) is type_hint

@@ -1,4 +1,4 @@
-"""An adapter directory on the Hugging Face hub, sent by the hub's own client."""
+"""Upload of an adapter directory to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from snake_lora_pl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 
 
 class Published(NamedTuple):
-    """Where ``push`` sent an adapter.
+    """The result of ``push``.
 
     Attributes:
         repo_id: ``owner/name``.
-        url: Of the commit.
+        url: URL of the commit.
     """
 
     repo_id: str
@@ -28,17 +28,17 @@ class Published(NamedTuple):
 
 
 def push(adapter_dir: str | os.PathLike[str], repo: str, *, private: bool = False) -> Published:
-    """Create a model repository if there is none, and send every file of a verified adapter in one go.
+    """Verify an adapter and upload all its files in one commit; the model repository is created if necessary.
 
-    The endpoint is the hub's, or ``HF_ENDPOINT``; the token is the one that the hub's client finds.
+    The endpoint is the hub or ``HF_ENDPOINT``; the token is the one that ``huggingface_hub`` finds.
 
     Args:
         adapter_dir: The adapter directory.
-        repo: ``owner/name``, or a name under the token's owner.
+        repo: ``owner/name``, or a name, for the owner of the token.
         private: Whether a new repository is private.
 
     Raises:
-        UserError: If the adapter is damaged, or the hub refuses or cannot be reached.
+        UserError: If the adapter is damaged, or the hub rejects the upload or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -46,8 +46,8 @@ def push(adapter_dir: str | os.PathLike[str], repo: str, *, private: bool = Fals
     metadata = store.verify(adapter_dir)
     if os.path.isabs(metadata.base_model):
         logger.warning(
-            "The adapter names its base model by a directory of this machine (%s), which nobody else has: say in the "
-            "repository where it can be had.",
+            "The adapter's base model is a local directory (%s), which other users do not have. Document in the "
+            "repository where to get it.",
             metadata.base_model,
         )
     api = HfApi()
@@ -60,18 +60,18 @@ def push(adapter_dir: str | os.PathLike[str], repo: str, *, private: bool = Fals
             commit_message=f"{metadata.adapter_type} adapter, step {metadata.step}",
         )
     except HFValidationError as error:
-        raise UserError(f"--repo {repo}: {one_line(error)}. It reads owner/name.") from error
+        raise UserError(f"--repo {repo}: {one_line(error)}. Use the form owner/name.") from error
     except OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE forbids to send anything. Unset it.") from error
-    except Exception as error:  # whatever a network can do; the classes belong to a library that the client may change
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it.") from error
+    except Exception as error:  # network errors; their classes belong to an HTTP library that may change
         reason = one_line(error)
         if token := get_token():
             reason = reason.replace(token, "***")
-        raise UserError(f"--repo {repo}: not published at {api.endpoint}: {reason}. {_way_on(error)}.") from error
+        raise UserError(f"--repo {repo}: not uploaded to {api.endpoint}: {reason}. {_fix(error)}.") from error
     return Published(repo_id, str(commit.commit_url))
 
 
-def _way_on(error: Exception) -> str:
+def _fix(error: Exception) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -79,5 +79,5 @@ def _way_on(error: Exception) -> str:
         if status == 401:
             return _LOG_IN
         if status in (403, 404):
-            return f"The token may not write there: choose a repository of your own. {_LOG_IN}"
-    return "Check the network, or HF_ENDPOINT, and try again: what has arrived is not sent twice"
+            return f"The token has no write access: choose a repository that you own. {_LOG_IN}"
+    return "Check the network and HF_ENDPOINT, and try again; uploaded files are not sent again"

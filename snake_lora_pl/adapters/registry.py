@@ -49,3 +49,8 @@ def get_adapter_type(name: str) -> AdapterType:
             f"model.adapter_type: unknown type '{name}'. Known: {', '.join(known)}.{did_you_mean(name, known)}"
         )
     return _ADAPTER_TYPES[name]
+
+
+def saved_conventions(name: str) -> AdapterType:
+    """Return the adapter type that describes a saved adapter's settings: LoRA's if the type is not registered."""
+    return _ADAPTER_TYPES.get(name, _ADAPTER_TYPES["lora"])

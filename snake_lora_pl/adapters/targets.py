@@ -1,12 +1,11 @@
-"""Which layers of a base model an adapter goes on, checked before PEFT sees them.
+"""Resolution of the layers that carry an adapter, before PEFT sees them.
 
-PEFT accepts a list of which only a part exists (https://github.com/huggingface/peft/issues/1959): the adapter then
-trains fewer layers than asked for, without a word. Here every name must match.
+PEFT accepts a list of names of which only some exist (https://github.com/huggingface/peft/issues/1959), and then trains
+fewer layers without a warning. Here every name must match.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS
 from snake_lora_pl.adapters.patterns import problem_with_pattern
-from snake_lora_pl.errors import UserError
+from snake_lora_pl.adapters.peft_internals import default_target_modules, is_adapter_layer, matches_layer_pattern
+from snake_lora_pl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,19 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_target_modules(base_model: PreTrainedModel, target_modules: list[str] | str) -> list[str] | str:
-    """Turn a user's ``target_modules`` into what PEFT takes, every part of it known to match.
+    """Return the ``target_modules`` to pass to PEFT, each of which matches a layer.
 
     Args:
-        base_model: The model that will carry the adapter.
+        base_model: The model to adapt.
         target_modules: As in ``LoRAConfig.target_modules``.
 
-    Returns:
-        The names or the pattern to hand to PEFT.
-
     Raises:
-        UserError: If a name or the pattern matches no layer; the message names the layers that exist.
+        UserError: If a name or the pattern matches no layer; the message lists the layers.
     """
-    linear_names = [name for name, module in base_model.named_modules() if _can_carry_adapter(base_model, name, module)]
+    linear_names = [name for name, module in base_model.named_modules() if _is_adaptable(base_model, module)]
     if target_modules == ALL_LINEAR:
         return ALL_LINEAR
     if isinstance(target_modules, str):
@@ -46,53 +43,47 @@ def resolve_target_modules(base_model: PreTrainedModel, target_modules: list[str
     if not missing:
         return list(target_modules)
     if tuple(target_modules) == ATTENTION_PROJECTIONS:
-        return _targets_of_architecture(base_model, linear_names)
-    leaf_names = _leaf_names(linear_names)
-    near = difflib.get_close_matches(missing[0], leaf_names, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+        return _default_targets(base_model, linear_names)
+    suffixes = _suffixes(linear_names)
     raise UserError(
         f"model.lora.target_modules: {', '.join(repr(m) for m in missing)} "
         f"{'match' if len(missing) > 1 else 'matches'} no layer of {type(base_model).__name__}. "
-        f"Layers that exist: {', '.join(leaf_names)}; or '{ALL_LINEAR}'.{hint}"
+        f"Layers: {', '.join(suffixes)}; or '{ALL_LINEAR}'.{did_you_mean(missing[0], suffixes)}"
     )
 
 
-def check_carries_none(base_model: PreTrainedModel) -> None:
-    """Refuse a base model that carries an adapter: PEFT would put the next one on it, or in its place.
+def check_has_no_adapter(base_model: PreTrainedModel) -> None:
+    """Check that a base model carries no adapter; PEFT would add the next one to it, or replace it.
 
     Raises:
-        UserError: If it does.
+        UserError: If it carries one.
     """
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if isinstance(base_model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+    if isinstance(base_model, PeftModel) or any(is_adapter_layer(module) for module in base_model.modules()):
         raise UserError(
-            "the base model carries an adapter already. Take it off with PeftModel.unload(), or load several on one "
-            "base with snake_lora_pl.adapters.shared_base.SharedBase."
+            "the base model already carries an adapter. Remove it with PeftModel.unload(), or load several adapters on "
+            "one base with snake_lora_pl.adapters.shared_base.SharedBase."
         )
 
 
 def check_layer_patterns(model: PeftModel, setting: str, pattern: Mapping[str, object]) -> None:
-    """Check that each key of a per-layer setting is about a layer that carries the adapter; PEFT ignores others.
+    """Check that each key of a per-layer setting matches an adapted layer; PEFT ignores the others.
 
     Raises:
-        UserError: If a key matches none; the message names those that carry it.
+        UserError: If a key matches none; the message lists the adapted layers.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import get_pattern_key
-
     prefix = "base_model.model."
-    names = [n.removeprefix(prefix) for n, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    names = [name.removeprefix(prefix) for name, module in model.named_modules() if is_adapter_layer(module)]
     for key in pattern:
-        if not any(get_pattern_key([key], name) != name or key == name for name in names):
+        if not any(matches_layer_pattern(key, name) for name in names):
             raise UserError(
-                f"model.lora.{setting}: '{key}' matches no layer that carries the adapter. Layers are called like "
-                f"{names[0]}; their last parts are {', '.join(_leaf_names(names))}."
+                f"model.lora.{setting}: '{key}' matches no adapted layer. Full names are of the form {names[0]}, "
+                f"with the suffixes {', '.join(_suffixes(names))}."
             )
 
 
-def _can_carry_adapter(base_model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+def _is_adaptable(base_model: PreTrainedModel, module: nn.Module) -> bool:
     # Conv1D is GPT-2's transposed linear layer; quantized layers subclass nn.Linear.
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -101,11 +92,11 @@ def _can_carry_adapter(base_model: PreTrainedModel, name: str, module: nn.Module
 
 
 def _matches(target: str, names: Iterable[str]) -> bool:
-    # PEFT's own rule for lists: the whole name, or its end after a dot.
+    # PEFT's rule for lists: the full name, or a suffix after a dot.
     return any(name == target or name.endswith(f".{target}") for name in names)
 
 
-def _leaf_names(names: Iterable[str]) -> list[str]:
+def _suffixes(names: Iterable[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
@@ -114,22 +105,20 @@ def _checked_pattern(pattern: str, linear_names: list[str]) -> str:
         raise UserError(f"model.lora.target_modules: '{pattern[:60]}' is {problem}.")
     if not any(re.fullmatch(pattern, name) for name in linear_names):
         raise UserError(
-            f"model.lora.target_modules: the pattern '{pattern}' matches no layer. It must match a full name such as "
-            f"'{linear_names[0] if linear_names else '(none)'}'; a list of last parts works too: "
-            f"{', '.join(_leaf_names(linear_names))}."
+            f"model.lora.target_modules: pattern '{pattern}' matches no layer. It must match a full name such as "
+            f"'{linear_names[0] if linear_names else '(none)'}'. Alternatively, pass a list of suffixes: "
+            f"{', '.join(_suffixes(linear_names))}."
         )
     return pattern
 
 
-def _targets_of_architecture(base_model: PreTrainedModel, linear_names: list[str]) -> list[str]:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
+def _default_targets(base_model: PreTrainedModel, linear_names: list[str]) -> list[str]:
     model_type = base_model.config.model_type
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-    if known is None or not all(_matches(target, linear_names) for target in known):
+    targets = default_target_modules(model_type)
+    if targets is None or not all(_matches(target, linear_names) for target in targets):
         raise UserError(
-            f"model.lora.target_modules: no default is known for the architecture '{model_type}'. "
-            f"Choose from its layers: {', '.join(_leaf_names(linear_names))}; or '{ALL_LINEAR}'."
+            f"model.lora.target_modules: there is no default for the architecture '{model_type}'. "
+            f"Choose from its layers: {', '.join(_suffixes(linear_names))}; or '{ALL_LINEAR}'."
         )
-    logger.info("Adapter layers for the architecture '%s': %s", model_type, ", ".join(known))
-    return list(known)
+    logger.info("Target modules of the architecture '%s': %s", model_type, ", ".join(targets))
+    return targets

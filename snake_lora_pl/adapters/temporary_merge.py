@@ -1,4 +1,4 @@
-"""An adapter merged into its base for a while, and the base back to the last bit."""
+"""Temporary merging of adapters; the base weights are restored bit for bit."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snake_lora_pl.adapters.peft_internals import is_adapter_layer
+
 
 @contextlib.contextmanager
 def temporarily_merged(model: nn.Module) -> Iterator[int]:
-    """Merge the active adapters into copies of the base's weights while the context lasts.
+    """Merge the active adapters into copies of the base weights inside the context.
 
-    A merged layer is one matrix product in place of three. PEFT's own way back subtracts what it added, which in
-    bfloat16 does not give the weights that were there; here they are put aside and put back.
+    A merged layer computes one matrix product instead of three. PEFT's ``unmerge`` subtracts what ``merge`` added,
+    which does not restore the weights exactly in bfloat16; here the original weights are kept and put back.
 
-    Some layers compute as before: those whose adapter is switched off, whose weights are quantized (merging would
-    quantize anew), shared with another layer (which has no adapter on it) or spread over processes.
+    Layers are not merged if their adapter is disabled, or if their weights are quantized (merging would quantize them
+    again), shared with another layer, or sharded over processes.
 
     Args:
-        model: A PEFT model, or any other: then nothing is merged.
+        model: A PEFT model; in any other model, nothing is merged.
 
     Yields:
-        How many layers were merged. They take memory for a second copy of their weights.
+        The number of merged layers. Each takes memory for a second copy of its weights.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     owners = Counter(id(p) for part in model.modules() for p in part.parameters(recurse=False))
     with contextlib.ExitStack() as stack:
-        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and _can_merge(layer, owners)]
+        layers = [layer for layer in model.modules() if is_adapter_layer(layer) and _can_merge(layer, owners)]
         for layer in layers:
             stack.enter_context(_merged_layer(layer))
         yield len(layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models.transformers_internals import has_onednn_bfloat16, has_x86_bfloat16_instructions
@@ -42,7 +42,8 @@ def _has_fast_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
         # Compute capability 8.0 or ROCm. Older GPUs emulate bfloat16, slower than they compute float32.
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    onednn: Any = torch.backends.mkldnn
+    if device_type != "cpu" or not onednn.is_available():
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         return has_x86_bfloat16_instructions()

@@ -45,7 +45,8 @@ class EmptyQuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Compute in ``compute_dtype`` and return the dtype of the input, as bitsandbytes does."""
         shape = (self.out_features, self.in_features)
-        out: Tensor = _Product.apply(x.to(self.compute_dtype), self.weight, shape, self.bias)  # type: ignore[no-untyped-call]
+        product: Any = _Product.apply
+        out: Tensor = product(x.to(self.compute_dtype), self.weight, shape, self.bias)
         return out.to(x.dtype)
 
 

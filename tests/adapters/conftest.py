@@ -1,4 +1,4 @@
-"""An adapter that does something, in memory and on disk."""
+"""Fixtures: an adapter with random weights, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
+from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.models import load_tokenizer, resolve_base_model
 
 
@@ -32,7 +34,7 @@ def adapter_dir(model: PeftModel, tiny_llama_dir: Path, tmp_path: Path) -> Path:
 
 
 def save_adapter(model: PeftModel, directory: Path, base_dir: Path, adapter_type: str = "lora") -> Path:
-    """Save an adapter as a run does."""
+    """Save an adapter with the metadata that a run writes."""
     source = resolve_base_model(str(base_dir))
     trainable, total = model.get_nb_trainable_parameters()
     metadata = store.AdapterMetadata(
@@ -54,3 +56,8 @@ def save_adapter(model: PeftModel, directory: Path, base_dir: Path, adapter_type
 def rewrite_metadata(adapter_dir: Path, **changes: Any) -> None:
     path = adapter_dir / store.METADATA_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rewrite_weights(adapter_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, adapter_dir / store.WEIGHTS_FILE)
+    rewrite_metadata(adapter_dir, weights_sha256=file_sha256(adapter_dir / store.WEIGHTS_FILE))

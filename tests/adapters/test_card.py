@@ -1,4 +1,4 @@
-"""The model card of an adapter, as the hub and a reader take it."""
+"""Model cards: valid for the hub, and complete for readers."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ def on_the_hub(adapter_dir: Path) -> store.AdapterMetadata:
     return dataclasses.replace(store.read_metadata(adapter_dir), base_model="owner/name", base_model_name="short")
 
 
-def test_the_card_passes_the_hubs_own_reading_of_it(adapter_dir: Path) -> None:
+def test_card_is_valid_for_the_hub(adapter_dir: Path) -> None:
     for text in (model_card(on_the_hub(adapter_dir)), merged_model_card(on_the_hub(adapter_dir), "bfloat16")):
         card = ModelCard(text, ignore_metadata_errors=False)
         assert card.data.base_model == "owner/name"
         assert card.data.pipeline_tag == "text-generation"
         (result,) = card.data.eval_results or []
         assert (result.metric_type, result.metric_value) == ("val/loss", 0.25)
-        # What the hub would be sent is what was written.
         assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
-def test_the_card_says_what_was_trained_on_what_with_which_result(adapter_dir: Path) -> None:
+def test_card_lists_settings_data_metrics_and_versions(adapter_dir: Path) -> None:
     card = ModelCard.load(adapter_dir / store.CARD_FILE)
     assert card.data.library_name == "peft"
     metadata = store.read_metadata(adapter_dir)
@@ -60,7 +59,7 @@ def test_the_card_says_what_was_trained_on_what_with_which_result(adapter_dir: P
         assert part in card.text
 
 
-def test_a_base_in_a_directory_is_no_hub_id(adapter_dir: Path, tiny_llama_dir: Path) -> None:
+def test_local_base_is_not_presented_as_a_hub_id(adapter_dir: Path, tiny_llama_dir: Path) -> None:
     card = ModelCard.load(adapter_dir / store.CARD_FILE)
     assert card.data.base_model is None
     assert card.data.tags == ["snake", "lora"]
@@ -69,7 +68,7 @@ def test_a_base_in_a_directory_is_no_hub_id(adapter_dir: Path, tiny_llama_dir: P
     assert "huggingface.co" not in card.text
 
 
-def test_the_five_lines_load_the_adapter(adapter_dir: Path, model: PeftModel) -> None:
+def test_code_in_the_card_loads_the_adapter(adapter_dir: Path, model: PeftModel) -> None:
     text = (adapter_dir / store.CARD_FILE).read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(code.strip().splitlines()) == 5
@@ -79,7 +78,7 @@ def test_the_five_lines_load_the_adapter(adapter_dir: Path, model: PeftModel) ->
     assert torch.equal(names["model"](ids).logits, model(ids).logits)
 
 
-def test_games_become_metrics_and_a_table_in_the_card(adapter_dir: Path) -> None:
+def test_games_are_recorded_as_metrics_and_as_a_table_in_the_card(adapter_dir: Path) -> None:
     store.record_play(adapter_dir, TABLE, "adapter")
     metadata = store.verify(adapter_dir)
     assert metadata.metrics["play/apples_mean"] == 12.25
@@ -89,7 +88,7 @@ def test_games_become_metrics_and_a_table_in_the_card(adapter_dir: Path) -> None
     text = (adapter_dir / store.CARD_FILE).read_text()
     assert "| | adapter | base |" in text
     assert "| apples, mean | 12.2 | 0.0 |" in text
-    assert "| 95% interval from | 9.0 | - |" in text
+    assert "| 95% interval, lower bound | 9.0 | - |" in text
     assert "| style | compact |" in text
     assert {result.metric_type for result in ModelCard(text).data.eval_results or []} == {
         "val/loss",
@@ -97,7 +96,7 @@ def test_games_become_metrics_and_a_table_in_the_card(adapter_dir: Path) -> None
     }
 
 
-def test_games_played_later_replace_those_before(adapter_dir: Path) -> None:
+def test_later_games_replace_earlier_games(adapter_dir: Path) -> None:
     store.record_play(adapter_dir, TABLE, "adapter")
     players = {"a": {"apples_mean": 1.0}}
     store.record_play(adapter_dir, {"settings": {}, "adapters": {}, "players": players}, "a")
@@ -105,7 +104,7 @@ def test_games_played_later_replace_those_before(adapter_dir: Path) -> None:
     assert {name: value for name, value in metrics.items() if name.startswith("play/")} == {"play/apples_mean": 1.0}
 
 
-def test_text_from_elsewhere_cannot_break_a_table(adapter_dir: Path) -> None:
+def test_untrusted_text_cannot_break_a_table(adapter_dir: Path) -> None:
     metadata = dataclasses.replace(
         store.read_metadata(adapter_dir), data={"template": "a|b\nc", "num_skipped": {"x": 3}}
     )
@@ -117,18 +116,18 @@ def test_text_from_elsewhere_cannot_break_a_table(adapter_dir: Path) -> None:
     ("changes", "part"),
     [
         ({}, "vllm serve owner/name --enable-lora --max-lora-rank 8 --lora-modules snake=path/to/this/directory"),
-        ({"use_dora": True}, "Not with vLLM as it is (vLLM does not support DoRA): merge it first."),
+        ({"use_dora": True}, "(vLLM does not support DoRA): merge it first"),
     ],
 )
-def test_the_card_says_how_to_serve_it_or_why_not(adapter_dir: Path, changes: dict[str, Any], part: str) -> None:
+def test_card_has_the_vllm_command_or_the_obstacles(adapter_dir: Path, changes: dict[str, Any], part: str) -> None:
     metadata = on_the_hub(adapter_dir)
     metadata = dataclasses.replace(metadata, peft_config={**metadata.peft_config, **changes})
     assert part in model_card(metadata)
 
 
-def test_the_card_of_an_adapter_of_a_quantized_base_says_so(adapter_dir: Path) -> None:
+def test_card_of_an_adapter_of_a_quantized_base_lists_the_quantization(adapter_dir: Path) -> None:
     metadata = dataclasses.replace(store.read_metadata(adapter_dir), quantization={"bits": 4, "quant_type": "nf4"})
     text = model_card(metadata)
-    assert "| base stored as | bits: 4, quant_type: nf4 |" in text
-    assert "It was trained on its base in 4 bits" in text
-    assert "4 bits" not in model_card(store.read_metadata(adapter_dir))
+    assert "| base quantization | bits: 4, quant_type: nf4 |" in text
+    assert "4-bit base" in text
+    assert "4-bit" not in model_card(store.read_metadata(adapter_dir))

@@ -1,4 +1,4 @@
-"""Several adapters on one base in memory: each computes as it does alone, and the base stays what it is."""
+"""Several adapters on one base: each computes as if loaded alone, and the base does not change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def save_adapter(directory: Path, base_dir: Path, config: Any) -> Path:
-    """An adapter that does something."""
+    """Return a saved adapter with random weights."""
     torch.manual_seed(0)
     model = get_peft_model(load_base_model(str(base_dir), dtype="float32"), copy.deepcopy(config))
     for name, parameter in model.named_parameters():
@@ -68,7 +68,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def alone(dirs: dict[str, Path], tiny_llama_dir: Path) -> dict[str | None, torch.Tensor]:
-    """Logits of each adapter on a base of its own, and of the base without any."""
+    """Logits of each adapter loaded alone, and of the base without an adapter."""
     logits: dict[str | None, torch.Tensor] = {
         name: logits_of(store.load(path, dtype="float32")) for name, path in dirs.items()
     }
@@ -92,7 +92,7 @@ def shared(dirs: dict[str, Path]) -> SharedBase:
     return SharedBase.open("small", dirs["small"], dtype="float32")
 
 
-def test_each_computes_as_it_does_alone_however_they_are_switched(
+def test_each_adapter_computes_as_if_loaded_alone_in_any_order(
     shared: SharedBase, dirs: dict[str, Path], alone: dict[str | None, torch.Tensor]
 ) -> None:
     before = {name: (p.data_ptr(), p.clone()) for name, p in base_weights(shared).items()}
@@ -114,7 +114,7 @@ def test_each_computes_as_it_does_alone_however_they_are_switched(
         assert torch.equal(after[name], weights), "the base was changed"
 
 
-def test_what_is_unloaded_is_gone_and_the_others_stay(
+def test_unloaded_adapter_is_removed_and_the_others_remain(
     shared: SharedBase, dirs: dict[str, Path], alone: dict[str | None, torch.Tensor]
 ) -> None:
     num_before = sum(p.numel() for p in shared.model.parameters())
@@ -127,14 +127,14 @@ def test_what_is_unloaded_is_gone_and_the_others_stay(
         shared.unload("large")
     assert shared.active is None
     assert torch.equal(logits_of(shared.model), alone[None])
-    with pytest.raises(UserError, match="no adapter named 'large' is loaded. Loaded: small, adalora"):
+    with pytest.raises(UserError, match="'large'.*small, adalora"):
         shared.use("large")
     assert torch.equal(logits_of(shared.use("small")), alone["small"])
     assert sum(p.numel() for p in shared.model.parameters()) == num_before
     shared.unload("small")
     assert torch.equal(logits_of(shared.model), alone[None])
     assert torch.equal(logits_of(shared.use("adalora")), alone["adalora"])
-    with pytest.raises(UserError, match="only adapter on this base"):
+    with pytest.raises(UserError, match="'adalora'"):
         shared.unload("adalora")
     shared.load("small", dirs["small"])
     assert torch.equal(logits_of(shared.model), alone["adalora"])
@@ -142,29 +142,30 @@ def test_what_is_unloaded_is_gone_and_the_others_stay(
     assert torch.equal(logits_of(shared.use("small")), alone["small"])
 
 
-def test_a_name_is_given_once(shared: SharedBase, dirs: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="'small' is loaded already"):
+def test_name_in_use_is_rejected(shared: SharedBase, dirs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="'small'"):
         shared.load("small", dirs["large"])
 
 
-def test_an_adapter_of_another_base_is_refused(
+def test_adapter_of_a_different_base_is_rejected(
     shared: SharedBase, tiny_llama_dir: Path, tmp_path: Path, alone: dict[str | None, torch.Tensor]
 ) -> None:
     other = Path(shutil.copytree(tiny_llama_dir, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     save_file({name: w * 2 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
-    stranger = save_adapter(tmp_path / "stranger", other, CONFIGS["large"])
+    foreign = save_adapter(tmp_path / "foreign", other, CONFIGS["large"])
     with pytest.raises(UserError) as caught:
-        shared.load("stranger", stranger)
+        shared.load("foreign", foreign)
     message = str(caught.value)
-    assert f"--adapter {stranger}: trained on {other} (" in message
-    assert f"but the base in memory is {tiny_llama_dir} (" in message
+    assert f"--adapter {foreign}" in message
+    assert str(other) in message
+    assert str(tiny_llama_dir) in message
     assert "\n" not in message
     assert shared.names == ["small"]
     assert torch.equal(logits_of(shared.model), alone["small"])
 
 
-def test_a_moved_copy_of_the_same_base_is_the_same_base(
+def test_copy_of_the_base_in_another_directory_is_accepted(
     shared: SharedBase, tiny_llama_dir: Path, tmp_path: Path, alone: dict[str | None, torch.Tensor]
 ) -> None:
     moved = Path(shutil.copytree(tiny_llama_dir, tmp_path / "moved"))
@@ -172,44 +173,44 @@ def test_a_moved_copy_of_the_same_base_is_the_same_base(
     assert torch.equal(logits_of(shared.use("large")), alone["large"])
 
 
-@pytest.mark.parametrize("kind", ["large", "adalora"])
-def test_a_failed_load_changes_nothing(
-    kind: str, shared: SharedBase, dirs: dict[str, Path], tmp_path: Path, alone: dict[str | None, torch.Tensor]
+@pytest.mark.parametrize("name", ["large", "adalora"])
+def test_failed_load_changes_nothing(
+    name: str, shared: SharedBase, dirs: dict[str, Path], tmp_path: Path, alone: dict[str | None, torch.Tensor]
 ) -> None:
-    broken = Path(shutil.copytree(dirs[kind], tmp_path / "broken"))
+    broken = Path(shutil.copytree(dirs[name], tmp_path / "broken"))
     weights = load_file(broken / store.WEIGHTS_FILE)
     weights.pop(sorted(weights)[0])
     save_file(weights, broken / store.WEIGHTS_FILE)
-    with pytest.raises(UserError, match="truncated or changed"):
+    with pytest.raises(UserError, match=store.WEIGHTS_FILE):
         shared.load("broken", broken)
     text = (broken / store.METADATA_FILE).read_text()
-    old, new = file_sha256(dirs[kind] / store.WEIGHTS_FILE), file_sha256(broken / store.WEIGHTS_FILE)
+    old, new = file_sha256(dirs[name] / store.WEIGHTS_FILE), file_sha256(broken / store.WEIGHTS_FILE)
     (broken / store.METADATA_FILE).write_text(text.replace(old, new))
     with pytest.raises(UserError, match="is missing"):
         shared.load("broken", broken)
     assert shared.names == ["small"]
     assert torch.equal(logits_of(shared.model), alone["small"])
-    shared.load(kind, dirs[kind])
-    assert torch.equal(logits_of(shared.use(kind)), alone[kind])
+    shared.load(name, dirs[name])
+    assert torch.equal(logits_of(shared.use(name)), alone[name])
     assert torch.equal(logits_of(shared.use("small")), alone["small"])
 
 
-def test_an_adapter_that_was_replaced_on_disk_is_not_taken_for_the_one_that_was_loaded(
+def test_adapter_that_changed_on_disk_since_it_was_loaded_is_rejected(
     shared: SharedBase, dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     mine = Path(shutil.copytree(dirs["large"], tmp_path / "mine"))
     shared.load("mine", mine)
-    shared.load("adalora", dirs["adalora"])  # takes the layers of the others off and puts back those in use
+    shared.load("adalora", dirs["adalora"])  # detaches the other adapters and attaches the active one again
     shutil.rmtree(mine)
     shutil.copytree(dirs["dora"], mine)
-    with pytest.raises(UserError, match="was replaced by another since it was loaded"):
+    with pytest.raises(UserError, match=f"{mine}.*since it was loaded"):
         shared.use("mine")
     assert shared.active == "small"
 
 
 @pytest.fixture(scope="module")
 def quantized(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters of a base in 4 bits and in 8."""
+    """Adapters of a 4-bit and of an 8-bit base."""
     dirs = {}
     for name, bits, rank in (("four", 4, 2), ("four too", 4, 4), ("eight", 8, 2)):
         module = LoRALightningModule(
@@ -238,32 +239,28 @@ def test_adapters_share_a_quantized_base(quantized: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "part"),
     [
-        ("small", "four", " in 4 bits, but the base in memory is unquantized"),
-        ("four", "small", " unquantized, but the base in memory is in 4 bits"),
-        ("four", "eight", " in 8 bits, but the base in memory is in 4 bits"),
+        ("small", "four", " 4-bit, .* unquantized"),
+        ("four", "small", " unquantized, .* 4-bit"),
+        ("four", "eight", " 8-bit, .* 4-bit"),
     ],
 )
-def test_adapters_of_differently_stored_bases_are_refused(
+def test_adapters_of_bases_with_different_quantizations_are_rejected(
     first: str, second: str, part: str, dirs: dict[str, Path], quantized: dict[str, Path]
 ) -> None:
     every = {**dirs, **quantized}
     shared = SharedBase.open(first, every[first], dtype="float32")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"{part}.*model\.full_precision_base=true"):
         shared.load(second, every[second])
-    assert part in str(caught.value)
-    assert str(caught.value).endswith(
-        "cannot share it. Give one of them at a time, or set model.full_precision_base=true."
-    )
     assert shared.names == [first]
 
 
-def test_unquantized_is_a_base_for_all_where_that_is_asked_for(
+def test_full_precision_base_is_shared_by_adapters_of_all_quantizations(
     dirs: dict[str, Path], quantized: dict[str, Path], alone: dict[str | None, torch.Tensor]
 ) -> None:
     options: dict[str, Any] = {"full_precision_base": True, "dtype": "float32"}
-    wanted = logits_of(store.load(quantized["four"], **options))
+    expected = logits_of(store.load(quantized["four"], **options))
     shared = SharedBase.open("eight", quantized["eight"], **options)
     shared.load("four", quantized["four"])
     shared.load("small", dirs["small"])
-    assert torch.equal(logits_of(shared.use("four")), wanted)
+    assert torch.equal(logits_of(shared.use("four")), expected)
     assert torch.equal(logits_of(shared.use("small")), alone["small"])

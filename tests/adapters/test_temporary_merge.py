@@ -13,7 +13,7 @@ IDS = torch.tensor([[5, 9, 2, 7, 30, 4]])
 
 
 def adapted(base: torch.nn.Module, targets: list[str], is_adalora: bool = False, **settings: object) -> PeftModel:
-    """An adapter that does something."""
+    """Return a model with a random adapter."""
     torch.manual_seed(1)
     settings = {"target_modules": targets, "task_type": "CAUSAL_LM"} | settings
     config = AdaLoraConfig(init_r=4, total_step=10, **settings) if is_adalora else LoraConfig(r=4, **settings)
@@ -46,7 +46,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         ("llama", {"use_rslora": True}),
         ("llama", {"is_adalora": True}),
         ("gpt2", {}),
-        ("gpt2", {"lora_bias": True}),  # Llama's layers have no bias to merge one into
+        ("gpt2", {"lora_bias": True}),  # Llama's layers have no bias
     ],
 )
 def test_merged_layers_compute_the_same_without_the_adapter(
@@ -58,7 +58,7 @@ def test_merged_layers_compute_the_same_without_the_adapter(
         model = adapted(llama(tiny_llama_dir), ["q_proj", "v_proj", "down_proj"], **settings)
     before = logits(model)
     with model.disable_adapter():
-        assert (logits(model) - before).abs().max() > 1e-2  # it does something
+        assert (logits(model) - before).abs().max() > 1e-2  # the adapter has an effect
     with temporarily_merged(model) as num_merged:
         assert num_merged == 6
         with torch.no_grad():
@@ -69,21 +69,21 @@ def test_merged_layers_compute_the_same_without_the_adapter(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_base_comes_back_to_the_last_bit_even_after_an_error(tiny_llama_dir: Path, dtype: torch.dtype) -> None:
+def test_base_is_restored_bit_for_bit_even_after_an_error(tiny_llama_dir: Path, dtype: torch.dtype) -> None:
     model = adapted(llama(tiny_llama_dir, dtype), ["q_proj", "o_proj"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    places = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    pointers = {name: value.data_ptr() for name, value in model.state_dict().items()}
     output = logits(model)
     with pytest.raises(RuntimeError, match="lost"), temporarily_merged(model):
         assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
         raise RuntimeError("lost")
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert {name: value.data_ptr() for name, value in after.items()} == places
+    assert {name: value.data_ptr() for name, value in after.items()} == pointers
     assert torch.equal(logits(model), output)
 
 
-def test_an_adapter_that_is_switched_off_stays_off(tiny_llama_dir: Path) -> None:
+def test_disabled_adapter_is_not_merged(tiny_llama_dir: Path) -> None:
     model = adapted(llama(tiny_llama_dir), ["q_proj"])
     plain = logits(llama(tiny_llama_dir).eval())
     with model.disable_adapter(), temporarily_merged(model) as num_merged:
@@ -91,7 +91,7 @@ def test_an_adapter_that_is_switched_off_stays_off(tiny_llama_dir: Path) -> None
         assert torch.equal(logits(model), plain)
 
 
-def test_weights_that_another_layer_shares_are_left_alone(tiny_llama_dir: Path) -> None:
+def test_tied_weights_are_not_merged(tiny_llama_dir: Path) -> None:
     model = adapted(llama(tiny_llama_dir), ["q_proj", "lm_head"])
     assert model.get_base_model().lm_head.weight is model.get_base_model().model.embed_tokens.weight
     before = logits(model)
@@ -100,7 +100,7 @@ def test_weights_that_another_layer_shares_are_left_alone(tiny_llama_dir: Path) 
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_quantized_weights_are_left_alone(tiny_llama_dir: Path) -> None:
+def test_quantized_weights_are_not_merged(tiny_llama_dir: Path) -> None:
     from transformers import BitsAndBytesConfig
 
     quantized = LlamaForCausalLM.from_pretrained(
@@ -111,7 +111,7 @@ def test_quantized_weights_are_left_alone(tiny_llama_dir: Path) -> None:
         assert num_merged == 0
 
 
-def test_inside_another_merge_nothing_is_merged_twice(tiny_llama_dir: Path) -> None:
+def test_nested_merge_merges_nothing_twice(tiny_llama_dir: Path) -> None:
     model = adapted(llama(tiny_llama_dir), ["q_proj"])
     before = logits(model)
     with temporarily_merged(model), temporarily_merged(model) as num_merged:
@@ -120,6 +120,6 @@ def test_inside_another_merge_nothing_is_merged_twice(tiny_llama_dir: Path) -> N
     assert torch.equal(logits(model), before)
 
 
-def test_a_model_without_an_adapter_is_left_alone(tiny_llama_dir: Path) -> None:
+def test_model_without_an_adapter_is_unchanged(tiny_llama_dir: Path) -> None:
     with temporarily_merged(llama(tiny_llama_dir)) as num_merged:
         assert num_merged == 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snake_lora_pl.adapters.store import StoredAdapter, list_adapters
-from snake_lora_pl.adapters.vllm import adapter_rank, vllm_obstacles
+from snake_lora_pl.adapters.vllm import vllm_obstacles
 from snake_lora_pl.cli.commands.parser import CommandParser
 from snake_lora_pl.paths import display_path
 from snake_lora_pl.untrusted import printable
@@ -47,7 +47,7 @@ def _describe(adapter: StoredAdapter) -> dict[str, Any]:
         row |= {
             "adapter_type": metadata.adapter_type,
             "base_model": metadata.base_model_name,
-            "rank": adapter_rank(metadata.peft_config),
+            "rank": metadata.rank,
             "step": metadata.step,
             "val_loss": metadata.metrics.get("val/loss"),
             "apples_mean": metadata.metrics.get("play/apples_mean"),
