@@ -265,7 +265,7 @@ def _describe_other_content(directory: Path) -> str:
         return "The adapter was not saved by snake_lora_pl, or is incomplete: load it with PEFT, or copy it again."
     if (directory / "config.json").is_file():
         return "The directory holds a complete model: pass it as the base model, or pass the adapter merged into it."
-    inside = find_adapter_dirs(directory)
+    inside = [found for found in find_adapter_dirs(directory) if found != directory]
     return f"Found an adapter in {inside[-1]}." if inside else "Pass an adapter saved by snake_lora_pl."
 
 
