@@ -1,7 +1,7 @@
-"""Private names of Lightning, and of torch and torchmetrics where Lightning makes them necessary.
+"""Private names of Lightning, and of torch where Lightning makes them necessary.
 
-No other module uses such a name. Each function or class here links the upstream source, says why no public name does,
-and has a test that fails when the name is gone or when it is no longer needed.
+No other module uses such a name; a test checks that. Each function or class here links the upstream source, gives the
+reason why no public name suffices, and has a test that fails when the name is gone or no longer needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor
@@ -23,7 +22,6 @@ from typing_extensions import override
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    import wandb
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
@@ -34,15 +32,6 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/fit_loop.py
     """
     return trainer.fit_loop._should_accumulate()
-
-
-def logged_steps(trainer: pl.Trainer) -> int:
-    """Return the step that Lightning attaches to the metrics that it logs next.
-
-    It is not ``trainer.global_step``: during a validation Lightning logs the step before.
-    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
-    """
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_logged_steps(trainer: pl.Trainer, num_steps: int) -> None:
@@ -172,53 +161,6 @@ class ModelCheckpointInternals(ModelCheckpoint):
     @override
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.write_checkpoint(trainer, filepath)
-
-
-class WandbLoggerInternals(WandbLogger):
-    """``WandbLogger`` whose run can be configured after construction and closed before the process ends.
-
-    Lightning fixes directory, name and id in the constructor, before the run directory is known, and has no way to end
-    a run so that another one can start in the same process.
-    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loggers/wandb.py
-    """
-
-    @property
-    def init_arguments(self) -> dict[str, Any]:
-        """Arguments of the later ``wandb.init``; change them before ``open_run``."""
-        return self._wandb_init
-
-    @property
-    def run(self) -> wandb.Run | None:
-        """The open run, or None."""
-        run: wandb.Run | None = self._experiment
-        return run
-
-    def configure_run(self, save_dir: str, name: str) -> None:
-        """Set the directory and the name of a run that is not open yet."""
-        self._save_dir = self._wandb_init["dir"] = save_dir
-        self._wandb_init["name"] = name
-
-    def open_run(self) -> wandb.Run:
-        """Start the run with ``init_arguments`` as Lightning does."""
-        self._id = self._wandb_init.get("id")
-        run: wandb.Run = WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
-        return run
-
-    def forget_run(self) -> None:
-        """Drop a run that has been finished, so that the logger can open another one."""
-        self._experiment = None
-
-
-class TensorBoardLoggerInternals(TensorBoardLogger):
-    """``TensorBoardLogger`` whose directory can be set after construction.
-
-    Lightning fixes it in the constructor, before the run directory is known.
-    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/fabric/loggers/tensorboard.py
-    """
-
-    def set_root_dir(self, root_dir: str) -> None:
-        """Set the directory of the event files; call it before the first metric is logged."""
-        self._root_dir = root_dir
 
 
 class LightningCLIInternals(LightningCLI):

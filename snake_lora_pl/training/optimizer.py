@@ -65,7 +65,7 @@ def plan_steps(trainer: pl.Trainer) -> int | None:
     """
     num_steps = _estimate_steps(trainer)
     # A time limit next to max_steps is a safeguard; without max_steps it is what ends the run.
-    if not math.isfinite(num_steps) or (_find_timer(trainer) is not None and trainer.max_steps == -1):
+    if not math.isfinite(num_steps) or (find_timer(trainer) is not None and trainer.max_steps == -1):
         return None
     return _DRY_RUN_STEPS if trainer.fast_dev_run else int(num_steps)  # type: ignore[attr-defined]
 
@@ -73,7 +73,7 @@ def plan_steps(trainer: pl.Trainer) -> int | None:
 def build_schedule(optimizer: Optimizer, trainer: pl.Trainer, *, warmup_steps: int, final_fraction: float) -> LambdaLR:
     """Build the schedule of ``learning_rate_factor`` over the steps and the time limit of a run."""
     num_steps = _estimate_steps(trainer)
-    timer = _find_timer(trainer)
+    timer = find_timer(trainer)
 
     def factor(step: int) -> float:
         elapsed = elapsed_fraction(timer)
@@ -150,6 +150,7 @@ def _estimate_steps(trainer: pl.Trainer) -> float:
         raise UserError(f"trainer: {one_line(error)}.") from error
 
 
-def _find_timer(trainer: pl.Trainer) -> Timer | None:
+def find_timer(trainer: pl.Trainer) -> Timer | None:
+    """Return the callback of ``trainer.max_time``, or None without a limit."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Timer)), None)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -22,6 +28,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+import snake_lora_pl
 from snake_lora_pl.training import lightning_internals as internals
 from tests.training.conftest import make_trainer
 
@@ -65,10 +72,9 @@ def test_is_accumulating_follows_accumulation_and_the_end_of_the_epoch(tmp_path:
 
 
 def test_logged_steps_lag_behind_global_step_during_validation(tmp_path: Path) -> None:
-    observe = Observe(on_validation=lambda trainer: (internals.logged_steps(trainer), trainer.global_step))
-    trainer = fit(tmp_path, observe, limit_train_batches=4, limit_val_batches=1, val_check_interval=2)
+    observe = Observe(on_validation=lambda t: (t.fit_loop.epoch_loop._batches_that_stepped, t.global_step))
+    fit(tmp_path, observe, limit_train_batches=4, limit_val_batches=1, val_check_interval=2)
     assert observe.validations == [(1, 2), (3, 4)]
-    assert internals.logged_steps(trainer) == 4
 
 
 def test_logged_steps_set_the_step_of_the_next_metrics(tmp_path: Path) -> None:
@@ -203,31 +209,47 @@ def test_model_checkpoint_writes_under_public_names(tmp_path: Path) -> None:
     assert not {name for name in public if "last_saved" in name or name.startswith("save_")}
 
 
-def test_wandb_runs_are_configured_late_and_opened_again(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    logger = internals.WandbLoggerInternals(project="p", save_dir="elsewhere")
-    logger.configure_run(str(tmp_path), "a name")
-    del logger.init_arguments["anonymous"]
-    logger.init_arguments.update(id="one", mode="disabled")
-    assert logger.run is None
-    run = logger.open_run()
-    assert logger.run is run
-    assert (logger.save_dir, logger.version) == (str(tmp_path), run.id)
-    assert (logger.init_arguments["dir"], logger.init_arguments["name"]) == (str(tmp_path), "a name")
-    run.finish()
-    logger.forget_run()
-    assert logger.run is None
-    assert logger.open_run() is not run
-    wandb.finish()
+def private_uses(path: Path) -> Iterator[str]:
+    """Yield private imports from Lightning, and private attributes of other objects that Lightning's classes have."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning"):
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        if isinstance(node, ast.Attribute) and node.attr in LIGHTNING_ATTRIBUTES:
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield node.attr
 
 
-def test_tensorboard_events_go_to_a_directory_set_late(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    logger = internals.TensorBoardLoggerInternals("elsewhere", name="", version="")
-    logger.set_root_dir(str(tmp_path))
-    logger.log_metrics({"a": 1.0}, step=0)
-    logger.finalize("success")
-    assert list(tmp_path.glob("events*"))
+def inherited_uses(module_name: str) -> Iterator[str]:
+    """Yield private attributes of Lightning's classes that their subclasses in a module use or override."""
+    for item in vars(importlib.import_module(module_name)).values():
+        if inspect.isclass(item) and item.__module__ == module_name:
+            bases = [base for base in item.__mro__ if base.__module__.startswith("lightning.")]
+            inherited = {name for base in bases for name in PRIVATE_ATTRIBUTE.findall(inspect.getsource(base))}
+            inherited |= {name for base in bases for name in vars(base) if re.match("_[a-z]", name)}
+            used = {name for name in vars(item) if re.match("_[a-z]", name)} - {"_abc_impl"}
+            yield from inherited & (used | set(PRIVATE_ATTRIBUTE.findall(inspect.getsource(item))))
+
+
+PRIVATE_ATTRIBUTE = re.compile(r"\bself\.(_[a-z]\w*)")
+LIGHTNING_ATTRIBUTES = {
+    name
+    for package in ("pytorch", "fabric")
+    for path in (Path(lightning.__path__[0]) / package).rglob("*.py")
+    for name in PRIVATE_ATTRIBUTE.findall(path.read_text())
+}
+
+
+def test_no_other_module_uses_private_names_of_lightning() -> None:
+    root = Path(snake_lora_pl.__path__[0])
+    found = {}
+    for path in root.rglob("*.py"):
+        uses = {*private_uses(path)}
+        if "lightning" in path.read_text() and path.name != "__main__.py":
+            uses |= {*inherited_uses(".".join(path.relative_to(root.parent).with_suffix("").parts))}
+        if uses:
+            found[path.relative_to(root).as_posix()] = uses
+    assert found.pop("training/lightning_internals.py") >= {"_should_accumulate", "_save_checkpoint"}
+    assert found == {}
 
 
 class Model(BoringModel):

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,6 +20,8 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
+
+from snake_lora_pl.training.optimizer import elapsed_fraction, find_timer
 
 _NAME_WIDTH, _GAP = 5, 2  # width of "train", and columns between it and the bar
 # Free columns at the end of a bar, where the terminal prints ^C. Otherwise ^C would start a line that remains.
@@ -158,10 +159,7 @@ class RunProgressBar(ProgressBar):
             fractions.append(trainer.global_step / trainer.max_steps)
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             fractions.append(self._epochs_done(trainer) / trainer.max_epochs)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer) and callback._duration:
-                fractions.append(callback.time_elapsed() / callback._duration)
-        return min(1.0, max(fractions))
+        return min(1.0, max(*fractions, elapsed_fraction(find_timer(trainer))))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
