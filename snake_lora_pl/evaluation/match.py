@@ -67,7 +67,7 @@ class Match(pl.LightningModule):
         results: Result of each player after the test, with the games of all ranks.
 
     Raises:
-        UserError: If the number of games is out of range, or the style of the prompts is unknown.
+        UserError: If the style of the prompts is unknown.
     """
 
     def __init__(
@@ -79,10 +79,7 @@ class Match(pl.LightningModule):
         contestants: Sequence[Contestant] = (Contestant(),),
     ) -> None:
         super().__init__()
-        try:
-            self.seeds = play_seeds(num_games, settings.seed)
-        except ValueError as error:
-            raise UserError(f"--games: {error}") from error
+        self.seeds = play_seeds(num_games, settings.seed)
         self.module = module
         self.data = data
         self.settings = settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +12,18 @@ from snake_lora_pl.evaluation.policy import Reading, reading_problems
 from snake_lora_pl.game import get_seeded_teacher, get_style
 from snake_lora_pl.game.board import MAX_GRID_SIZE
 from snake_lora_pl.game.game import starvation_cap
-from snake_lora_pl.game.seeds import play_seeds
+from snake_lora_pl.game.seeds import GAMES_PER_SEED, play_seeds
 
-# Smallest value of each number.
-_MINIMA = {
-    "grid_size": 2,
-    "max_steps": 1,
-    "max_steps_without_apple": 1,
-    "batch_size": 1,
-    "val_games": 0,
-    "every_n_epochs": 1,
-    "test_games": 1,
-    "final_games": 0,
+# Smallest and largest value of each number.
+_RANGES = {
+    "grid_size": (2, MAX_GRID_SIZE),
+    "max_steps": (1, math.inf),
+    "max_steps_without_apple": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "val_games": (0, GAMES_PER_SEED),
+    "every_n_epochs": (1, math.inf),
+    "test_games": (1, GAMES_PER_SEED),
+    "final_games": (0, GAMES_PER_SEED),
 }
 
 
@@ -70,12 +71,12 @@ class PlaySettings:
     def __post_init__(self) -> None:
         """Collect all problems and raise once."""
         problems = reading_problems(self.reading, legal_mask=self.legal_mask)
-        for name, minimum in _MINIMA.items():
+        for name, (minimum, maximum) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 problems.append(f"play.{name} must be at least {minimum} (found: {value})")
-        if self.grid_size is not None and self.grid_size > MAX_GRID_SIZE:
-            problems.append(f"play.grid_size must be at most {MAX_GRID_SIZE} (found: {self.grid_size})")
+            if value is not None and value > maximum:
+                problems.append(f"play.{name} must be at most {maximum} (found: {value})")
         for name, check in (
             ("style", lambda: self.style is None or get_style(self.style)),
             ("teacher", lambda: get_seeded_teacher(self.teacher)),

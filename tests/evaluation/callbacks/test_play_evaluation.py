@@ -184,12 +184,6 @@ def test_rows_of_unknown_style_are_trained_on_without_games(
     assert not any(name.startswith("play/") for name in trainer.callback_metrics)
 
 
-def test_all_invalid_settings_are_reported_at_once() -> None:
-    with pytest.raises(UserError) as error:
-        PlaySettings(reading="guess", style="bfs", teacher="bsf", seed=-1, max_steps=0)  # type: ignore[arg-type]
-    assert all(f"play.{name}" in str(error.value) for name in ("reading", "style", "teacher", "seed", "max_steps"))
-
-
 def test_zero_games_are_rejected() -> None:
     with pytest.raises(UserError, match=r"play\.val_games.*0"):
         PlayEvaluation(PlaySettings())
