@@ -23,7 +23,7 @@ from snake_lora_pl.data.example_cache import open_examples, report_cache_errors
 from snake_lora_pl.data.example_files import Examples
 from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.data.jsonl import OnBadRow, Row, peek_row, read_rows, read_rows_at
-from snake_lora_pl.data.loaders import ExampleSubset, LazyDataLoader, PromptBatches, identity, max_processes
+from snake_lora_pl.data.loaders import ExampleSubset, LazyDataLoader, PromptBatches, max_processes
 from snake_lora_pl.data.resume import restore_data_position, warn_if_order_changed
 from snake_lora_pl.data.row_errors import RowErrors
 from snake_lora_pl.data.samplers import InOrderSampler, LengthGroupedSampler
@@ -224,7 +224,6 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             PromptBatches(self._prompts, self.encoder),
             sampler=InOrderSampler(len(self._prompts), self._rows_per_batch, **self._ranks()),
             batch_size=None,
-            collate_fn=identity,
         )
 
     def longest_batch(self, num_rows: int) -> Batch:

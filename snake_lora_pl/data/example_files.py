@@ -76,7 +76,6 @@ class ExampleFile:
             raise ValueError("offsets do not match tokens")
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self.line)
 
     def __getitem__(self, index: int) -> Example:
@@ -111,11 +110,9 @@ class Examples:
             self.skipped.update(file.skipped)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Example:
-        """Return one example."""
         file_index = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._files[file_index][index - int(self._starts[file_index])]
 
@@ -154,11 +151,9 @@ class ExampleFileWriter:
         self._append("offsets", [0])
 
     def __enter__(self) -> ExampleFileWriter:
-        """Return the writer."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the files."""
         for file in self._files.values():
             file.close()
 

@@ -154,7 +154,7 @@ class _InvalidRowError(Exception):
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Yield number and bytes of every line that is not blank; None stands for a line too long to be a row."""
+    """Yield number and content of every line that is not blank; the content of an overlong line is None."""
     try:
         with open(path, "rb") as file:
             compressed = path.suffix == ".gz" or file.peek(2)[:2] == _GZIP_MAGIC

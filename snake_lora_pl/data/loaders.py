@@ -30,11 +30,9 @@ class ExampleSubset(Dataset[list[Example]]):
         self.indices = indices.astype(np.int32 if len(examples) < 2**31 else np.int64)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self.indices)
 
     def __getitem__(self, batch: Sequence[int] | int) -> list[Example]:
-        """Return the examples at some positions of the subset."""
         # Lightning's overfit_batches asks for single rows.
         positions = [batch] if isinstance(batch, int) else batch
         return [self.examples[int(self.indices[position])] for position in positions]
@@ -60,11 +58,9 @@ class PromptBatches(Dataset[PromptBatch]):
         self._encoder = encoder
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return len(self._rows)
 
     def __getitem__(self, batch: Sequence[int]) -> PromptBatch:
-        """Return the prompts at some positions as a batch."""
         rows = [self._rows[index] for index in batch]
         prompts = [row.prompt for row in rows]
         return {
@@ -102,8 +98,3 @@ class LazyDataLoader(DataLoader[list[Example]]):
 def max_processes() -> int:
     """Return the maximum number of processes to start on this machine; many more would exhaust its memory."""
     return max(16, 4 * (os.cpu_count() or 1))
-
-
-def identity(batch: Any) -> Any:
-    """Return the batch, as the ``collate_fn`` of a dataset that returns whole batches."""
-    return batch

@@ -34,7 +34,6 @@ class RowErrors:
             self._messages.append(f"{source}: {message}")
 
     def __len__(self) -> int:
-        """Return the number of errors."""
         return self.counts.total()
 
     def __str__(self) -> str:

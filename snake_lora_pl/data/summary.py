@@ -12,7 +12,7 @@ def summarize(train: ExampleSubset | None, val: ExampleSubset, **settings: Any) 
     """Return hashes and counts.
 
     Args:
-        train: Examples to train on; None for a run that only validates on files of its own.
+        train: Examples to train on; None for a run that only validates on ``val_path``.
         val: Examples to validate on.
         settings: Settings to include, such as ``template``.
 

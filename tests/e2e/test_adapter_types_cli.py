@@ -74,9 +74,7 @@ def test_metadata_and_metrics_match_the_adapter_type(run: Run) -> None:
     assert (len(set(budget)) > 2) == (run.adapter_type == "adalora")
 
 
-def test_metadata_and_card_describe_the_run(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metadata_and_card_describe_the_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads((run.paths.artifacts_dir / store.METADATA_FILE).read_text())
     assert content.keys() >= {
         "adapter_type", "base_model", "base_sha256", "grid_size", "training_timestamp", "peft_config", "step", "epoch",
