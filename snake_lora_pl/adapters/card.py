@@ -66,8 +66,8 @@ def merged_model_card(metadata: AdapterMetadata, dtype: str) -> str:
         *_yaml_header(metadata, library="transformers", relation="finetune"),
         "# A language model that plays Snake",
         "",
-        f"{_base_link(metadata)}, merged in {dtype} with a {metadata.adapter_type} adapter that was trained with "
-        f"snake_lora_pl (sha256 `{metadata.weights_sha256}`). {_base_identity(metadata)}",
+        f"{_base_link(metadata)} with a merged {metadata.adapter_type} adapter, in {dtype}. The adapter was trained "
+        f"with snake_lora_pl and has sha256 `{metadata.weights_sha256}`. {_base_identity(metadata)}",
         "",
         "## Load",
         "",
@@ -125,12 +125,7 @@ def _base_identity(metadata: AdapterMetadata) -> str:
 def _serving(metadata: AdapterMetadata) -> list[str]:
     obstacles = vllm_obstacles(metadata.peft_config)
     if obstacles:
-        return [
-            "## Serve",
-            "",
-            f"vLLM cannot serve this adapter ({'; '.join(obstacles)}): merge it first.",
-            "",
-        ]
+        return ["## Serve", "", f"vLLM cannot serve this adapter ({'; '.join(obstacles)}): merge it first.", ""]
     command = vllm_command(metadata.peft_config, metadata.base_model, "path/to/this/directory")
     return ["## Serve", "", "```", command, "```", "", *_quantization_note(metadata)]
 

@@ -55,8 +55,8 @@ class SharedBase:
         self._model = model
         self._full_precision_base = full_precision_base
         self._quantization = quantization_of(model.get_base_model())
-        self._base = read_metadata(adapter_dir)
-        self._adapters = {name: _LoadedAdapter(Path(adapter_dir), self._base, model.active_adapter)}
+        self._base_metadata = read_metadata(adapter_dir)
+        self._adapters = {name: _LoadedAdapter(Path(adapter_dir), self._base_metadata, model.active_adapter)}
         self._active: str | None = name
         self._num_loaded = 1
 
@@ -196,7 +196,7 @@ class SharedBase:
 
     def _check_same_base(self, metadata: AdapterMetadata, directory: Path) -> None:
         """Reject an adapter that was trained on a different base than the one in memory."""
-        base = self._base
+        base = self._base_metadata
         if metadata.base_sha256 and base.base_sha256:
             is_same = metadata.base_sha256 == base.base_sha256
         else:
@@ -204,9 +204,9 @@ class SharedBase:
         trained_on, in_memory = _describe_base(metadata), _describe_base(base)
         option = ""
         if is_same and not (self._full_precision_base and self._quantization is None):
-            wanted = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
-            is_same = wanted == self._quantization
-            trained_on, in_memory = f"{trained_on} {_describe_bits(wanted)}", _describe_bits(self._quantization)
+            quantization = QuantizationConfig(**metadata.quantization) if metadata.quantization else None
+            is_same = quantization == self._quantization
+            trained_on, in_memory = f"{trained_on} {_describe_bits(quantization)}", _describe_bits(self._quantization)
             option = ", or set model.full_precision_base=true"
         if not is_same:
             raise UserError(

