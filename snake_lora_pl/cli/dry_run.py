@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
@@ -42,13 +42,6 @@ TRAINER_SETTINGS: dict[str, Any] = {
     "accumulate_grad_batches": 1,
 }
 """Trainer arguments for one step that writes nothing; the others are those of the run."""
-
-
-class _Section(NamedTuple):
-    """One titled part of the output."""
-
-    title: str
-    text: str
 
 
 def print_dry_run(
@@ -86,7 +79,8 @@ def _sections(
     data: SnakeJSONLDataModule,
     paths: RunPaths,
     accumulate_grad_batches: int,
-) -> Iterator[_Section]:
+) -> Iterator[tuple[str, str]]:
+    """Yield the title and the text of each section."""
     with temporary_row_cache() as row_cache:
         num_games = data.generated_games
         data.limit_rows(MAX_ROWS)
@@ -103,18 +97,18 @@ def _sections(
         if data.train_path is None:
             share *= data.generated_games / num_games
         scope = f"  the first {num_read:,} rows, {share:.1%} of all\n" if share < 1 else ""
-        yield _Section("data", scope + format_audit(audit).replace(str(row_cache), str(cache_dir())))
+        yield ("data", scope + format_audit(audit).replace(str(row_cache), str(cache_dir())))
 
         batch = data.longest_batch(num_rows)
         estimate = estimate_memory(module, dict(batch), trainer.strategy.root_device.type)
-        yield _Section("memory", describe_memory(estimate, batch) + auto_note)
+        yield ("memory", describe_memory(estimate, batch) + auto_note)
 
         num_batches = math.ceil(len(data.train_dataloader()) / share)
         steps_per_epoch = math.ceil(num_batches / accumulate_grad_batches)
         step = _take_step(trainer, module, batch, num_batches)
         per_step = f" of {accumulate_grad_batches} such batches" if accumulate_grad_batches > 1 else ""
-        yield _Section("one step", f"{step}\n  an epoch has {steps_per_epoch:,} steps{per_step}")
-    yield _Section("files", _describe_files(paths))
+        yield ("one step", f"{step}\n  an epoch has {steps_per_epoch:,} steps{per_step}")
+    yield ("files", _describe_files(paths))
 
 
 def _take_step(trainer: pl.Trainer, module: LoRALightningModule, batch: Batch, num_batches: int) -> str:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,19 +58,3 @@ def test_undecodable_cache_is_rendered_again(package: Path) -> None:
     path.write_bytes(b"\xff")
     assert cached_text("fit", lambda: "again") == "again"
     assert path.read_text() == "again"
-
-
-def test_second_help_imports_nothing_heavy() -> None:
-    script = (
-        "import sys; from snake_lora_pl.__main__ import main; main(['fit', '--help']);"
-        "print(*(name for name in ('torch', 'lightning', 'jsonargparse') if name in sys.modules), file=sys.stderr)"
-    )
-    environment = {**os.environ, "COLUMNS": "200"}
-    command = [sys.executable, "-c", script]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2)]
-    assert "--model.lora.rank" in runs[0].stdout
-    lengths = sorted(map(len, runs[0].stdout.splitlines()))
-    assert lengths[int(0.95 * len(lengths))] <= 80, "lines that can be wrapped depend on the terminal"
-    assert runs[1].stdout == runs[0].stdout
-    assert "torch" in runs[0].stderr
-    assert runs[1].stderr.strip() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,32 @@ def test_nothing_heavy_is_imported(code: str) -> None:
 def test_help_of_a_light_command_imports_nothing_heavy(command: str) -> None:
     code = f"import snake_lora_pl.__main__ as m\ntry: m.main([{command!r}, '--help'])\nexcept SystemExit: pass"
     assert not modules_after(code) & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"), [(["fit", "--help"], "--model.lora.rank"), (["completion", "bash"], "--model.lora.rank")]
+)
+def test_text_is_cached_so_that_the_second_call_imports_nothing_heavy(arguments: list[str], part: str) -> None:
+    script = (
+        f"import sys; from snake_lora_pl.__main__ import main; main({arguments});"
+        "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+    command, environment = [sys.executable, "-c", script], {**os.environ, "COLUMNS": "200"}
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2)
+    )
+    assert part in first.stdout
+    assert second.stdout == first.stdout
+    assert "torch" in first.stderr.split()
+    assert not set(second.stderr.split()) & (HEAVY | {"jsonargparse", "shtab"})
+
+
+def test_help_does_not_depend_on_the_width_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from snake_lora_pl.cli.help import render_help
+
+    monkeypatch.setenv("COLUMNS", "200")
+    lengths = sorted(map(len, render_help("fit").splitlines()))
+    assert lengths[int(0.95 * len(lengths))] <= 80  # the others hold a word that cannot be wrapped
 
 
 def test_exports_are_imported_on_access() -> None:
