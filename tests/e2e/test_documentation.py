@@ -323,6 +323,8 @@ def test_mentioned_paths_and_modules_exist(page: Path) -> None:
         r"(?<![\w/.-])((?:snake_lora_pl|tests|docs|configs|benchmarks|examples|scripts|\.ci)/[\w./-]*\w)", TEXT[page]
     )
     assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+    for name, path in re.findall(r"`(\w+)`\s+in\s+`(snake_lora_pl/[\w/]+\.py)`", TEXT[page]):
+        assert re.search(rf"\b(class|def) {name}\b", (ROOT / path).read_text()), name
     for module in re.findall(r"python -m (benchmarks\.\w+|tests\.\w+)", TEXT[page]):
         assert importlib.util.find_spec(module) is not None, module
     names = re.findall(r"(?:`|^::: )(snake_lora_pl(?:\.\w+)+)", TEXT[page], flags=re.MULTILINE)
