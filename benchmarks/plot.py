@@ -17,6 +17,11 @@ OUR_COLOR, OTHER_COLOR = "#2a7f62", "#b0b7bf"
 
 
 def main() -> None:
+    parser = make_parser("plot", __doc__)
+    parser.add_argument("results", type=Path, help="JSON file of benchmarks.train_step")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="SVG file to write")
+    options = parser.parse_args()
+
     import matplotlib
 
     matplotlib.use("svg")
@@ -24,10 +29,6 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = OURS
     import matplotlib.pyplot as plt
 
-    parser = make_parser("plot", __doc__)
-    parser.add_argument("results", type=Path, help="JSON file of benchmarks.train_step")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="SVG file to write")
-    options = parser.parse_args()
     contenders = json.loads(options.results.read_text(encoding="utf-8"))["contenders"]
     names = sorted(contenders, key=lambda name: contenders[name]["tokens_per_second"])
     colors = [OUR_COLOR if name == OURS else OTHER_COLOR for name in names]
