@@ -77,20 +77,26 @@ def run_interleaved(
     """
     context = multiprocessing.get_context("spawn")
     processes, pipes = {}, {}
-    for name, function in contenders.items():
-        pipes[name], child_pipe = context.Pipe()
-        processes[name] = context.Process(target=_run_contender, args=(function, child_pipe, settings, num_rounds + 1))
-        processes[name].start()
-        child_pipe.close()
-        _receive(name, pipes[name])  # "ready": the model is loaded
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
-    for round_index in range(num_rounds + 1):
-        order = list(contenders) if round_index % 2 else list(contenders)[::-1]
-        for name in order:
-            pipes[name].send("go")
-            turns[name].append(_receive(name, pipes[name]))
-            if round_index < num_rounds:
-                _receive(name, pipes[name])
+    try:
+        for name, function in contenders.items():
+            pipes[name], child_pipe = context.Pipe()
+            arguments = (function, child_pipe, settings, num_rounds + 1)
+            processes[name] = context.Process(target=_run_contender, args=arguments)
+            processes[name].start()
+            child_pipe.close()
+            _receive(name, pipes[name])  # "ready": the model is loaded
+        for round_index in range(num_rounds + 1):
+            order = list(contenders) if round_index % 2 else list(contenders)[::-1]
+            for name in order:
+                pipes[name].send("go")
+                turns[name].append(_receive(name, pipes[name]))
+                if round_index < num_rounds:
+                    _receive(name, pipes[name])
+    except SystemExit:
+        for process in processes.values():
+            process.kill()  # Lightning handles SIGTERM and would continue
+        raise
     for process in processes.values():
         process.join()
     return {name: taken[1:] for name, taken in turns.items()}

@@ -43,3 +43,14 @@ def test_the_speed_ratio_is_taken_within_each_round() -> None:
     baseline = [Turn(1.0, 20, 0.0, 0.0), Turn(2.0, 10, 0.0, 0.0), Turn(1.0, 30, 0.0, 0.0)]
     ratio = speed_ratio(turns, baseline)
     assert (ratio.median, ratio.min, ratio.max) == (3, 2, 4)
+
+
+def exit_in_second_turn(timer: TurnTimer, first_units: int, num_turns: int) -> None:
+    timer.start()
+    timer.stop(first_units, math.nan, 0.0)
+    raise SystemExit(3)
+
+
+def test_a_contender_that_exits_early_is_named() -> None:
+    with pytest.raises(SystemExit, match="'b'"):
+        run_interleaved({"a": count_turns, "b": exit_in_second_turn}, 10, num_rounds=3)
