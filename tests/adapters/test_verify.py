@@ -86,6 +86,7 @@ def test_damaged_metadata_is_rejected(adapter_dir: Path, content: str) -> None:
         ({"peft_config": {"r": 4, "rank_pattern": {"q_proj": "8"}}}, "peft_config.rank_pattern is "),
         ({"peft_config": {"r": 4, "rank_pattern": {"q_proj": [True]}}}, "peft_config.rank_pattern is "),
         ({"peft_config": {"target_modules": [5]}}, "peft_config.target_modules is "),
+        ({"adapter_type": "adalora"}, 'peft_config.peft_type is "LORA"'),
     ],
     ids=repr,
 )
