@@ -386,7 +386,7 @@ def test_error_inside_a_config_is_one_line(
         ("--data.val_fraction=2", "data.val_fraction"),
         ("--data.template=chatty", "data.template"),
         ("--data.max_length=40", "data.max_length"),
-        ("--checkpoint.monitor=val/los", "'val/los'"),
+        ("--checkpoint.monitor=val/los", "checkpoint.monitor=val/los"),
         ("--ckpt_path=last", "'snake_reasoning'"),
         ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt"),
         ("--adapter=nowhere", "--adapter nowhere"),
