@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +206,7 @@ def test_qlora_adapter_loads_on_its_quantized_base_or_on_the_full_base(make, tmp
 def test_qlora_logs_the_size_of_the_base_before_and_after_quantization(make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="snake_lora_pl"):
         make("qlora").configure_model()
-<<<<<<< Updated upstream
     assert any("4-bit base" in m and m.count("MiB") == 2 for m in caplog.messages)
-=======
-    assert any(len(re.findall(r"[\d.]+ [MG]iB", m)) == 2 and "float32" in m for m in caplog.messages)
->>>>>>> Stashed changes
 
 
 def test_saved_adapter_replaces_the_one_in_memory(make, tmp_path: Path) -> None:
