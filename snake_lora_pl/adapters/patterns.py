@@ -12,9 +12,9 @@ _MAX_CHARS = 500
 _MAX_REPETITIONS = 4
 _MAX_GROUPS = 4
 # An escaped character, a character class or a literal, optionally repeated.
-_ATOM = r"(?:\\[.dw]|\[\^?[\w.-]+\]|[\w.-])[*+?]?"
+_ATOM = r"(?:\\[.dw]|\[\^?[\w.-]+\]|[\w.-])(?:[*+?]\??)?"
 _ALLOWED = re.compile(rf"(?:{_ATOM}|\((?:\?[:=!])?|[)|^$])*", re.ASCII)
-_REPETITION = re.compile(r"(?<![\\(])[*+?]")
+_REPETITION = re.compile(r"(?<![\\(])[*+?]\??")
 
 
 def problem_with_pattern(pattern: str) -> str | None:

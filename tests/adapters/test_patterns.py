@@ -18,6 +18,7 @@ NAME = "model.layers.11.self_attn.some_rather_long_projection_of_it"
         r"layers\.[0-9]+\..*_proj",
         r"^model\.layers\.\d+\.[^.]+\.[qkvo]_proj$",
         r"(?!.*lm_head).*",
+        r"model\..*?\.layers\..*?\.[qv]_proj",
         "model.layers.0.self_attn.q_proj",
     ],
 )
