@@ -229,7 +229,7 @@ CONFIGS = [
     _yaml("null as rank", "model:\n  lora:\n    rank: null\n", "model.lora.rank", "None"),
     Case("config: missing", lambda s: _fit(s, "--config", "none.yaml"), ("--config", "none.yaml", "balanced.yaml")),
     Case("config: outside by name", lambda s: _fit(s, "--config", "../../../etc/passwd"), ("--config", "etc/passwd")),
-    Case("config: a directory", lambda s: _fit(s, "--config", str(s.root)), ("--config", "sandbox", "directory")),
+    Case("config: a directory", lambda s: _fit(s, "--config", str(s.root)), ("--config", "sandbox")),
     Case("config: empty name", lambda s: _fit(s, "--config", ""), "--config"),
     Case("config: no value", lambda s: [*_fit(s), "--config"], "--config"),
     Case("config: a named pipe", lambda s: _fit(s, "--config", _fifo(s)), ("--config", "pipe.jsonl")),
