@@ -10,7 +10,7 @@ from typing import Any
 
 from snake_lora_pl.adapters.store import StoredAdapter, list_adapters
 from snake_lora_pl.adapters.vllm import vllm_obstacles
-from snake_lora_pl.cli.commands.parser import CommandParser
+from snake_lora_pl.cli.commands.light_parser import CommandParser
 from snake_lora_pl.paths import display_path
 from snake_lora_pl.untrusted import printable
 

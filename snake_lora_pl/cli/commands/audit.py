@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import get_args
 
-from snake_lora_pl.cli.commands.parser import CommandParser
+from snake_lora_pl.cli.commands.light_parser import CommandParser
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.data.audit_checks import audit_rows
 from snake_lora_pl.data.audit_text import format_audit

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snake_lora_pl.cli.argparse_internals import parser_actions
-from snake_lora_pl.cli.commands.parser import CommandParser
+from snake_lora_pl.cli.commands.light_parser import CommandParser
 from snake_lora_pl.cli.text_cache import cached_text
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import shipped_configs

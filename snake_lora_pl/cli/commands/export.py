@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from snake_lora_pl.cli.commands.parser import CommandParser, add_adapter_arguments
+from snake_lora_pl.cli.commands.light_parser import CommandParser, add_adapter_arguments
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import display_path
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from snake_lora_pl.cli.commands.parser import CommandParser
+from snake_lora_pl.cli.commands.light_parser import CommandParser
 from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.game import STYLES, TEACHERS

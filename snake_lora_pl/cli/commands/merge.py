@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from snake_lora_pl.cli.commands.parser import CommandParser, add_adapter_arguments
+from snake_lora_pl.cli.commands.light_parser import CommandParser, add_adapter_arguments
 from snake_lora_pl.paths import display_path
 
 

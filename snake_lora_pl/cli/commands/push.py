@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from snake_lora_pl.cli.commands.parser import CommandParser, add_adapter_argument
+from snake_lora_pl.cli.commands.light_parser import CommandParser, add_adapter_argument
 
 
 def run(arguments: Sequence[str]) -> int:
