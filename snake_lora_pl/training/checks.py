@@ -33,17 +33,7 @@ def check_settings(
     lora: LoRAConfig,
     **token_counts: int,
 ) -> None:
-    """Check arguments of ``LoRALightningModule``.
-
-    Args:
-        learning_rate: See ``LoRALightningModule``.
-        weight_decay: See ``LoRALightningModule``.
-        betas: See ``LoRALightningModule``.
-        warmup_steps: See ``LoRALightningModule``.
-        final_learning_rate_fraction: See ``LoRALightningModule``.
-        adapter_type: See ``LoRALightningModule``.
-        lora: See ``LoRALightningModule``.
-        token_counts: Arguments that are numbers of tokens.
+    """Check arguments of ``LoRALightningModule``; ``token_counts`` are those that count tokens.
 
     Raises:
         UserError: If any argument is invalid; the message lists all of them.

@@ -146,13 +146,7 @@ class _FrozenHeadCrossEntropy(Function):
 def completion_predictions(
     hidden: Tensor, token_ids: Tensor, lm_head: nn.Module, chunk_tokens: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy and the most likely token at each target.
-
-    Args:
-        hidden: See ``completion_loss``.
-        token_ids: See ``completion_loss``.
-        lm_head: See ``completion_loss``.
-        chunk_tokens: See ``completion_loss``.
+    """Return the cross-entropy and the most likely token at each target; see ``completion_loss`` for the arguments.
 
     Returns:
         Losses, float32, and predicted token ids, int64, both of shape (num_targets,).

@@ -280,7 +280,7 @@ class LoRALightningModule(pl.LightningModule):
             # one and its adapter stays untrained.
             self.peft_model.enable_input_require_grads()
         if self.compile_layers:
-            # Layer by layer: the layers are alike, so one compilation serves all of them.
+            # Layer by layer: the layers are identical in structure, so one compilation serves all of them.
             for layer in repeated_layers(self.peft_model.get_base_model()):
                 layer.compile()
 
@@ -300,7 +300,7 @@ class LoRALightningModule(pl.LightningModule):
         if is_sharded(self.peft_model):
             load_saved(self.peft_model, adapter_dir)
             return
-        # Not the weights alone: a saved adapter may have other shapes than the trained one.
+        # A new adapter, not only new weights: a saved adapter may have other shapes than the trained one.
         base = self.peft_model.unload()
         self.model = AdapterFactory.load(adapter_dir, base).to(self.device)
         self._fused = self._fuse()
@@ -346,7 +346,7 @@ class LoRALightningModule(pl.LightningModule):
 
     @contextlib.contextmanager
     def _without_peft_casts(self) -> Iterator[None]:
-        """Let autocast alone choose the adapter's data type; PEFT would cast its input to float32 and back."""
+        """Leave the adapter's data type to autocast; PEFT would cast its input to float32 and back."""
         from peft.helpers import disable_input_dtype_casting
 
         if self._compute_dtype == torch.float32:

@@ -32,8 +32,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 class NonfiniteGuard:
     """Decides which optimizer steps to take and names the rows of those that it refuses.
 
-    All ranks decide alike, because they look at values that are reduced over all ranks. Only for a refused step do they
-    exchange their rows, so that rank 0 can name them.
+    All ranks make the same decision, because they compare values that are reduced over all ranks. They exchange rows only
+    for a refused step, so that rank 0 can name them.
 
     Args:
         on_nonfinite: ``error`` raises if a loss or gradient is not finite. ``skip`` skips the step, at most
@@ -124,7 +124,7 @@ class NonfiniteGuard:
             logger.warning("%s; losses that are not finite are skipped", found)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts, so that a resumed run decides alike."""
+        """Return the counts, so that a resumed run continues them."""
         return {"num_skipped": self.num_skipped, "num_skipped_in_a_row": self.num_skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, batch: Pac
 
 
 def sdpa_attention(qkv: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, batch: PackedBatch) -> Tensor:
-    """Compute ``attend`` with torch's scaled dot product attention, on rows that are padded for it alone."""
+    """Compute ``attend`` with torch's scaled dot product attention, on rows padded for this purpose."""
     x = qkv.unflatten(-1, (-1, layout.size))  # (T, heads, size)
     num_rotated = layout.num_queries + layout.num_keys
     qk, values = x[:, :num_rotated], x[:, num_rotated:]
