@@ -32,8 +32,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 class NonfiniteGuard:
     """Decides which optimizer steps to take and names the rows of those that it refuses.
 
-    All ranks make the same decision, because they compare values that are reduced over all ranks. They exchange rows only
-    for a refused step, so that rank 0 can name them.
+    All ranks make the same decision, because they compare values that are reduced over all ranks. They exchange rows
+    only for a refused step, so that rank 0 can name them.
 
     Args:
         on_nonfinite: ``error`` raises if a loss or gradient is not finite. ``skip`` skips the step, at most
