@@ -1,6 +1,6 @@
-"""Shared fixtures: a tiny random Llama with a tokenizer of its own, real rows, and an isolated cache.
+"""Shared fixtures: a tiny random Llama with its tokenizer, real rows, and an isolated cache.
 
-Nothing here reaches a network: a fast test that does so is a defect.
+No test reaches a network unless it is marked `network`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-# The same examples in every run, and no judgment by the clock: a busy machine is no finding.
+# The same examples in every run, and no deadlines: a busy machine is not a defect.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
