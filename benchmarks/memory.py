@@ -8,6 +8,7 @@ longest of generated rows, so that its batches are those of the estimate.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PROGRAM, add_json_option, make_parser, run_for_json, write_json
+from benchmarks.common import PROGRAM, add_json_option, make_parser, write_json
 
 ROWS_8, ROWS_2 = "--data.batch_size=8", "--data.batch_size=2"
 CHECKPOINTING = "--model.gradient_checkpointing=true"
@@ -43,7 +44,9 @@ def write_longest_rows(path: Path, num_rows: int) -> None:
 
 def estimate(options: list[str]) -> dict[str, Any]:
     """Return the estimate of the command ``memory``."""
-    return run_for_json([*PROGRAM, "memory", "--json", *options])
+    done = subprocess.run([*PROGRAM, "memory", "--json", *options], check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def measure_peak_bytes(options: list[str], num_steps: int, directory: str) -> int:
