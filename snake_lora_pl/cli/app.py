@@ -44,7 +44,7 @@ from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
 from snake_lora_pl.training.callbacks.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
 from snake_lora_pl.training.lightning_internals import LightningCLIInternals, forks_or_spawns
-from snake_lora_pl.training.memory import out_of_memory
+from snake_lora_pl.training.memory.out_of_memory import explain_out_of_memory
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
 from snake_lora_pl.training.module import LoRALightningModule
 
@@ -303,7 +303,7 @@ class SnakeCLI(LightningCLIInternals):
             accumulated = config.trainer.accumulate_grad_batches
             dry_run.print_dry_run(resolved, self.trainer, self.model, self.datamodule, self.run_paths, accumulated)
             return
-        with out_of_memory.explained(self.trainer, self.model, self.datamodule):
+        with explain_out_of_memory(self.trainer, self.model, self.datamodule):
             self.trainer.fit(**kwargs)
 
     def after_fit(self) -> None:

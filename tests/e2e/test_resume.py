@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends as the run that was never stopped: bit for bit, on a CPU."""
+"""Exact resume: a resumed run equals an uninterrupted run bit by bit, on a CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 RUN_PATTERN = "logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning"
 
-# A validation after batches 7, 14 and 21 of each epoch, a checkpoint every third step.
+# Validations after batches 7, 14 and 21 of each epoch, and a checkpoint every third step.
 BASE = [
     "--data.batch_size=4",
     "--data.val_fraction=0.2",
@@ -56,10 +56,10 @@ Fit = Callable[..., Path]
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates that the process is killed."""
 
 
-def die() -> None:
+def kill() -> None:
     raise Killed
 
 
@@ -73,32 +73,35 @@ def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fit(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """Fit in a directory of its own and return the run's; something may happen at a batch, validation's or not."""
-    num_batches = 0
-    then: tuple[int, Callable[[], None]] | None = None
+    """Run ``fit`` in a named directory and return the run directory.
 
-    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+    ``at=(n, action)`` calls an action at the n-th batch, counting training and validation batches.
+    """
+    num_batches = 0
+    action_at: tuple[int, Callable[[], None]] | None = None
+
+    def count_batches(step: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: LoRALightningModule, batch: dict[str, Any], batch_idx: int) -> Any:
             nonlocal num_batches
             num_batches += 1
-            if then is not None and num_batches == then[0]:
-                then[1]()
+            if action_at is not None and num_batches == action_at[0]:
+                action_at[1]()
             return step(self, batch, batch_idx)
 
         return run
 
     for name in ("training_step", "validation_step"):
-        monkeypatch.setattr(LoRALightningModule, name, watched(getattr(LoRALightningModule, name)))
+        monkeypatch.setattr(LoRALightningModule, name, count_batches(getattr(LoRALightningModule, name)))
 
     def run(name: str, *flags: str, at: tuple[int, Callable[[], None]] | None = None, code: int = 0) -> Path:
-        nonlocal num_batches, then
-        num_batches, then = 0, at
+        nonlocal num_batches, action_at
+        num_batches, action_at = 0, at
         root = tmp_path / name
         root.mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(root)
         arguments = ["fit", "--config", "balanced.yaml", *BASE, *flags]
         arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
-        if at is not None and at[1] is die:
+        if at is not None and at[1] is kill:
             with pytest.raises(Killed):
                 main(arguments)
         else:
@@ -110,14 +113,14 @@ def fit(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.fixture(scope="module")
-def runs_never_stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, ...], Path]]:
+def straight_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, ...], Path]]:
     return tmp_path_factory.mktemp("straight"), {}
 
 
 @pytest.fixture
-def fit_straight(fit: Fit, runs_never_stopped: tuple[Path, dict[tuple[str, ...], Path]]) -> Fit:
-    """The run that is never stopped, once for all tests that ask for the same settings."""
-    root, runs = runs_never_stopped
+def fit_straight(fit: Fit, straight_runs: tuple[Path, dict[tuple[str, ...], Path]]) -> Fit:
+    """Return an uninterrupted run, shared by all tests with the same flags."""
+    root, runs = straight_runs
 
     def run(*flags: str) -> Path:
         if flags not in runs:
@@ -127,11 +130,10 @@ def fit_straight(fit: Fit, runs_never_stopped: tuple[Path, dict[tuple[str, ...],
     return run
 
 
-# The processes die at these batches, counted from where each began, those of validations included; what they trained
-# since the last checkpoint is lost each time. Among them are the first batch after a checkpoint, validations, the ends
-# of epochs, and the middle of an accumulated step.
+# Each process is killed at one of these batches, counting from its start and including validation batches. Among them
+# are the first batch after a checkpoint, validations, ends of epochs, and batches within an accumulated step.
 @pytest.mark.parametrize(
-    ("flags", "deaths"),
+    ("flags", "kill_batches"),
     [
         (["--play.val_games=2", "--play.max_steps=3"], [6, 6, 7, 13, 5, 20]),
         (["--trainer.accumulate_grad_batches=4", "--play.val_games=2", "--play.max_steps=3"], [14, 9, 13, 16]),
@@ -141,18 +143,18 @@ def fit_straight(fit: Fit, runs_never_stopped: tuple[Path, dict[tuple[str, ...],
     ],
     ids=["lora", "lora-accumulated", "qlora", "float16", "adalora-accumulated"],
 )
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
-    fit: Fit, fit_straight: Fit, flags: list[str], deaths: list[int]
+def test_run_killed_repeatedly_equals_an_uninterrupted_run(
+    fit: Fit, fit_straight: Fit, flags: list[str], kill_batches: list[int]
 ) -> None:
     straight = fit_straight(*flags)
-    fit("killed", *flags, at=(deaths[0], die))
-    for death in deaths[1:]:
-        fit("killed", *flags, "--ckpt_path=last", at=(death, die))
+    fit("killed", *flags, at=(kill_batches[0], kill))
+    for batch in kill_batches[1:]:
+        fit("killed", *flags, "--ckpt_path=last", at=(batch, kill))
     killed = fit("killed", *flags, "--ckpt_path=last")
     assert differences(straight, killed) == []
 
 
-def test_every_checkpoint_of_a_run_goes_on_the_same_also_from_a_directory_that_was_moved(
+def test_run_resumes_exactly_from_each_checkpoint_in_a_moved_directory(
     fit: Fit, fit_straight: Fit, tmp_path: Path
 ) -> None:
     straight = fit_straight()
@@ -165,7 +167,7 @@ def test_every_checkpoint_of_a_run_goes_on_the_same_also_from_a_directory_that_w
         assert differences(straight, run_dir) == []
 
 
-def test_a_run_that_had_ended_early_does_not_train_on(
+def test_run_ended_by_early_stopping_does_not_train_further(
     fit: Fit,
     fit_straight: Fit,
     monkeypatch: pytest.MonkeyPatch,
@@ -175,28 +177,26 @@ def test_a_run_that_had_ended_early_does_not_train_on(
     straight = fit_straight(*flags)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AdapterCheckpoint, "on_train_end", lambda *_: die())
+        patch.setattr(AdapterCheckpoint, "on_train_end", lambda *_: kill())
         fit("killed", *flags)
     killed = fit("killed", *flags, "--ckpt_path=last")
-    assert any("The run had ended" in message for message in caplog.messages)
+    assert any("--adapter" in message for message in caplog.messages)
     assert differences(straight, killed) == []
 
 
 @pytest.mark.parametrize("length", ["--trainer.max_steps=3", "--trainer.max_time={'seconds': 0}"])
-def test_a_run_of_which_nothing_is_left_says_so(fit: Fit, length: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_with_nothing_to_train_logs_its_step(fit: Fit, length: str, caplog: pytest.LogCaptureFixture) -> None:
     run_dir = fit("run", "--trainer.max_steps=3")
-    assert not any("Nothing was left" in message for message in caplog.messages)
+    assert not any("Nothing to train" in message for message in caplog.messages)
     before = RunPaths(run_dir).metrics_path.read_text()
     fit("run", length, "--ckpt_path=last")
-    assert any("Nothing was left to train: the checkpoint, of step 3" in message for message in caplog.messages)
+    assert any(re.search("Nothing to train.* step 3 .*trainer.max_steps", message) for message in caplog.messages)
     assert RunPaths(run_dir).metrics_path.read_text() == before
 
 
 @pytest.mark.parametrize("validates", [True, False])
-def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(
-    fit: Fit, fit_straight: Fit, validates: bool
-) -> None:
-    # A schedule that depends on the number of steps planned could not be the same.
+def test_run_extended_by_more_steps_equals_a_longer_run(fit: Fit, fit_straight: Fit, validates: bool) -> None:
+    # A constant schedule: others depend on the number of planned steps.
     flags = ["--model.final_learning_rate_fraction=1", "--model.warmup_steps=0"]
     flags.append(f"--data.val_fraction={0.2 if validates else 0}")
     straight = fit_straight(*flags, "--trainer.max_steps=30")
@@ -210,9 +210,7 @@ def test_more_steps_than_planned_at_first_are_those_of_a_longer_run(
     assert len(losses(straight)) == 30
 
 
-def test_settings_of_the_optimiser_that_were_changed_have_their_effect(
-    fit: Fit, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_changed_optimizer_hyperparameters_apply_after_resume(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
     flags = ["--model.final_learning_rate_fraction=1", "--model.warmup_steps=0", "--data.val_fraction=0"]
     fit("changed", *flags, "--trainer.max_steps=3", "--model.learning_rate=0.001")
     changed = [*flags, "--trainer.max_steps=5", "--model.learning_rate=0.002", "--model.betas=[0.8, 0.9]"]
@@ -222,9 +220,9 @@ def test_settings_of_the_optimiser_that_were_changed_have_their_effect(
     assert rates == pytest.approx([0.001] * 3 + [0.002] * 2)
     (group,) = torch.load(RunPaths(run_dir).last_checkpoint_path)["optimizer_states"][0]["param_groups"]
     assert (group["lr"], group["initial_lr"], tuple(group["betas"])) == (0.002, 0.002, (0.8, 0.9))
-    said = [message for message in caplog.messages if "in the checkpoint and is" in message]
-    assert len(said) == 2
-    assert any("learning_rate was 0.001 in the checkpoint and is 0.002" in message for message in said)
+    warnings = [message for message in caplog.messages if message.startswith("model.") and "checkpoint" in message]
+    assert len(warnings) == 2
+    assert any(re.search(r"model\.learning_rate .*0\.001.*0\.002", message) for message in warnings)
 
 
 def losses(run_dir: Path) -> list[str]:
@@ -232,19 +230,17 @@ def losses(run_dir: Path) -> list[str]:
         return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
 
 
-# ---------------------------------------------------------------------- signals
-
-
-def command_to_go_on(printed: str, signal_name: str) -> list[str]:
+def resume_command(printed: str, signal_name: str) -> list[str]:
+    """Return the arguments of the command in the message about a signal."""
     (line,) = [line for line in printed.splitlines() if line.startswith("stopped by")]
-    stopped, command = line.split("Resume with: python -m snake_lora_pl ")
-    assert re.fullmatch(rf"stopped by {signal_name} after step \d+\. ", stopped)
+    message, command = line.split("python -m snake_lora_pl ")
+    assert re.match(rf"stopped by {signal_name} after step \d+\b", message)
     return shlex.split(command)
 
 
-# In the middle of an accumulated step; in a validation, whose first batch is the 9th; in the last validation of all.
+# Within an accumulated step; in a validation, whose first batch is the 9th; in the last validation.
 @pytest.mark.parametrize(("signum", "batch"), [(signal.SIGINT, 6), (signal.SIGTERM, 9), (signal.SIGTERM, 32)])
-def test_a_signal_lets_the_step_end_and_the_printed_command_goes_on(
+def test_signal_stops_after_the_step_and_the_printed_command_resumes(
     fit: Fit,
     fit_straight: Fit,
     capfd: pytest.CaptureFixture[str],
@@ -257,11 +253,11 @@ def test_a_signal_lets_the_step_end_and_the_printed_command_goes_on(
     capfd.readouterr()
     stopped = fit("stopped", *flags, at=(batch, lambda: signal.raise_signal(signum)), code=128 + signum)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
-    assert main(command_to_go_on(capfd.readouterr().err, signum.name)) == 0
+    assert main(resume_command(capfd.readouterr().err, signum.name)) == 0
     assert differences(straight, stopped) == []
 
 
-def test_the_second_ctrl_c_is_the_systems(fit: Fit) -> None:
+def test_second_ctrl_c_has_the_default_handler(fit: Fit) -> None:
     seen = []
 
     def interrupt() -> None:
@@ -274,16 +270,16 @@ def test_the_second_ctrl_c_is_the_systems(fit: Fit) -> None:
     assert seen[1] is signal.SIG_DFL
 
 
-def test_a_signal_in_the_check_before_training_ends_it(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
+def test_signal_in_the_sanity_check_ends_the_run(fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = fit("stopped", "--trainer.num_sanity_val_steps=2", at=(1, lambda: signal.raise_signal(signal.SIGTERM)),
                   code=143)  # fmt: skip
     written = capfd.readouterr().err
     assert "Traceback" not in written
-    assert "stopped by SIGTERM." in written
+    assert "SIGTERM" in written
     assert not RunPaths(run_dir).last_checkpoint_path.exists()
 
 
-def test_a_signal_after_training_leaves_out_the_games(
+def test_signal_after_training_skips_the_games(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     on_train_end = AdapterCheckpoint.on_train_end
@@ -294,12 +290,12 @@ def test_a_signal_after_training_leaves_out_the_games(
 
     monkeypatch.setattr(AdapterCheckpoint, "on_train_end", end_and_stop)
     run_dir = fit("stopped", "--trainer.max_steps=2", "--play.final_games=1", "--play.max_steps=2", code=143)
-    assert "SIGTERM after step 2. Resume with: " in capfd.readouterr().err
+    assert resume_command(capfd.readouterr().err, "SIGTERM")
     assert not RunPaths(run_dir).games.games_dir.exists()
     assert RunPaths(run_dir).artifacts_dir.is_dir()
 
 
-def test_a_signal_before_training_leaves_nothing_behind(
+def test_signal_before_training_leaves_no_files(
     tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -309,7 +305,7 @@ def test_a_signal_before_training_leaves_nothing_behind(
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_slurm_job_is_requeued_between_two_steps(
+def test_slurm_job_is_requeued_between_two_steps(
     fit: Fit, fit_straight: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scontrol = tmp_path / "bin" / "scontrol"
@@ -326,18 +322,15 @@ def test_a_slurm_job_is_requeued_between_two_steps(
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 4711\n"
     requeued = fit("requeued", "--ckpt_path=auto")
     assert differences(straight, requeued) == []
-    # What Lightning leaves for the job lies where no other run looks for it.
+    # Lightning writes the checkpoint for the requeued job to the run directory.
     assert [path.parent for path in (tmp_path / "requeued").rglob("hpc_ckpt*")] == [requeued]
 
 
-# ---------------------------------------------------------------------- two processes
-
-
 def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A command in a process of its own, as a user starts it."""
+    """Start a command in a new process."""
     root.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "snake_lora_pl", *arguments]
-    # Each of the two processes gets a thread: more would wait for each other on a small machine.
+    # One thread per process: more would compete for the cores of a small machine.
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -345,7 +338,7 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for a command and return what it wrote to stderr."""
+    """Wait for a command and return its stderr."""
     _, written = process.communicate(timeout=200)
     assert process.returncode == code, written
     return written
@@ -355,7 +348,7 @@ def end(process: subprocess.Popen[str], code: int = 0) -> str:
 def run_of_two(
     tiny_llama_dir: Path, rows_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], Path]:
-    """A command that fits in two processes, and the run's directory where it is never stopped."""
+    """A command that trains on two ranks, and the directory of its uninterrupted run."""
     arguments = ["fit", "--config=balanced.yaml", "--config=ddp.yaml", *BASE, "--trainer.devices=2"]
     arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
     arguments += ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=1.0"]
@@ -366,9 +359,9 @@ def run_of_two(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", ["first process", "second process", "kill"])
-def test_two_processes_stop_after_the_same_step_and_go_on(
-    run_of_two: tuple[list[str], Path], tmp_path: Path, asked: str
+@pytest.mark.parametrize("target", ["rank 0", "rank 1", "kill"])
+def test_two_ranks_stop_after_the_same_step_and_resume(
+    run_of_two: tuple[list[str], Path], tmp_path: Path, target: str
 ) -> None:
     arguments, straight = run_of_two
     process = start(tmp_path, *arguments)
@@ -376,23 +369,25 @@ def test_two_processes_stop_after_the_same_step_and_go_on(
         time.sleep(0.02)
         assert process.poll() is None
     (child,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout.split()
-    if asked == "kill":
+    if target == "kill":
         process.kill()
         os.kill(int(child), signal.SIGKILL)
         end(process, -signal.SIGKILL)
-        go_on = [*arguments, "--ckpt_path=last"]
+        resume = [*arguments, "--ckpt_path=last"]
     else:
-        os.kill(process.pid if asked == "first process" else int(child), signal.SIGTERM)
+        os.kill(process.pid if target == "rank 0" else int(child), signal.SIGTERM)
         written = end(process, 128 + signal.SIGTERM)
         assert "Traceback" not in written
-        go_on = command_to_go_on(written, "SIGTERM")
-    end(start(tmp_path, *go_on))
+        resume = resume_command(written, "SIGTERM")
+    end(start(tmp_path, *resume))
     (stopped,) = tmp_path.glob(RUN_PATTERN)
     assert differences(straight, stopped) == []
 
 
 @pytest.mark.slow
-def test_a_process_whose_fellow_was_killed_says_so_and_ends(run_of_two: tuple[list[str], Path], tmp_path: Path) -> None:
+def test_rank_0_ends_with_a_message_if_another_rank_is_killed(
+    run_of_two: tuple[list[str], Path], tmp_path: Path
+) -> None:
     process = start(tmp_path, *run_of_two[0], "--trainer.max_epochs=100")
     while not any(tmp_path.glob(f"{RUN_PATTERN}/checkpoints/last.ckpt")):
         time.sleep(0.02)
@@ -400,17 +395,14 @@ def test_a_process_whose_fellow_was_killed_says_so_and_ends(run_of_two: tuple[li
     (child,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout.split()
     os.kill(int(child), signal.SIGKILL)
     _, written = process.communicate(timeout=200)
-    # Lightning, which watches the child, may be the faster one, and kills without a word.
+    # Lightning watches the child and may kill this process before it prints the message.
     assert process.returncode in (2, -signal.SIGKILL, -signal.SIGTERM, 143), written
     assert "Traceback" not in written
     assert process.returncode != 2 or "another rank exited" in written
 
 
-# ---------------------------------------------------------------------- one run, one directory
-
-
 @pytest.mark.parametrize("option", ["dirpath", "adapter_dir"])
-def test_two_runs_never_write_into_one_directory_that_both_name(
+def test_two_runs_never_write_to_the_same_given_directory(
     fit: Fit, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(snake_lora_pl.cli.run_directory, "sole_use", functools.partial(sole_use, timeout_s=0.1))
@@ -419,7 +411,7 @@ def test_two_runs_never_write_into_one_directory_that_both_name(
 
     def try_to_write_there() -> None:
         with (
-            pytest.raises(UserError, match="another run is writing there"),
+            pytest.raises(UserError, match="named"),
             sole_use(sibling_lock_path(shared), timeout_s=0),
         ):
             pass
@@ -427,23 +419,23 @@ def test_two_runs_never_write_into_one_directory_that_both_name(
     fit("run", *flags, at=(2, try_to_write_there))
     with sole_use(sibling_lock_path(shared)), pytest.raises(ValueError, match="not enough values to unpack"):
         fit("another", *flags, code=2)
-    assert "named: another run is writing there" in capfd.readouterr().err
+    assert "named: another run" in capfd.readouterr().err
 
 
-def test_two_runs_never_write_into_one_directory(
+def test_two_runs_never_write_to_the_same_run_directory(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(snake_lora_pl.cli.run_directory, "sole_use", functools.partial(sole_use, timeout_s=0.1))
     run_dir = fit("run", "--trainer.max_steps=3")
 
     def written() -> dict[Path, int]:
-        # Who asks for the lock touches its file.
+        # Trying to lock changes the modification time of the lock file.
         paths = set(run_dir.rglob("*")) - {RunPaths(run_dir).lock_path}
         return {path: path.stat().st_mtime_ns for path in paths}
 
     before = written()
     with sole_use(RunPaths(run_dir).lock_path):
         fit("run", "--ckpt_path=last", code=2)
-    assert "another run is writing there" in capfd.readouterr().err
+    assert "another run" in capfd.readouterr().err
     assert written() == before
     fit("run", "--trainer.max_steps=4", "--ckpt_path=last")

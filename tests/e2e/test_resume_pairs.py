@@ -1,4 +1,4 @@
-"""Two processes that die together, in the middle of an epoch or of an accumulated step, go on bit for bit."""
+"""Exact resume of two ranks that are killed together, within an epoch or within an accumulated step."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ from tests.e2e.test_resume import BASE, RUN_PATTERN
 pytestmark = pytest.mark.slow
 
 
-def be_one_of_two(
-    rank: int, port: int, arguments: Sequence[str], dies_at: int | None, root: Path, environment: dict[str, str]
+def run_rank(
+    rank: int, port: int, arguments: Sequence[str], kill_at: int | None, root: Path, environment: dict[str, str]
 ) -> None:
-    """A process as a launcher starts it; it kills itself at a batch of training, and leaves what its adapter became."""
+    """Run one rank as a launcher starts it. It kills itself at a training batch, or saves its trained adapter."""
     from snake_lora_pl.__main__ import main
     from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
-    launched = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch = {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     os.environ.clear()
-    os.environ.update(environment | launched)
+    os.environ.update(environment | launch)
     torch.set_num_threads(1)
     with open(root / f"output-{rank}.txt", "ab") as output:
         for stream in (1, 2):
@@ -42,14 +47,14 @@ def be_one_of_two(
     training_step = LoRALightningModule.training_step
     on_train_end = AdapterCheckpoint.on_train_end
 
-    def step_or_die(self: LoRALightningModule, batch: dict[str, Any], batch_idx: int) -> Any:
+    def step_or_kill(self: LoRALightningModule, batch: dict[str, Any], batch_idx: int) -> Any:
         nonlocal num_batches
         num_batches += 1
-        if num_batches == dies_at:
+        if num_batches == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self, batch, batch_idx)
 
-    def leave_adapter(self: AdapterCheckpoint, trainer: Any, module: Any) -> None:
+    def save_adapter(self: AdapterCheckpoint, trainer: Any, module: Any) -> None:
         on_train_end(self, trainer, module)
         model = module.peft_model
         trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
@@ -58,21 +63,19 @@ def be_one_of_two(
             json.dumps(getattr(model.peft_config["default"], "rank_pattern", None))
         )
 
-    LoRALightningModule.training_step = step_or_die  # type: ignore[method-assign]
-    AdapterCheckpoint.on_train_end = leave_adapter  # type: ignore[method-assign]
+    LoRALightningModule.training_step = step_or_kill  # type: ignore[method-assign]
+    AdapterCheckpoint.on_train_end = save_adapter  # type: ignore[method-assign]
     sys.exit(main(list(arguments)))
 
 
-def run_two(root: Path, arguments: Sequence[str], dies_at: int | None = None) -> None:
-    """A run of two processes, to its end or to their death."""
+def run_two(root: Path, arguments: Sequence[str], kill_at: int | None = None) -> None:
+    """Run two ranks until they end or kill themselves."""
     root.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    places = [f"--root={root}", "--ckpt_path=auto"]
+    locations = [f"--root={root}", "--ckpt_path=auto"]
     processes = [
-        PROCESSES.Process(
-            target=be_one_of_two, args=(rank, port, [*arguments, *places], dies_at, root, dict(os.environ))
-        )
+        PROCESSES.Process(target=run_rank, args=(rank, port, [*arguments, *locations], kill_at, root, dict(os.environ)))
         for rank in range(2)
     ]
     for process in processes:
@@ -84,24 +87,26 @@ def run_two(root: Path, arguments: Sequence[str], dies_at: int | None = None) ->
         for process in processes:
             process.kill()
     written = "\n".join(path.read_text() for path in sorted(root.glob("output-*.txt")))
-    assert [process.exitcode for process in processes] == [0 if dies_at is None else -signal.SIGKILL] * 2, written
+    assert [process.exitcode for process in processes] == [0 if kill_at is None else -signal.SIGKILL] * 2, written
 
 
-# Of 17 batches an epoch and process; a step takes two, or the one that is left at the end.
-@pytest.mark.parametrize(("kind", "deaths"), [("lora", [12, 5, 18]), ("qlora", [9, 16]), ("adalora", [12, 5, 18])])
-def test_two_processes_that_die_together_go_on_bit_for_bit(
-    tiny_llama_dir: Path, tmp_path: Path, kind: str, deaths: list[int]
+# There are 17 batches per epoch and rank. A step takes two batches, or the last one alone.
+@pytest.mark.parametrize(
+    ("adapter_type", "kill_batches"), [("lora", [12, 5, 18]), ("qlora", [9, 16]), ("adalora", [12, 5, 18])]
+)
+def test_two_ranks_killed_together_resume_exactly(
+    tiny_llama_dir: Path, tmp_path: Path, adapter_type: str, kill_batches: list[int]
 ) -> None:
     rows_path = tmp_path / "rows.jsonl"
     write_dataset(rows_path, 4, 5, "bfs", "compact", 0)
     arguments = ["fit", "--config=balanced.yaml", "--config=ddp.yaml", *BASE, "--trainer.devices=2"]
     arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
     arguments += ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=1.0"]
-    arguments += [f"--model.adapter_type={kind}"]
+    arguments += [f"--model.adapter_type={adapter_type}"]
     warm_up()
     run_two(tmp_path / "straight", arguments)
-    for death in deaths:
-        run_two(tmp_path / "killed", arguments, death)
+    for batch in kill_batches:
+        run_two(tmp_path / "killed", arguments, batch)
     run_two(tmp_path / "killed", arguments)
     straight, killed = (RunPaths(next((tmp_path / name).glob(RUN_PATTERN))) for name in ("straight", "killed"))
     assert differences(straight.run_dir, killed.run_dir) == []
@@ -111,6 +116,6 @@ def test_two_processes_that_die_together_go_on_bit_for_bit(
         assert all(torch.equal(end[name], value) for name, value in ends[0].items())
     patterns = [json.loads((tmp_path / "killed" / f"ranks-{rank}.json").read_text()) for rank in range(2)]
     assert patterns[0] == patterns[1]
-    if kind == "adalora":
+    if adapter_type == "adalora":
         kept = [sum(ranks) for ranks in patterns[0].values()]
-        assert len(set(kept)) > 1, "no rank was dropped, or of every layer alike"
+        assert len(set(kept)) > 1, "AdaLoRA pruned no ranks, or the same number in every layer"

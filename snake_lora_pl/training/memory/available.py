@@ -1,4 +1,4 @@
-"""What memory this machine has left, its container's limit included."""
+"""Memory that this process can still use, within the limits of the machine, its container and its user."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import psutil
 import torch
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
+_CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that this process can still take: of a GPU's memory, else of the machine's, its container's or its limit's.
+    """Return the bytes that this process can still allocate on a GPU, or in main memory within all its limits.
 
-    Memory that torch's allocator holds on a GPU without using it counts as available.
+    GPU memory that torch's allocator caches counts as available.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([psutil.virtual_memory().available, *_left_in_cgroups(), *_left_of_limits()])
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min([int(psutil.virtual_memory().available), *_remaining_of_cgroups(), *_remaining_of_rlimits()])
 
 
 def used_bytes(device: torch.device) -> int:
-    """Bytes that this process holds: of tensors on a GPU, else its resident set."""
+    """Return the bytes of all tensors on a GPU, or else the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_info().rss)
 
 
 @contextlib.contextmanager
-def refused_beyond(limit_bytes: int) -> Iterator[None]:
-    """Let the system refuse memory beyond a limit, so that too much of it ends in an error and not in a kill.
+def limit_memory(max_bytes: int) -> Iterator[None]:
+    """Let allocations fail beyond a limit, on Linux.
 
-    Linux grants memory that it does not have, and kills the process that comes to use it. Elsewhere nothing is done.
+    Linux grants more memory than there is, and kills the process that uses it. With a limit, the allocation fails.
 
     Args:
-        limit_bytes: What this process may take beyond what it holds.
+        max_bytes: Bytes that this process may allocate in addition to its current memory.
     """
     if sys.platform != "linux":
         yield
@@ -47,25 +47,25 @@ def refused_beyond(limit_bytes: int) -> Iterator[None]:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    ceilings = [_status_bytes("VmData") + limit_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(ceilings), before[1]))
+    limits = [_status_bytes("VmData") + max_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _left_of_limits() -> Iterator[int]:
-    """Bytes left below what ``ulimit -d`` and ``ulimit -v``, or a batch system by their means, grant this process."""
+def _remaining_of_rlimits() -> Iterator[int]:
+    """Yield the bytes below the limits of ``ulimit -d`` and ``ulimit -v``, which batch systems set too."""
     if sys.platform != "linux":
         return
     import resource
 
-    # The former counts private memory that can be written to, the latter all addresses, both touched or not.
+    # RLIMIT_DATA limits private writable memory, RLIMIT_AS all addresses, whether used or not.
     for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        granted, _ = resource.getrlimit(limit)
-        if granted != resource.RLIM_INFINITY:
-            yield max(0, granted - _status_bytes(used))
+        soft_limit, _ = resource.getrlimit(limit)
+        if soft_limit != resource.RLIM_INFINITY:
+            yield max(0, soft_limit - _status_bytes(used))
 
 
 def _status_bytes(name: str) -> int:
@@ -74,10 +74,14 @@ def _status_bytes(name: str) -> int:
     return int(kib) * 1024
 
 
-def _left_in_cgroups() -> Iterator[int]:
-    """Bytes left below each limit that a container, a batch system or systemd puts on this process."""
+def _remaining_of_cgroups() -> Iterator[int]:
+    """Yield the bytes below each limit that a container, a batch system or systemd sets for this process.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and, for version 1,
+    https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+    """
     try:
-        memberships = _MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+        memberships = _CGROUP_MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return
     for membership in memberships:
@@ -90,21 +94,21 @@ def _left_in_cgroups() -> Iterator[int]:
         else:
             continue
         group = root / name.lstrip("/")
-        # Inside a container its own group is mounted as the root, and the name is the one outside.
+        # A container mounts its group as the root, but sees the group's name outside.
         for directory in [group, *group.parents] if group.is_dir() else [root]:
-            left = _left_in(directory, *names)
-            if left is not None:
-                yield left
+            remaining = _remaining_of_cgroup(directory, *names)
+            if remaining is not None:
+                yield remaining
             if directory == root:
                 break
 
 
-def _left_in(directory: Path, limit_name: str, usage_name: str, cache_key: str) -> int | None:
+def _remaining_of_cgroup(directory: Path, limit_name: str, usage_name: str, cache_key: str) -> int | None:
     try:
-        limit = int((directory / limit_name).read_text())  # "max" is no number
+        limit = int((directory / limit_name).read_text())  # "max" raises a ValueError
         usage = int((directory / usage_name).read_text())
         stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    # Files that were read count as used until the memory is wanted.
+    # The usage includes cached files, which the kernel drops when memory is needed.
     return limit - usage + int(stat.get(cache_key, 0))

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from snake_lora_pl.training.memory import available as machine_memory
+from snake_lora_pl.training.memory import available
 from snake_lora_pl.training.memory.available import available_bytes, used_bytes
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ MIB = 2**20
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writes a process's membership and its groups' files."""
+    """Write the cgroup membership of the process and the files of its groups."""
 
     def write(membership: str, files: dict[str, str]) -> None:
         (tmp_path / "cgroup").write_text(membership)
@@ -26,13 +26,13 @@ def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             path = tmp_path / "fs" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
-        monkeypatch.setattr(machine_memory, "_MEMBERSHIP", tmp_path / "cgroup")
-        monkeypatch.setattr(machine_memory, "_CGROUP_ROOT", tmp_path / "fs")
+        monkeypatch.setattr(available, "_CGROUP_MEMBERSHIP", tmp_path / "cgroup")
+        monkeypatch.setattr(available, "_CGROUP_ROOT", tmp_path / "fs")
 
     return write
 
 
-def version_2(directory: str, limit: str, usage: int, cache: int) -> dict[str, str]:
+def cgroup_v2_files(directory: str, limit: str, usage: int, cache: int) -> dict[str, str]:
     return {
         f"{directory}memory.max": limit,
         f"{directory}memory.current": str(usage),
@@ -40,25 +40,25 @@ def version_2(directory: str, limit: str, usage: int, cache: int) -> dict[str, s
     }
 
 
-def test_without_a_limit_the_machine_decides(cgroup) -> None:
-    cgroup("0::/job\n", version_2("job/", "max\n", 10 * MIB, 0))
+def test_without_limits_the_memory_of_the_machine_counts(cgroup) -> None:
+    cgroup("0::/job\n", cgroup_v2_files("job/", "max\n", 10 * MIB, 0))
     assert available_bytes(CPU) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
-def test_the_tightest_group_decides(cgroup) -> None:
-    files = version_2("job/", f"{90 * MIB}\n", 40 * MIB, 10 * MIB)
-    files |= version_2("job/step/", f"{80 * MIB}\n", 10 * MIB, 0)
+def test_tightest_group_counts(cgroup) -> None:
+    files = cgroup_v2_files("job/", f"{90 * MIB}\n", 40 * MIB, 10 * MIB)
+    files |= cgroup_v2_files("job/step/", f"{80 * MIB}\n", 10 * MIB, 0)
     cgroup("0::/job/step\n", files)
-    # Of the outer group's 90 MiB 40 are used, 10 of them by files that were read.
+    # The outer group uses 40 of 90 MiB, of which 10 MiB are cached files.
     assert available_bytes(CPU) == 60 * MIB
 
 
-def test_a_container_sees_its_own_group_as_the_root(cgroup) -> None:
-    cgroup("0::/docker/0123abcd\n", version_2("", f"{50 * MIB}\n", 20 * MIB, 0))
+def test_group_of_a_container_is_mounted_as_the_root(cgroup) -> None:
+    cgroup("0::/docker/0123abcd\n", cgroup_v2_files("", f"{50 * MIB}\n", 20 * MIB, 0))
     assert available_bytes(CPU) == 30 * MIB
 
 
-def test_groups_of_version_1_count_too(cgroup) -> None:
+def test_groups_of_version_1_count(cgroup) -> None:
     files = {
         "memory/job/memory.limit_in_bytes": f"{70 * MIB}\n",
         "memory/job/memory.usage_in_bytes": f"{30 * MIB}\n",
@@ -68,22 +68,22 @@ def test_groups_of_version_1_count_too(cgroup) -> None:
     assert available_bytes(CPU) == 45 * MIB
 
 
-def test_used_memory_grows_with_what_is_held() -> None:
+def test_used_memory_grows_with_an_allocation() -> None:
     before = used_bytes(CPU)
-    # Not from the heap, where other tests may have left room.
+    # The heap may have free memory from other tests.
     with mmap.mmap(-1, 64 * MIB) as held:
         held.write(b"1" * len(held))
         assert used_bytes(CPU) - before > 32 * MIB
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux grants memory that it does not have")
-def test_memory_beyond_the_limit_is_refused_and_granted_again_afterwards() -> None:
-    # In a process of its own: the limit is the process's.
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_allocation_beyond_the_limit_fails_until_the_limit_is_lifted() -> None:
+    # In a new process, because the limit applies to the whole process.
     script = (
         "import torch\n"
-        "from snake_lora_pl.training.memory.available import available_bytes, refused_beyond\n"
+        "from snake_lora_pl.training.memory.available import available_bytes, limit_memory\n"
         "from snake_lora_pl.training.memory.out_of_memory import is_out_of_memory\n"
-        "with refused_beyond(300 * 2**20):\n"
+        "with limit_memory(300 * 2**20):\n"
         "    assert 250 * 2**20 < available_bytes(torch.device('cpu')) <= 300 * 2**20\n"
         "    torch.ones(100 * 2**18)\n"
         "    try:\n"
@@ -91,7 +91,7 @@ def test_memory_beyond_the_limit_is_refused_and_granted_again_afterwards() -> No
         "    except RuntimeError as error:\n"
         "        assert is_out_of_memory(error), error\n"
         "    else:\n"
-        "        raise AssertionError('500 MiB were granted')\n"
+        "        raise AssertionError('500 MiB were allocated')\n"
         "torch.ones(500 * 2**18)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
