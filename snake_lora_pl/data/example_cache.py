@@ -186,7 +186,7 @@ class _Cache:
             logger.warning("%s: skipped %s", path, invalid_rows)
         if num_too_long:
             logger.warning("%s: dropped %d rows over data.max_length=%d", path, num_too_long, encoder.max_length)
-        progress.log("encoded")
+        progress.log()
 
 
 def _open(directory: Path, path: Path) -> ExampleFile | None:
@@ -225,11 +225,11 @@ class _Progress:
         self._num_rows += num_rows
         if time.monotonic() - self._last_log_s > _PROGRESS_INTERVAL_S:
             self._last_log_s = time.monotonic()
-            self.log("encoding")
+            self.log()
 
-    def log(self, activity: str) -> None:
+    def log(self) -> None:
         rate = self._num_rows / max(time.monotonic() - self._start_s, 1e-9)
-        logger.info("%s: %s, %s rows so far, %s rows/s", self._path, activity, f"{self._num_rows:,}", f"{rate:,.0f}")
+        logger.info("%s: encoded %s rows, %s rows/s", self._path, f"{self._num_rows:,}", f"{rate:,.0f}")
 
 
 def _check_unchanged(path: Path, before: os.stat_result) -> None:
