@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import SpikeDetection
 
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training import float16
@@ -173,3 +174,9 @@ def test_nonfinite_loss_in_float16_is_not_taken_for_an_overflow_of_the_scale(mak
     multiply_losses(module, {1})
     with pytest.raises(UserError, match=rf"step 1: the loss .* rows {source(1)}\. "):
         fit(module, tmp_path)
+
+
+def test_spike_detection_of_lightning_still_cannot_resume() -> None:
+    # Once this fails, the docstring of nonfinite.py no longer needs its warning.
+    with pytest.raises(AttributeError, match="running"):
+        SpikeDetection().load_state_dict(SpikeDetection().state_dict())
