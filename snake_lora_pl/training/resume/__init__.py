@@ -1,10 +1,10 @@
-"""Exact resume: a run resumed from a checkpoint gives the same weights and metrics as an uninterrupted run, bit by bit.
+"""Exact resume: a resumed run has the same weights and metrics as an uninterrupted run, bit by bit.
 
-- ``checkpoint_io``: how checkpoint files are written and read.
-- ``checkpoint_state``: state that Lightning does not save, and corrections of its loop counters.
-- ``random_state``: random number generators of all ranks.
+``AdapterCheckpoint`` (in ``training/callbacks``) writes every checkpoint between two optimizer steps. This package has
 
-The data position is restored elsewhere: ``SnakeJSONLDataModule.state_dict`` saves it, ``load_state_dict`` restores it,
-and the sampler of ``snake_lora_pl.data`` skips the rows before it. ``AdapterCheckpoint`` decides when a checkpoint is
-written: always between two optimizer steps.
+- ``checkpoint_io``: checkpoint files, written atomically and read without running pickled code;
+- ``checkpoint_state``: the state that Lightning does not save, and corrections of its loop counters;
+- ``random_state``: the random number generators of all ranks.
+
+The data position is restored by ``snake_lora_pl/data/resume.py``, from Lightning's batch counter in the checkpoint.
 """
