@@ -69,7 +69,8 @@ def completion_script(shell: str) -> str:
         for action in parser_actions(subparser):
             _set_completion(action, shtab.FILE)
     function = _CONFIG_FUNCTIONS[shell].format(name=_CONFIG_FUNCTION, configs=" ".join(shipped_configs()))
-    return shtab.complete(program, shell, preamble=function)
+    script: str = shtab.complete(program, shell, preamble=function)
+    return script
 
 
 def _set_completion(action: argparse.Action, files: dict[str, Any]) -> None:
