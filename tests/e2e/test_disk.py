@@ -181,7 +181,7 @@ def test_table_is_printed_if_the_games_cannot_be_written(
     code, run_dir = fit(tmp_path / "full", "--play.final_games=1", "--play.max_steps=2")
     printed = capfd.readouterr()
     assert code == 2
-    assert re.search(r"games\.jsonl: .*File too large", printed.err)
+    assert re.search(r"error: .*/games.*File too large", printed.err)
     assert "apples, mean" in printed.out
     check_files_are_valid(run_dir)
 
