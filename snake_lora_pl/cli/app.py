@@ -78,7 +78,7 @@ class SnakeCLI(LightningCLIInternals):
         super().__init__(
             LoRALightningModule,
             SnakeJSONLDataModule,
-            args=args,  # type: ignore[arg-type]
+            args=args,  # type: ignore[arg-type,unused-ignore]
             parser_class=OneLineParser,
             seed_everything_default=42,
             auto_configure_optimizers=False,

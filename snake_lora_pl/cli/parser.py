@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,8 @@ class OneLineParser(LightningArgumentParser):
         return text
 
     def _known_keys(self) -> list[str]:
-        actions = [action for parser in (self, *command_parsers(self).values()) for action in parser_actions(parser)]
+        parsers: list[argparse.ArgumentParser] = [self, *command_parsers(self).values()]
+        actions = [action for parser in parsers for action in parser_actions(parser)]
         return [action.dest for action in actions if action.dest and action.dest != "help"]
 
 
