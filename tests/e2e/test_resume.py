@@ -411,7 +411,7 @@ def test_two_runs_never_write_to_the_same_given_directory(
 
     def try_to_write_there() -> None:
         with (
-            pytest.raises(UserError, match="named"),
+            pytest.raises(UserError, match="shared: another run"),
             sole_use(sibling_lock_path(shared), timeout_s=0),
         ):
             pass
