@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import platform
-import time
 
 import pytest
 import torch
@@ -72,19 +71,3 @@ def test_named_dtype_is_returned(cpu, name: str) -> None:
 def test_unknown_dtype_is_reported_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="'bf16'.*auto, bfloat16, float32, float16"):
         choose_dtype("bf16")
-
-
-@pytest.mark.slow
-def test_auto_dtype_is_the_faster_one_on_this_machine() -> None:
-    def seconds(dtype: torch.dtype) -> float:
-        x, weight = torch.randn(512, 576).to(dtype), torch.randn(1536, 576).to(dtype)
-        times = []
-        for _ in range(50):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    chosen = choose_dtype("auto", "cpu")
-    other = torch.float32 if chosen == torch.bfloat16 else torch.bfloat16
-    assert seconds(chosen) < seconds(other)

@@ -1,10 +1,8 @@
 import json
-import time
 
 import pytest
 
 from snake_lora_pl.__main__ import main
-from snake_lora_pl.data.generated_rows import write_dataset
 
 
 def test_text_lists_rows_games_claims_and_tokens(bfs512_sample_path, tiny_llama_dir, capsys):
@@ -53,12 +51,3 @@ def test_user_error_is_one_line(bfs512_sample_path, capsys, arguments, message):
     assert main(["audit", *(argument.format(sample=bfs512_sample_path) for argument in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-@pytest.mark.slow
-def test_audit_of_5000_rows_takes_under_10_cpu_seconds(tmp_path, tiny_llama_dir):
-    path = tmp_path / "rows.jsonl"
-    assert write_dataset(path, 22) > 5_000
-    start = time.process_time()
-    assert main(["audit", str(path), "--base_model", str(tiny_llama_dir), "--max_length", "1200"]) == 0
-    assert time.process_time() - start < 10
