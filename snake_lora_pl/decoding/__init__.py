@@ -1,1 +1,1 @@
-"""Greedy decoding of many sequences in lockstep; independent of Snake."""
+"""Greedy decoding of many prompts, in lockstep or with ``generate``; independent of Snake."""

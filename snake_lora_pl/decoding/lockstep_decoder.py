@@ -8,17 +8,17 @@ have generated itself. A complete row leaves the batch, and the last row takes i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from snake_lora_pl.decoding.completion import Completion
 from snake_lora_pl.decoding.drafter import Drafter, best_width
 from snake_lora_pl.decoding.grouped_attention import grouped, is_grouped
 from snake_lora_pl.decoding.lockstep_cache import LockstepCache
 from snake_lora_pl.decoding.transformers_internals import cache_argument_name
-from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,19 +39,6 @@ _MAX_LOGITS = 2**28
 
 
 @dataclass
-class Completion:
-    """Tokens that the model generated after a prompt.
-
-    Attributes:
-        tokens: Token ids, without EOS.
-        is_complete: Whether the model ended the completion; False if ``max_new_tokens`` cut it off.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    is_complete: bool = False
-
-
-@dataclass
 class _Row:
     completion: Completion
     position: int  # of the last token
@@ -65,14 +52,11 @@ class LockstepDecoder:
         model: A causal language model, with an adapter or without.
         drafter: Drafts the next tokens; it learns from the completions.
         prefix: Tokens that most prompts begin with. Other prompts are read from where they differ.
-        sample: A prompt for checking that the model supports this kind of decoding.
         pad_id: Any token id.
         eos_id: Id of the token that ends a completion.
         is_finished: Returns whether a completion ends with its last token although it is not EOS.
         max_new_tokens: Maximum length of a completion.
-
-    Raises:
-        UserError: If the model's attention does not follow the given masks and positions.
+        dtype: Data type of hidden states; None for that of the output embeddings.
     """
 
     def __init__(
@@ -80,12 +64,12 @@ class LockstepDecoder:
         model: PreTrainedModel,
         drafter: Drafter,
         prefix: Sequence[int],
-        sample: list[int],
         *,
         pad_id: int,
         eos_id: int,
         is_finished: Callable[[list[int]], bool],
         max_new_tokens: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model
         self._drafter = drafter
@@ -97,36 +81,12 @@ class LockstepDecoder:
         self._base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
         output_weight = model.get_output_embeddings().weight
         self._vocab_size = len(output_weight)
-        self._device, self._dtype = output_weight.device, output_weight.dtype
+        self._device, self._dtype = output_weight.device, dtype or output_weight.dtype
         self._pass_cost_tokens = _PASS_COST_TOKENS.get(self._device.type, _PASS_COST_TOKENS_ACCELERATOR)
         self._prompt_tokens = _PROMPT_TOKENS.get(self._device.type, _PROMPT_TOKENS_ACCELERATOR)
         self._cache_argument = cache_argument_name(self._base)
         self._cache = LockstepCache(model.config.get_text_config().num_hidden_layers)
-        self._check_attention(sample)
-
-    def _check_attention(self, sample: list[int]) -> None:
-        """Compare the logits after two prompts with those of a plain forward pass: architectures differ in masking."""
-        ids = torch.tensor([sample], device=self._device)
-        expected = self._model(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0].float()
-        reason: Exception | None = None
-        is_close = False
-        try:
-            self._read_prefix()
-            error = self.next_logits([sample[:-1], sample]).float() - expected
-            # An offset common to all logits of a position changes no choice; in bfloat16 it can reach a tenth of their
-            # standard deviation.
-            error -= error.mean(dim=-1, keepdim=True)
-            # The error of wrong attention is about one standard deviation, that of bfloat16 a hundredth of it. A NaN
-            # fails the comparison.
-            is_close = bool(error.abs().mean() <= 0.1 * expected.std(dim=-1).mean())
-        except (NotImplementedError, TypeError, ValueError) as exception:
-            reason = exception
-        if not is_close:
-            raise UserError(
-                f"{type(self._base).__name__} cannot play: its attention does not follow the masks and positions that "
-                "decoding in lockstep passes to it. Choose another base model, or train without games "
-                "(play.val_games=0, play.final_games=0)."
-            ) from reason
+        self._read_prefix()
 
     def _read_prefix(self) -> None:
         if self._prefix:
@@ -153,6 +113,31 @@ class LockstepDecoder:
             while rows := self._drop_complete(rows):
                 self._decode_step(rows)
         return completions
+
+    def forced_logits(self, short: list[int], long: list[int], continuation: list[int]) -> Tensor:
+        """Return the logits after two prompts and after the tokens of given continuations.
+
+        It reads the short prompt with all tokens of the continuation but the last as a draft, and the long prompt with
+        the first as a draft; then it drops the short row and reads the rest of the long one token by token.
+
+        Args:
+            short: The shorter prompt.
+            long: The longer prompt.
+            continuation: At least two tokens, the same for both prompts.
+
+        Returns:
+            Logits of shape (2, 1 + tokens of the continuation, vocab).
+        """
+        with grouped(self._base):
+            num = len(continuation)
+            read = self._read_prompts([short, long], range(2), num_reserved=num)
+            drafts = self._forward(0, [continuation, continuation[:1]], [len(short), len(long)], num_logits=num)
+            self._cache.move_rows([1], [0], len(long) + 1)
+            steps = [
+                self._forward(0, [continuation[index : index + 1]], [len(long) + index], num_logits=1)[0]
+                for index in range(1, num)
+            ]
+        return torch.stack([torch.cat([read[:1], drafts[0]]), torch.cat([read[1:], drafts[1, -1:], *steps])])
 
     def _decode_step(self, rows: list[_Row]) -> None:
         """Run one forward pass over all rows, which generates at least one token for each."""

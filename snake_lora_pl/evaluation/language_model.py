@@ -2,7 +2,7 @@
 
 ``Style.write_prompt`` turns a board into a prompt, and ``game.text.read_move`` turns a completion into a move. While
 games are played, the adapter is merged into its base model and the prefix that the prompts of a style share is cached.
-``decoding.lockstep_decoder`` generates the completions.
+``decoding.decoder`` generates the completions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from snake_lora_pl.adapters.temporary_merge import temporarily_merged
+from snake_lora_pl.decoding.completion import Completion
+from snake_lora_pl.decoding.decoder import Decoder
 from snake_lora_pl.decoding.drafter import Drafter
-from snake_lora_pl.decoding.lockstep_decoder import Completion, LockstepDecoder, common_prefix_length
+from snake_lora_pl.decoding.exactness import settle_weights
+from snake_lora_pl.decoding.lockstep_decoder import common_prefix_length
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.policy import Answer, reading_problems
 from snake_lora_pl.game.board import Board, Move
@@ -104,18 +107,25 @@ class LanguageModelPolicy:
         if self._session is not None:
             yield self._session
             return
-        with in_eval_mode(self._model), temporarily_merged(self._model):
+        with in_eval_mode(self._model), contextlib.ExitStack() as stack:
+            with self._inference():
+                settle_weights(self._model)
+            stack.enter_context(temporarily_merged(self._model))
             self._session = _Session()
             try:
                 yield self._session
             finally:
                 self._session = None
 
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        # Every pass has another shape, for which layers compiled for training would be compiled again.
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), self._compute_context():
+            yield
+
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """Return the model's completion and move on each board; greedy decoding does not use the seeds."""
-        # Every pass has another shape, for which layers compiled for training would be compiled again.
-        eager = torch.compiler.set_stance("force_eager")
-        with self._open_session() as session, eager, torch.no_grad(), self._compute_context():
+        with self._open_session() as session, self._inference():
             # Equal boards have equal answers, so a snake that circles until it starves is decoded for one round only.
             new = [board for board in dict.fromkeys(boards) if board not in session.answers]
             for start in range(0, len(new), self._max_batch):
@@ -123,7 +133,7 @@ class LanguageModelPolicy:
                 session.answers.update(zip(batch, self._answer_batch(batch, session.decoders), strict=True))
             return [session.answers[board] for board in boards]
 
-    def _answer_batch(self, boards: Sequence[Board], decoders: dict[int, LockstepDecoder]) -> list[Answer]:
+    def _answer_batch(self, boards: Sequence[Board], decoders: dict[int, Decoder]) -> list[Answer]:
         grid_size = boards[0].size
         if grid_size not in decoders:
             decoders[grid_size] = self._make_decoder(boards)
@@ -144,18 +154,17 @@ class LanguageModelPolicy:
     def _decode(self, tokens: list[int], *, skip_special_tokens: bool = True) -> str:
         return cast(str, self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
-    def _make_decoder(self, boards: Sequence[Board]) -> LockstepDecoder:
+    def _make_decoder(self, boards: Sequence[Board]) -> Decoder:
         """Return a decoder for boards of the size of ``boards``, with the prefix that their prompts share."""
         drafter = Drafter()
         for board in () if self._uses_score else boards[:_NUM_DRAFTER_BOARDS]:
             for move in Move:
                 drafter.learn([*self._encode_completion(board, move), self._eos_id])
         samples = self._encode(_sample_boards(boards[0].size))
-        return LockstepDecoder(
+        return Decoder(
             self._model,
             drafter,
             samples[0][: common_prefix_length(*samples)],
-            samples[0],
             pad_id=self._pad_id,
             eos_id=self._eos_id,
             is_finished=self._is_finished,
@@ -206,7 +215,7 @@ class _Session:
     """
 
     answers: dict[Board, Answer] = field(default_factory=dict)
-    decoders: dict[int, LockstepDecoder] = field(default_factory=dict)
+    decoders: dict[int, Decoder] = field(default_factory=dict)
 
 
 @contextlib.contextmanager

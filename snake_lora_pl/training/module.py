@@ -26,6 +26,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.metadata import AdapterMetadata
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
+from snake_lora_pl.decoding.generate_decoder import GenerateDecoder
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import BaseModelSpec, choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
@@ -536,28 +537,22 @@ class LoRALightningModule(pl.LightningModule):
             A dict with ``prompt``, ``completion`` and ``source`` for each row.
         """
         checks.check_prompt_lengths(batch, self.peft_model)
-        width = max(len(token_ids) for token_ids in batch["input_ids"])
-        pad_id = self.tokenizer.pad_token_id
-        # Padding on the left: generation continues from the last position of every row.
-        ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in batch["input_ids"]])  # (B, T)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch["input_ids"]])
         with torch.no_grad(), self.compute_context():
-            output = self.peft_model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=pad_id,
-            )
-        completions = [self._decode(row[width:]) for row in output]
+            completions = self._generator.complete(batch["input_ids"])
         return [
-            {"prompt": prompt, "completion": completion, "source": source}
+            {"prompt": prompt, "completion": self._decode(completion.tokens), "source": source}
             for prompt, completion, source in zip(batch["prompts"], completions, batch["sources"], strict=True)
         ]
+
+    @functools.cached_property
+    def _generator(self) -> GenerateDecoder:
+        # Cached, because it remembers whether the architecture can complete prompts in batches.
+        return GenerateDecoder(
+            self.peft_model,
+            pad_id=int(self.tokenizer.pad_token_id),
+            eos_id=int(self.tokenizer.eos_token_id),
+            max_new_tokens=self.max_new_tokens,
+        )
 
     @functools.cached_property
     def _base_source(self) -> BaseModelSource:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
@@ -26,7 +24,6 @@ from typing_extensions import override
 
 from snake_lora_pl.decoding.drafter import Drafter, DraftToken
 from snake_lora_pl.decoding.lockstep_decoder import LockstepDecoder
-from snake_lora_pl.errors import UserError
 
 EOS = 0
 VOCAB_SIZE = 48
@@ -98,7 +95,6 @@ class Oracle(Drafter):
 def make_decoder(model: PreTrainedModel, drafter: Drafter | None = None, **settings: Any) -> LockstepDecoder:
     settings = {
         "prefix": PREFIX,
-        "sample": [*PREFIX, 11, 12],
         "is_finished": lambda tokens: False,
         "max_new_tokens": 20,
     } | settings
@@ -223,7 +219,7 @@ def test_cache_is_not_copied_during_decoding(llama: PreTrainedModel) -> None:
 def test_prefix_is_read_once(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = count_passes(llama, monkeypatch)
     decoder = make_decoder(llama)
-    assert shapes == [(1, len(PREFIX) + 2), (1, len(PREFIX)), (2, 2)]  # reference pass of the check, prefix, check
+    assert shapes == [(1, len(PREFIX))]
     for _ in range(2):
         shapes.clear()
         with torch.no_grad():
@@ -238,34 +234,10 @@ def test_next_logits_equal_those_of_a_plain_forward_pass(llama: PreTrainedModel)
             torch.testing.assert_close(row, llama(torch.tensor([prompt])).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-class IgnoresPositions(LlamaForCausalLM):
-    """A model that numbers positions itself."""
-
-    def forward(self, position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        return super().forward(**kwargs)
-
-
-def test_model_that_ignores_masks_or_positions_is_rejected() -> None:
-    bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **COMMON)).eval()
-    with pytest.raises(UserError, match="BloomForCausalLM"):
-        make_decoder(bloom)
-    with pytest.raises(UserError, match="IgnoresPositions"):
-        make_decoder(IgnoresPositions(make_model("llama").config).eval())
-
-
-class Shifted(LlamaForCausalLM):
-    """A model with an offset common to all logits, which depends on the batch size."""
-
-    shift = 3.0
-
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        output = super().forward(input_ids=input_ids, **kwargs)
-        output.logits += self.shift * len(input_ids)
-        return output
-
-
-def test_common_offset_of_logits_is_accepted_and_nan_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_decoder(Shifted(make_model("llama").config).eval())
-    monkeypatch.setattr(Shifted, "shift", torch.nan)
-    with pytest.raises(UserError, match="Shifted"):
-        make_decoder(Shifted(make_model("llama").config).eval())
+def test_forced_logits_equal_those_of_a_plain_forward_pass(llama: PreTrainedModel) -> None:
+    short, long, continuation = prompts()[2], prompts()[3], [3, 4, 5, 6]
+    with torch.no_grad():
+        logits = make_decoder(llama).forced_logits(short, long, continuation)
+        for row, prompt in zip(logits, (short, long), strict=True):
+            expected = llama(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 :]
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)

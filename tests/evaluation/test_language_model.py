@@ -16,6 +16,7 @@ from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
 from snake_lora_pl.game import Board, Game, Move
 from snake_lora_pl.game.teachers import get_teacher
 from snake_lora_pl.game.text import get_style, read_move
+from tests.architectures import build_model
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,40 @@ def test_score_chooses_the_most_likely_move_at_the_first_different_token(
 
 def _all_moves(encoder: Encoder) -> list[list[int]]:
     return [encoder.tokenizer(f"Moving {m.name}", add_special_tokens=False)["input_ids"] for m in Move]
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neo", "gpt_oss", "mamba", "rwkv", "recurrent_gemma", "lfm2"])
+def test_models_that_cannot_be_decoded_in_lockstep_play_as_plain_generate_does(
+    model_type: str, encoder: Encoder
+) -> None:
+    model, some = build_model(model_type), boards(3)
+    answers = make_policy(model, encoder, "compact", max_new_tokens=5).answer(some, range(3))
+    assert [a.completion for a in answers] == [plain_completion(model, encoder, "compact", board, 5) for board in some]
+    scored = make_policy(model, encoder, "compact", reading="score").answer(some, range(3))
+    for board, answer in zip(some, scored, strict=True):
+        prompt = encoder.encode_prompt(get_style("compact").write_prompt(board))
+        first = [encoder.tokenizer(f"{move.name}", add_special_tokens=False)["input_ids"][0] for move in Move]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt])).logits[0, -1, first]
+        assert answer.move == list(Move)[int(logits.argmax())]
+
+
+def test_rwkv_plays_with_the_weights_that_it_scales_for_evaluation(encoder: Encoder) -> None:
+    torch.manual_seed(1)
+    base = build_model("rwkv", rescale_every=1)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["output", "value"], task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.train()
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    policy = make_policy(adapted, encoder, "compact", max_new_tokens=5)
+    answers = policy.answer(boards(2), range(2))
+    adapted(input_ids=torch.tensor([[5, 6]]))
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    adapted.eval()
+    expected = [plain_completion(adapted, encoder, "compact", board, 5) for board in boards(2)]
+    assert [answer.completion for answer in answers] == expected
 
 
 def test_legal_mask_excludes_illegal_moves(model: LlamaForCausalLM, encoder: Encoder) -> None:
