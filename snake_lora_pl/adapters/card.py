@@ -19,6 +19,7 @@ _STATISTICS = {
     "win_rate": ("games won", "{:.0%}"),
     "steps_mean": ("steps, mean", "{:,.0f}"),
     "fatal_move_rate": ("fatal moves", "{:.2%}"),
+    "trap_rate": ("traps taken", "{:.2%}"),
     "unparseable_rate": ("completions without a move", "{:.2%}"),
     "teacher_agreement": ("agreement with the teacher", "{:.1%}"),
 }

@@ -1,7 +1,8 @@
 """Checks of rows before training: games, duplicates, moves, claims of completions, and lengths in tokens.
 
 Completions are checked against the board of their prompt. The board is known if the prompt contains the body in order,
-or, for drawn boards, if it follows from the previous rows.
+or, for drawn boards, if it follows from the previous rows. Prompts that state what each move is instead of the board
+are checked as far as that goes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from snake_lora_pl.data.game_counter import GameCounter
 from snake_lora_pl.data.jsonl import Row, read_rows
 from snake_lora_pl.data.row_errors import RowErrors
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.game import Board, BoardReader, Move, check_claims, read_grid_size, read_move, shortest_moves
+from snake_lora_pl.game import (
+    Board,
+    BoardReader,
+    Move,
+    PromptMoves,
+    check_claims,
+    read_grid_size,
+    read_move,
+    read_moves,
+    shortest_moves,
+)
 
 NO_MOVE = "none"
 
@@ -35,19 +46,25 @@ class MoveReport:
 
     Attributes:
         counts: Rows by move; ``none`` for rows without a move.
+        num_known: Rows whose legal moves are known, from the board or stated by the prompt.
+        num_illegal: Rows among these with an illegal move.
+        illegal_rows: ``path:line`` of the first rows with an illegal move.
+        num_decisive: Rows among these with both a trap and a safe move.
+        num_traps: Rows among the decisive ones whose move is a trap.
         num_boards: Rows with a known board; the following counts are among these.
-        num_illegal: Rows with an illegal move.
         num_shortest: Rows whose move is the first of a shortest path to the apple.
         num_without_path: Rows of positions without a path to the apple.
-        illegal_rows: ``path:line`` of the first rows with an illegal move.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
-    num_boards: int = 0
+    num_known: int = 0
     num_illegal: int = 0
+    illegal_rows: list[str] = field(default_factory=list)
+    num_decisive: int = 0
+    num_traps: int = 0
+    num_boards: int = 0
     num_shortest: int = 0
     num_without_path: int = 0
-    illegal_rows: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -194,12 +211,18 @@ def _check_completions(rows: list[Row], audit: Audit) -> None:
     for row, board in zip(rows, _read_boards(rows), strict=True):
         move = read_move(row.completion)
         counts[NO_MOVE if move is None else move.name] += 1
+        known = read_moves(row.prompt) if board is None else PromptMoves.of(board)
+        if known is None:
+            continue
+        report.num_known += 1
+        if move not in known.legal:
+            report.num_illegal += 1
+            _add_source(row, report.illegal_rows)
+        report.num_decisive += known.is_decisive
+        report.num_traps += known.is_decisive and move in known.traps
         if board is None or board.apple is None:
             continue
         report.num_boards += 1
-        if move not in board.legal_moves():
-            report.num_illegal += 1
-            _add_source(row, report.illegal_rows)
         shortest = shortest_moves(board)
         report.num_shortest += move in shortest
         report.num_without_path += not shortest

@@ -22,10 +22,15 @@ def format_audit(audit: Audit) -> str:
         _item("moves", ", ".join(f"{move} {count / audit.num_rows:.1%}" for move, count in moves.counts.items())),
         _item("known boards", f"{moves.num_boards:,}"),
     ]
+    if moves.num_known:
+        traps = f"{moves.num_decisive:,} rows with a trap and a safe move; {moves.num_traps:,} take the trap"
+        lines += [
+            _item("illegal moves", _with_rows(moves.num_illegal, moves.illegal_rows)),
+            _item("decisive", traps),
+        ]
     if moves.num_boards:
         with_path = moves.num_boards - moves.num_without_path
         lines += [
-            _item("illegal moves", _with_rows(moves.num_illegal, moves.illegal_rows)),
             _item("shortest", f"{moves.num_shortest:,} of {with_path:,} moves in positions with a path to the apple"),
             *(
                 _item(f"claim: {name}", f"{claim.num_said:,}, false: {_with_rows(claim.num_false, claim.false_rows)}")

@@ -30,7 +30,7 @@ from snake_lora_pl.data.samplers import InOrderSampler, LengthGroupedSampler
 from snake_lora_pl.data.split import drop_duplicates, split_by_game
 from snake_lora_pl.data.summary import format_summary, summarize
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.game.text import STYLES, read_grid_size
+from snake_lora_pl.game.text import find_style, read_grid_size
 from snake_lora_pl.models import BaseModelSpec, load_tokenizer, prepare_base_model
 from snake_lora_pl.paths import generated_data_path
 
@@ -279,13 +279,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         row = self._first_row()
         if row is None:
             return self.generated_style if self.train_path is None else "unknown"
-        for style in STYLES.values():
-            try:
-                style.read_prompt(row.prompt)
-            except ValueError:
-                continue
-            return style.name
-        return "unknown"
+        style = find_style(row.prompt)
+        return "unknown" if style is None else style.name
 
     def sample_rows(self, num_rows: int) -> list[Row]:
         """Return validation rows as in their files, evenly spaced and the same ones every time.

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from snake_lora_pl.evaluation.policy import Answer, Policy, TeacherPolicy
-from snake_lora_pl.game import Board, End, Game, Move, check_claims, shortest_moves
+from snake_lora_pl.game import Board, End, Game, Move, PromptMoves, check_claims, shortest_moves
 from snake_lora_pl.game.game import starvation_cap
 from snake_lora_pl.game.replay import Frame, Recording
 
@@ -29,6 +29,8 @@ class Judgment(NamedTuple):
     Attributes:
         is_fatal: The move ended the game although there was a legal move: it hit a wall or the body, reversed, or named
             no move.
+        is_decisive: There were both a trap and a safe move.
+        is_trap: The move is a trap although there was a safe move.
         is_unparseable: No move could be read.
         teacher_move: The teacher's move on the board.
         optimal_moves: All first moves of shortest paths to the apple; empty without a path.
@@ -36,6 +38,8 @@ class Judgment(NamedTuple):
     """
 
     is_fatal: bool
+    is_decisive: bool
+    is_trap: bool
     is_unparseable: bool
     teacher_move: Move
     optimal_moves: tuple[Move, ...]
@@ -187,8 +191,11 @@ def judge_moves(recording: Recording, seed: int, judge: TeacherPolicy) -> Iterat
     frames = decision_frames(recording)
     for index, (board, move, completion) in enumerate(frames):
         is_death = recording.ended_by_illegal_move and index == len(frames) - 1
+        moves = PromptMoves.of(board)
         yield Judgment(
-            is_fatal=is_death and bool(board.legal_moves()),
+            is_fatal=is_death and bool(moves.legal),
+            is_decisive=moves.is_decisive,
+            is_trap=moves.is_decisive and move in moves.traps,
             is_unparseable=move is None,
             teacher_move=judge.move(board, seed),
             optimal_moves=tuple(shortest_moves(board)),

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from snake_lora_pl.game import Move
-from snake_lora_pl.game.text import read_announced_move, read_board, read_move
+from snake_lora_pl.game.text import read_announced_move, read_move, read_moves
 
 
 class SnakeMoveMetrics(Metric):
@@ -24,9 +24,11 @@ class SnakeMoveMetrics(Metric):
     - ``move_accuracy``: share of rows whose conclusion names the teacher's move, among rows whose target has a
       conclusion.
     - ``legal_move_rate``: share of rows whose conclusion names a legal move, among those of these rows whose prompt
-      contains the whole board.
+      contains the whole board or states which moves are legal.
+    - ``trap_rate``: share of rows whose decision is a trap (see ``PromptMoves``), among rows with a decision of the
+      teacher whose prompt offers both a trap and a safe move.
 
-    A move that cannot be read counts as wrong and illegal.
+    A move that cannot be read counts as wrong and illegal, but not as a trap.
 
     Attributes:
         decisions: Confusion matrix of this rank, until synced: int64 of shape (4, 5), number of rows with each decision
@@ -40,6 +42,8 @@ class SnakeMoveMetrics(Metric):
     right_moves: Tensor
     judged_boards: Tensor
     legal_moves: Tensor
+    offered_traps: Tensor
+    taken_traps: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +51,7 @@ class SnakeMoveMetrics(Metric):
         self.add_state(
             "decisions", default=torch.zeros(num_moves, num_moves + 1, dtype=torch.int64), dist_reduce_fx="sum"
         )
-        for name in ("judged_moves", "right_moves", "judged_boards", "legal_moves"):
+        for name in ("judged_moves", "right_moves", "judged_boards", "legal_moves", "offered_traps", "taken_traps"):
             self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
 
     @override
@@ -55,7 +59,7 @@ class SnakeMoveMetrics(Metric):
         """Add rows.
 
         Args:
-            prompts: Texts that contain the board.
+            prompts: Texts that contain the prompt of a row.
             targets: The teacher's completions.
             predictions: The model's completions.
         """
@@ -64,16 +68,20 @@ class SnakeMoveMetrics(Metric):
             expected_decision, decision = read_announced_move(target), read_announced_move(prediction)
             if expected_decision is None:
                 expected_decision, decision = expected, predicted
+            # Read once for both: without an announcement, the expected decision is the expected move.
+            moves = None if expected is None and expected_decision is None else read_moves(prompt)
             if expected_decision is not None:
                 self.decisions[move_index(expected_decision), move_index(decision)] += 1
+                if moves is not None and moves.is_decisive:
+                    self.offered_traps += 1
+                    self.taken_traps += int(decision in moves.traps)
             if expected is None:
                 continue
             self.judged_moves += 1
             self.right_moves += int(predicted == expected)
-            board = read_board(prompt)
-            if board is not None:
+            if moves is not None:
                 self.judged_boards += 1
-                self.legal_moves += int(predicted is not None and predicted in board.legal_moves())
+                self.legal_moves += int(predicted in moves.legal)
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -81,6 +89,7 @@ class SnakeMoveMetrics(Metric):
             "decision_accuracy": self.decisions.diagonal().sum() / self.decisions.sum(),
             "move_accuracy": self.right_moves / self.judged_moves,
             "legal_move_rate": self.legal_moves / self.judged_boards,
+            "trap_rate": self.taken_traps / self.offered_traps,
         }
 
 

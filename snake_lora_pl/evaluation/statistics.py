@@ -40,6 +40,8 @@ class GameSummary(NamedTuple):
         num_steps: Steps survived.
         num_moves: Decisions; one more than the steps if the last move was deadly.
         num_fatal: 1 if the last move was fatal (see ``Judgment.is_fatal``).
+        num_offered_traps: Decisions with both a trap and a safe move (see ``Judgment.is_decisive``).
+        num_taken_traps: Decisions among these for the trap.
         num_trapped: 1 if the game ended in death without a legal move left.
         num_unparseable: Decisions from which no move could be read.
         num_as_teacher: Moves equal to the teacher's.
@@ -59,6 +61,8 @@ class GameSummary(NamedTuple):
     num_steps: int
     num_moves: int
     num_fatal: int
+    num_offered_traps: int
+    num_taken_traps: int
     num_trapped: int
     num_unparseable: int
     num_as_teacher: int
@@ -85,6 +89,8 @@ class GameSummary(NamedTuple):
             num_steps=game.num_steps,
             num_moves=len(judged),
             num_fatal=num_fatal,
+            num_offered_traps=sum(judgment.is_decisive for judgment in game.judgments),
+            num_taken_traps=sum(judgment.is_trap for judgment in game.judgments),
             num_trapped=int(game.recording.ended_by_illegal_move) - num_fatal,
             num_unparseable=sum(judgment.is_unparseable for judgment in game.judgments),
             num_as_teacher=sum(move is judgment.teacher_move for move, judgment in judged),
@@ -156,7 +162,9 @@ def compute_statistics(games: Sequence[GameSummary], num_ranks: int = 1) -> dict
         - ``fill_mean``: share of the board that the snake covers at the end;
         - ``win_rate`` with its 95% Wilson interval ``win_low`` to ``win_high``; ``steps_mean``;
         - ``fatal_move_rate``: share of all moves that ended a game (wall, body, reversal or no valid answer) although
-          there was a legal move; ``trapped_rate``: share of games that ended without a legal move;
+          there was a legal move; ``trap_rate``: share of moves into a trap, after which the tail is unreachable, among
+          moves made while there were both a trap and a safe move; ``trapped_rate``: share of games that ended without a
+          legal move;
         - ``unparseable_rate``: share of all answers from which no move could be read;
         - ``teacher_agreement``: share of all moves equal to the teacher's; ``optimal_agreement``: share of moves that
           begin a shortest path to the apple, among moves made while there was a path;
@@ -188,6 +196,7 @@ def compute_statistics(games: Sequence[GameSummary], num_ranks: int = 1) -> dict
         "win_high": wins.high,
         "steps_mean": sum(game.num_steps for game in games) / num_games,
         "fatal_move_rate": sum(game.num_fatal for game in games) / num_moves,
+        "trap_rate": _ratio(sum(game.num_taken_traps for game in games), sum(game.num_offered_traps for game in games)),
         "trapped_rate": sum(game.num_trapped for game in games) / num_games,
         "unparseable_rate": sum(game.num_unparseable for game in games) / num_moves,
         "teacher_agreement": sum(game.num_as_teacher for game in games) / num_moves,

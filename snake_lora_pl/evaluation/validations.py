@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from snake_lora_pl.durable import open_durably
-from snake_lora_pl.game import Move, check_completion, read_board, read_move
+from snake_lora_pl.game import Move, check_completion, read_board, read_move, read_moves
 
 MOVES = tuple(move.name for move in Move)
 NO_MOVE = "none"
@@ -24,7 +24,7 @@ class JudgedRow(NamedTuple):
         target: Completion of the row, written by the teacher.
         completion: The model's completion.
         is_right: Whether it concludes with the teacher's move; None if the target has no conclusion.
-        is_legal: Whether it concludes with a legal move; None if the prompt does not contain the whole board.
+        is_legal: Whether it concludes with a legal move; None if the prompt does not tell which moves are legal.
         claims: Name -> truth of each claim in the completion.
     """
 
@@ -40,13 +40,14 @@ class JudgedRow(NamedTuple):
     def of(cls, source: str, prompt: str, target: str, completion: str) -> JudgedRow:
         """Judge a completion."""
         expected, move, board = read_move(target), read_move(completion), read_board(prompt)
+        moves = read_moves(prompt)
         return cls(
             source,
             prompt,
             target,
             completion,
             is_right=None if expected is None else move == expected,
-            is_legal=None if board is None else move in board.legal_moves(),
+            is_legal=None if moves is None else move in moves.legal,
             claims={} if board is None or board.apple is None else check_completion(board, completion),
         )
 

@@ -199,6 +199,10 @@ class Board:
             return End.SELF
         return Board._unchecked(self.size, (target, *rest), self.apple)
 
+    def fills_board(self, move: Move) -> bool:
+        """Return whether a move eats the last apple and thereby wins."""
+        return self.length + 1 == self.size**2 and self.target(move) == self.apple
+
     def with_apple(self, apple: Cell) -> Board:
         """Return the same snake with the apple at another cell.
 

@@ -46,6 +46,7 @@ _CHARTS: list[tuple[str, str, dict[str, str]]] = [
             "val/decision_accuracy": "decision",
             "val/move_accuracy": "move",
             "val/legal_move_rate": "legal move",
+            "val/trap_rate": "traps taken",
             "val/token_accuracy": "tokens",
             "val/exact_match": "exact match",
         },
@@ -56,6 +57,7 @@ _CHARTS: list[tuple[str, str, dict[str, str]]] = [
         "%",
         {
             "play/fatal_move_rate": "fatal",
+            "play/trap_rate": "traps taken",
             "play/unparseable_rate": "unreadable",
             "play/teacher_agreement": "teacher agreement",
         },

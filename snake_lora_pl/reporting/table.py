@@ -27,6 +27,7 @@ _ROWS: list[tuple[str, Callable[[_Statistics], str]]] = [
     ("steps, mean", lambda f: f"{f['steps_mean']:,.0f}"),
     ("fatal moves", lambda f: f"{f['fatal_move_rate']:.2%}"),
     ("unreadable answers", lambda f: f"{f['unparseable_rate']:.2%}"),
+    ("traps taken", lambda f: _format_known(f, "trap_rate", ".2%")),
     ("games ended trapped", lambda f: f"{f['trapped_rate']:.0%}"),
     ("teacher agreement", lambda f: f"{f['teacher_agreement']:.1%}"),
     ("moves on a shortest path", lambda f: _format_known(f, "optimal_agreement", ".1%")),

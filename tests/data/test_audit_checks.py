@@ -77,6 +77,20 @@ def test_findings_are_counted_with_the_source_of_the_first_rows(tmp_path):
     assert audit.claims["head"] == ClaimReport(4, 0, [])
 
 
+@pytest.mark.parametrize("style", ["features", "cycle", "compact"])
+def test_legality_and_traps_are_counted_whether_or_not_the_prompt_contains_the_board(tmp_path, style):
+    # LEFT is a trap, RIGHT the only safe move, UP and DOWN are not legal.
+    board = Board(4, ((1, 0), (1, 1), (0, 1), (0, 2), (1, 2), (2, 2), (3, 2)), (0, 0))
+    prompt = get_style(style).write_prompt(board)
+    path = write(tmp_path / "rows.jsonl", (prompt, "RIGHT"), (prompt, "LEFT"), (prompt, "UP"), ("Hello", "UP"))
+    audit = audit_rows(path)
+    moves = audit.moves
+    assert (moves.num_known, moves.num_decisive, moves.num_traps) == (3, 3, 1)
+    assert (moves.num_illegal, moves.illegal_rows) == (1, [f"{path}:3"])
+    assert moves.num_boards == (3 if style == "compact" else 0)
+    assert audit.grid_sizes == {4: 3}
+
+
 def test_lengths_equal_those_of_training_before_shortening(bfs512_sample_path, tiny_tokenizer):
     encoder = Encoder(tiny_tokenizer, max_length=700)
     audit = audit_rows(str(bfs512_sample_path), encoder)

@@ -184,6 +184,15 @@ def test_generated_rows_depend_on_teacher_style_and_noise(make):
     assert datamodule.prompt_format == "compact"
 
 
+@pytest.mark.parametrize("style", ["features", "cycle"])
+def test_prompts_without_a_board_tell_style_and_grid_size(make, style):
+    datamodule = set_up(make(generated_games=2, grid_size=6, generated_style=style))
+    path = generated_data_path(6, "bfs", style, 2, 0.0, 0)
+    for module in (datamodule, set_up(make(path))):
+        assert (module.resolved_grid_size, module.prompt_format) == (6, style)
+        assert module.summary()["num_games"] == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

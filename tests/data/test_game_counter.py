@@ -6,6 +6,7 @@ import pytest
 
 from snake_lora_pl.data.data_files import expand_paths
 from snake_lora_pl.data.game_counter import GameCounter
+from snake_lora_pl.data.generated_rows import generate_rows
 from snake_lora_pl.data.jsonl import Row, read_rows
 from tests.data.conftest import games_of_steps, position
 
@@ -33,6 +34,12 @@ def test_rows_that_name_their_game_belong_to_it_in_any_order():
 def test_each_row_of_an_unknown_format_is_a_game():
     unknown = {"prompt": "p", "completion": "c"}
     assert games_of([unknown, unknown, *games_of_steps(2), unknown]) == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("style", ["features", "cycle"])
+def test_prompts_without_the_head_are_one_game_while_the_length_stays_or_grows_by_one(style):
+    rows = list(generate_rows(3, 6, "safe_greedy", style))
+    assert games_of([dict(row) | {"game": None} for row in rows]) == [row["game"] for row in rows]
 
 
 @pytest.mark.skipif(not SHARED_DIR.is_dir(), reason="needs the shared heuristics-v0.04 files next to the repository")

@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from snake_lora_pl.evaluation.game_loop import play_games
+from snake_lora_pl.evaluation.game_loop import decision_frames, play_games
 from snake_lora_pl.evaluation.policy import Policy, TeacherPolicy
 from snake_lora_pl.evaluation.statistics import (
     ROW_WIDTH,
@@ -41,6 +41,36 @@ def test_teacher_agrees_with_itself_and_makes_no_fatal_move() -> None:
     assert values["fill_mean"] == pytest.approx((values["apples_mean"] + 1) / 36)
     assert values["apples_p5"] <= values["apples_median"] <= values["apples_p95"]
     assert values["moves_per_second"] > 0
+
+
+def test_trap_rate_counts_avoidable_traps_among_decisions_that_offer_one() -> None:
+    num_offered = num_taken = 0
+    games = play_games(TeacherPolicy("bfs"), SEEDS, grid_size=6)
+    for game in games:
+        for frame in decision_frames(game.recording):
+            safe = [move for move in frame.board.legal_moves() if keeps_tail_reachable(frame.board, move)]
+            if safe and len(safe) < len(frame.board.legal_moves()):
+                num_offered += 1
+                num_taken += frame.move not in safe
+    assert 0 < num_taken < num_offered
+    values = compute_statistics([GameSummary.of(game) for game in games])
+    assert values["trap_rate"] == num_taken / num_offered
+    assert compute_statistics(summaries(TeacherPolicy("safe_greedy")))["trap_rate"] < values["trap_rate"]
+    assert "trap_rate" not in compute_statistics(summaries(ScriptedPolicy(nonsense)))
+
+
+def keeps_tail_reachable(board: Board, move: Move) -> bool:
+    """Search from the head cell by cell, the slow way."""
+    after = board.after(move)
+    assert isinstance(after, Board)
+    if after.length == after.size**2:
+        return True
+    seen = [after.head]
+    for x, y in seen:
+        for cell in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)):
+            if cell not in seen and after.contains(cell) and (cell not in after.body or cell == after.body[-1]):
+                seen.append(cell)
+    return after.body[-1] in seen
 
 
 def test_nonsense_scores_nothing() -> None:

@@ -18,7 +18,16 @@ from snake_lora_pl.adapters.metadata import parse_metadata
 from snake_lora_pl.data.jsonl import read_rows
 from snake_lora_pl.data.row_errors import RowErrors
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.game.text import STYLES, check_claims, read_board, read_grid_size, read_move, read_state
+from snake_lora_pl.game.text import (
+    STYLES,
+    check_claims,
+    find_style,
+    read_board,
+    read_grid_size,
+    read_move,
+    read_moves,
+    read_state,
+)
 from snake_lora_pl.paths import find_config
 from snake_lora_pl.untrusted import load_yaml, printable
 
@@ -50,6 +59,9 @@ def prompts(text: str) -> None:
     """Check that reading a text as board and as completion raises nothing and gives consistent results."""
     board, state, move = read_board(text), read_state(text), read_move(text)
     assert read_grid_size(text) == (None if state is None else state.grid_size)
+    moves = read_moves(text)
+    assert moves is None or moves.traps <= moves.legal
+    assert find_style(text) is not None or (board is None and moves is None)
     if board is None or board.apple is None:
         return
     assert state is not None

@@ -29,6 +29,7 @@ SAMPLE_DIR = REPOSITORY_DIR / "tests" / "data" / "heuristics_v0.04"
 SHARED_DIR = REPOSITORY_DIR.parent / "shared" / "data" / "heuristics_v0.04"
 BFS_512 = get_style("bfs-512")
 COMPACT = get_style("compact")
+BARE_STYLES = ["compact", "features", "cycle"]
 ASCII_STYLES = ["bfs-1024", "bfs-2048", "bfs-4096", "bfs-safe-greedy-4096"]
 
 upstream_files = pytest.mark.parametrize("root", [SAMPLE_DIR, SHARED_DIR], ids=["sample", "shared"])
@@ -275,7 +276,7 @@ def test_the_announced_move_is_the_concluded_move(name: str) -> None:
     board = Board(5, ((2, 0), (1, 0)), (2, 3))
     for move in (Move.UP, Move.RIGHT):
         completion = get_style(name).write_completion(board, move)
-        assert read_announced_move(completion) is (None if name == "compact" else move)
+        assert read_announced_move(completion) is (None if name in BARE_STYLES else move)
         assert read_move(completion) is move
 
 
@@ -317,6 +318,12 @@ def test_an_invalid_prompt_is_rejected_by_its_style_and_parsed_as_no_board(old, 
 )
 def test_a_game_continues_at_the_target_of_the_last_move(move, state, expected):
     assert starts_new_game(PromptState(10, (5, 5), 3), move, state) is expected
+
+
+@pytest.mark.parametrize(("length", "expected"), [(3, False), (4, False), (2, True), (5, True)])
+def test_without_the_head_a_game_continues_while_the_length_stays_or_grows_by_one(length, expected):
+    assert starts_new_game(PromptState(10, None, 3), Move.UP, PromptState(10, None, length)) is expected
+    assert starts_new_game(PromptState(10, None, length), Move.UP, PromptState(12, None, length))
 
 
 def test_the_first_row_starts_a_game():

@@ -82,25 +82,51 @@ def hamiltonian_shortcuts(board: Board) -> Move | None:
     board takes no shortcuts, because apples would appear in the gaps that they leave, where only another lap reaches
     them. While the body is not in the order of the cycle, it plays as ``hamiltonian``.
     """
-    max_steps = 1
-    if board.apple is not None and 2 * board.length <= board.size**2:
-        ahead = cycle_of(board.size).steps_ahead
-        max_steps = min(ahead(board.head, board.apple), ahead(board.head, board.body[-1]) - 1 - _TAIL_MARGIN)
-    return _along_cycle(board, max(1, max_steps))
+    return _along_cycle(board, _steps_before_passing(board) if 2 * board.length <= board.size**2 else 1)
+
+
+def cycle_advances(board: Board) -> dict[Move, int]:
+    """Return the steps along the cycle of each legal move that passes neither the apple nor the tail, in board order.
+
+    The next cell of the cycle is always included. While the body is not in the order of the cycle, any other move might
+    pass the tail, so only that one is.
+    """
+    return _advances(board, _steps_before_passing(board) if _is_in_order(cycle_of(board.size), board) else 1)
+
+
+def _steps_before_passing(board: Board) -> int:
+    """Return the steps along the cycle that a move may advance without passing the apple or the tail."""
+    if board.apple is None:
+        return 1
+    ahead = cycle_of(board.size).steps_ahead
+    return max(1, min(ahead(board.head, board.apple), ahead(board.head, board.body[-1]) - 1 - _TAIL_MARGIN))
+
+
+def _advances(board: Board, max_steps: int) -> dict[Move, int]:
+    """Return the steps along the cycle of each legal move, without those that advance farther or pass the apple."""
+    cycle = cycle_of(board.size)
+    steps = {move: cycle.steps_ahead(board.head, board.target(move)) for move in board.legal_moves()}
+    return {
+        move: num_steps
+        for move, num_steps in steps.items()
+        if num_steps == 1 or (num_steps <= max_steps and not _shares_index_with_apple(board, move))
+    }
+
+
+def _shares_index_with_apple(board: Board, move: Move) -> bool:
+    """Return whether the apple is on the other cell with the index of the move's cell: the move then passes it."""
+    return cycle_of(board.size).shares_index(board.target(move), board.apple)
 
 
 def _along_cycle(board: Board, max_steps: int) -> Move | None:
     """Return the legal move that advances farthest along the cycle, up to a number of steps."""
-    cycle = cycle_of(board.size)
-    steps = {move: cycle.steps_ahead(board.head, board.target(move)) for move in board.legal_moves()}
-    if not _is_in_order(cycle, board):
-        return next((move for move in tail_distances(board) if steps[move] == 1), None) or safe_greedy(board)
-    # If two cells share an index and the apple is on one of them, stepping on the other one passes the apple.
-    passes = {move: cycle.shares_index(board.target(move), board.apple) for move in steps}
-    allowed = [
-        move for move, num_steps in steps.items() if num_steps == 1 or (num_steps <= max_steps and not passes[move])
-    ]
-    return max(allowed, key=lambda move: (steps[move], not passes[move])) if allowed else safe_greedy(board)
+    if not _is_in_order(cycle_of(board.size), board):
+        along = _advances(board, 1)
+        return next((move for move in tail_distances(board) if move in along), None) or safe_greedy(board)
+    steps = _advances(board, max_steps)
+    if not steps:
+        return safe_greedy(board)
+    return max(steps, key=lambda move: (steps[move], not _shares_index_with_apple(board, move)))
 
 
 def _is_in_order(cycle: Cycle, board: Board) -> bool:

@@ -9,7 +9,7 @@ import re
 
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.features import MoveFeatures, move_features
-from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_of
+from snake_lora_pl.game.text.style import NUMBER, PromptState, apple_line, apple_of
 
 _PATTERN = re.compile(
     rf"Snake(?P<size>{NUMBER});(?P<head_x>{NUMBER}),(?P<head_y>{NUMBER});"
@@ -45,11 +45,9 @@ class Compact:
         """
         apple_x, apple_y = apple_of(board)
         head_x, head_y = board.head
-        dx, dy = apple_x - head_x, apple_y - head_y
-        offsets = [(Move.UP if dy > 0 else Move.DOWN, abs(dy)), (Move.LEFT if dx < 0 else Move.RIGHT, abs(dx))]
         lines = [f"Snake{board.size};{head_x},{head_y};{apple_x},{apple_y};{board.trail}"]
         lines += [f"{move.name} {_describe(features)}" for move, features in move_features(board).items()]
-        lines += [" ".join(["apple", *(f"{move.name} {steps}" for move, steps in offsets if steps)])]
+        lines += [apple_line(board)]
         return "\n".join(lines)
 
     def write_completion(self, board: Board, move: Move) -> str:

@@ -9,7 +9,7 @@ import re
 
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text.ascii_board import read_ascii_board
-from snake_lora_pl.game.text.style import STYLES, PromptState
+from snake_lora_pl.game.text.style import STYLES, MoveStatingStyle, PromptMoves, PromptState, Style
 
 _ANNOUNCEMENT_PATTERN = re.compile(r"^Moving (UP|RIGHT|DOWN|LEFT)\b", re.MULTILINE)
 _CONCLUSION = "Conclusion: "
@@ -44,8 +44,9 @@ def read_board(text: str) -> Board | None:
     """Return the board of the prompt in a text, whatever its style.
 
     Returns:
-        The board; None if the text contains no prompt of a known style, or its position is invalid or ambiguous, such
-        as an ASCII board whose body has several possible orders.
+        The board; None if the text contains no prompt of a known style, if the style's prompts do not contain the
+        board, or if the position is invalid or ambiguous, such as an ASCII board whose body has several possible
+        orders.
     """
     for style in STYLES.values():
         if style.read_state(text) is not None:
@@ -64,6 +65,34 @@ def read_state(text: str) -> PromptState | None:
     return next((state for style in STYLES.values() if (state := style.read_state(text)) is not None), None)
 
 
+def read_moves(text: str) -> PromptMoves | None:
+    """Return which moves are legal and which are traps in the prompt in a text.
+
+    Returns:
+        The moves: stated by the prompt, or computed from its board; None if the text contains neither.
+    """
+    for style in STYLES.values():
+        if isinstance(style, MoveStatingStyle) and (moves := style.read_moves(text)) is not None:
+            return moves
+    board = read_board(text)
+    return None if board is None else PromptMoves.of(board)
+
+
+def find_style(text: str) -> Style | None:
+    """Return the first style whose prompt the text contains in full; None if there is none."""
+    return next((style for style in STYLES.values() if _contains_prompt(style, text)), None)
+
+
+def _contains_prompt(style: Style, text: str) -> bool:
+    if isinstance(style, MoveStatingStyle):
+        return style.read_moves(text) is not None
+    try:
+        style.read_prompt(text)
+    except ValueError:
+        return False
+    return True
+
+
 def read_grid_size(text: str) -> int | None:
     """Return the cells along one side of the grid of the prompt in a text; None if the text contains none."""
     state = read_state(text)
@@ -74,7 +103,8 @@ def starts_new_game(previous: PromptState | None, move: Move | None, state: Prom
     """Return whether a row starts a new game, judged by the preceding row.
 
     Rows of ``heuristics-v0.04`` have no game id, and the last move of each game is missing. A new game starts where the
-    head is not at the target of the preceding row's move, or the length decreases, or the grid size changes.
+    head is not at the target of the preceding row's move, or the length decreases, or the grid size changes. In prompts
+    that do not state the head, it starts where the length does not stay or grow by one.
 
     Args:
         previous: The position of the preceding row; None for the first row.
@@ -83,6 +113,8 @@ def starts_new_game(previous: PromptState | None, move: Move | None, state: Prom
     """
     if previous is None or state.grid_size != previous.grid_size or state.length < previous.length:
         return True
+    if state.head is None or previous.head is None:
+        return state.length > previous.length + 1
     dx = state.head[0] - previous.head[0]
     dy = state.head[1] - previous.head[1]
     if move is None:

@@ -5,21 +5,52 @@ To add a style, call ``register_style`` with an object that has the members of `
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from snake_lora_pl.game import registry
 from snake_lora_pl.game.board import Board, Cell, Move
+from snake_lora_pl.game.search import tail_distances
 
 # Pattern of a number in a text. Bounded, because ``int`` rejects thousands of digits and prompts are untrusted input.
 NUMBER = r"\d{1,6}"
 
 
 class PromptState(NamedTuple):
-    """The part of a position that every prompt contains, with or without the order of the body."""
+    """The part of a position that prompts contain, with or without the order of the body.
+
+    Attributes:
+        grid_size: Cells along one side of the grid.
+        head: The head's cell; None if the prompt does not state it.
+        length: Number of the snake's cells.
+    """
 
     grid_size: int
-    head: Cell
+    head: Cell | None
     length: int
+
+
+class PromptMoves(NamedTuple):
+    """The moves of a position, as far as legality and safety go.
+
+    Attributes:
+        legal: Legal moves.
+        traps: Legal moves after which the tail is unreachable, except one that wins.
+    """
+
+    legal: frozenset[Move]
+    traps: frozenset[Move]
+
+    @property
+    def is_decisive(self) -> bool:
+        """True if the position offers a trap and a safe move."""
+        return bool(self.traps) and self.traps != self.legal
+
+    @classmethod
+    def of(cls, board: Board) -> PromptMoves:
+        """Return the moves of a board."""
+        legal = frozenset(board.legal_moves())
+        safe = {*tail_distances(board), *(move for move in legal if board.fills_board(move))}
+        return cls(legal, legal - safe)
 
 
 class Style(Protocol):
@@ -44,6 +75,14 @@ class Style(Protocol):
 
     def read_state(self, text: str) -> PromptState | None:
         """Return the state in a prompt of this style, anywhere in the text; None if there is no such prompt."""
+
+
+@runtime_checkable
+class MoveStatingStyle(Style, Protocol):
+    """A style whose prompts state what each move is instead of the board. Its ``read_prompt`` always raises."""
+
+    def read_moves(self, text: str) -> PromptMoves | None:
+        """Return the moves in a prompt of this style, anywhere in the text; None if there is no such prompt."""
 
 
 STYLES: dict[str, Style] = {}
@@ -77,3 +116,16 @@ def apple_of(board: Board) -> Cell:
     if board.apple is None:
         raise ValueError("cannot write a board without an apple: the game has ended")
     return board.apple
+
+
+def apple_line(board: Board) -> str:
+    """Return the offset of the apple from the head, in the order in which BFS tries the axes: ``apple DOWN 2 LEFT 5``.
+
+    Raises:
+        ValueError: If the board has no apple.
+    """
+    apple_x, apple_y = apple_of(board)
+    head_x, head_y = board.head
+    dx, dy = apple_x - head_x, apple_y - head_y
+    offsets = [(Move.UP if dy > 0 else Move.DOWN, abs(dy)), (Move.LEFT if dx < 0 else Move.RIGHT, abs(dx))]
+    return " ".join(["apple", *(f"{move.name} {steps}" for move, steps in offsets if steps)])
