@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.targets import resolve_target_modules
+from snake_lora_pl.adapters.targets import check_targets, resolve_target_modules
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     from peft import AdaLoraConfig, get_peft_model
 
     adalora = config.adalora
+    targets = resolve_target_modules(base_model, config.target_modules)
     peft_config = AdaLoraConfig(
         target_r=config.rank,
         init_r=adalora.initial_rank or math.ceil(1.5 * config.rank),
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=resolve_target_modules(base_model, config.target_modules),
+        target_modules=targets,
         deltaT=adalora.allocate_every_n_steps,
         beta1=adalora.beta1,
         beta2=adalora.beta2,
@@ -51,7 +52,9 @@ def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
         # PEFT requires a value; `start` sets the length of the run.
         total_step=1,
     )
-    return get_peft_model(base_model, peft_config)
+    model = get_peft_model(base_model, peft_config)
+    check_targets(model, targets)
+    return model
 
 
 class AdaLoRA(AdapterType):

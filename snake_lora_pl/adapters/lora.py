@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.initialization import start_from_base
-from snake_lora_pl.adapters.targets import check_layer_patterns, resolve_target_modules
+from snake_lora_pl.adapters.targets import check_layer_patterns, check_targets, resolve_target_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,11 +23,12 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
+    targets = resolve_target_modules(base_model, config.target_modules)
     peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=resolve_target_modules(base_model, config.target_modules),
+        target_modules=targets,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=True if config.starts_from_base else config.init_lora_weights,
@@ -38,6 +39,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*_pattern keys did not match.*")  # check_layer_patterns raises instead
         model = get_peft_model(base_model, peft_config)
+    check_targets(model, targets)
     check_layer_patterns(model, "rank_pattern", config.rank_pattern)
     check_layer_patterns(model, "alpha_pattern", config.alpha_pattern)
     if config.starts_from_base:

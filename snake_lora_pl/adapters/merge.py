@@ -15,6 +15,7 @@ from snake_lora_pl.adapters.qlora import dequantize_base
 from snake_lora_pl.durable import directory_durably
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.quantization import QuantizationConfig
+from snake_lora_pl.models.text_decoder import text_config
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def merge(
     expected = _probe(model)
     merged = _merge(model)
     _check_same(_probe(merged), expected, out_dir, "the merged model")
-    num_parameters = merged.num_parameters()
+    num_parameters, config_name = merged.num_parameters(), type(merged.config).__name__
     try:
         with directory_durably(out_dir) as directory:
             _cast(merged, getattr(torch, chosen))
@@ -109,9 +110,15 @@ def merge(
             _cast(merged, torch.float32)
             rounded = _probe(merged)
             del model, merged, base  # free the memory for the model that is read back
-            written = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, trust_remote_code=spec.trust_remote_code
-            )
+            try:
+                written = AutoModelForCausalLM.from_pretrained(
+                    directory, dtype=torch.float32, trust_remote_code=spec.trust_remote_code
+                )
+            except ValueError as error:  # the text decoder of a multimodal model may have no automatic class
+                raise UserError(
+                    f"--out {out_dir}: not written: transformers cannot load a model with a {config_name} "
+                    f"({one_line(error, 80)}). Load the adapter with PEFT instead."
+                ) from error
             _check_same(_probe(written), rounded, out_dir, "the model read back from disk")
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out_dir}: cannot be written ({one_line(error)}). Choose another directory.") from error
@@ -128,7 +135,7 @@ def _check_is_free(out_dir: Path) -> None:
 
 def _merge(model: PeftModel) -> PreTrainedModel:
     base = model.get_base_model()
-    if base.config.tie_word_embeddings:
+    if getattr(base.config, "tie_word_embeddings", False) or getattr(text_config(base), "tie_word_embeddings", False):
         _untie_adapted_embeddings(base)
     with warnings.catch_warnings():
         # The embedding and the LM head are untied on purpose.
@@ -165,7 +172,7 @@ def _probe(model: PreTrainedModel | PeftModel) -> Tensor:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, _PROBE_SHAPE, generator=generator)
+    ids = torch.randint(len(model.get_input_embeddings().weight), _PROBE_SHAPE, generator=generator)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits

@@ -35,14 +35,14 @@ def matches_layer_pattern(key: str, layer_name: str) -> bool:
 
 
 def default_target_modules(model_type: str) -> list[str] | None:
-    """Return PEFT's default LoRA targets for an architecture; None if it has none.
+    """Return the names in PEFT's default LoRA targets for an architecture; None if it has none, or a pattern.
 
     https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/constants.py
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-    return None if targets is None else list(targets)
+    return list(targets) if isinstance(targets, list) else None
 
 
 def dequantized_weight(base_layer: nn.Module) -> torch.Tensor:

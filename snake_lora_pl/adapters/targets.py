@@ -15,6 +15,7 @@ from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS
 from snake_lora_pl.adapters.patterns import problem_with_pattern
 from snake_lora_pl.adapters.peft_internals import default_target_modules, is_adapter_layer, matches_layer_pattern
 from snake_lora_pl.errors import UserError, did_you_mean
+from snake_lora_pl.models.text_decoder import text_config, text_decoder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,33 +24,82 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Names of the modules that mix tokens, in the architectures of transformers 5.
+_MIXERS = {
+    "attention", "attn", "conv", "linear_attn", "mamba", "mixer", "multi_head_attention", "self_attention", "self_attn",
+    "temporal_block",
+}  # fmt: skip
+# Projections to one or two scalars per attention head: smaller than any useful rank.
+_HEAD_GATES = {"a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
+
 
 def resolve_target_modules(base_model: PreTrainedModel, target_modules: list[str] | str) -> list[str] | str:
-    """Return the ``target_modules`` to pass to PEFT, each of which matches a layer.
+    """Return the ``target_modules`` to pass to PEFT: each matches a layer that can be trained, and no other layer.
 
     Args:
         base_model: The model to adapt.
         target_modules: As in ``LoRAConfig.target_modules``.
 
     Raises:
-        UserError: If a name or the pattern matches no layer; the message lists the layers.
+        UserError: If a name or the pattern matches no layer that can be trained; the message lists those.
     """
-    linear_names = [name for name, module in base_model.named_modules() if _is_adaptable(base_model, module)]
+    decoder = text_decoder(base_model)
+    linear_names = [name for name, module in base_model.named_modules() if _is_linear(base_model, module)]
+    names = [name for name in linear_names if _is_trainable(base_model, decoder, name)]
     if target_modules == ALL_LINEAR:
-        return ALL_LINEAR
+        return ALL_LINEAR if names == linear_names else names
+    # PEFT matches modules of any class.
+    others = {name for name, _ in base_model.named_modules()} - set(names)
     if isinstance(target_modules, str):
-        return _checked_pattern(target_modules, linear_names)
-    missing = [target for target in target_modules if not _matches(target, linear_names)]
-    if not missing:
-        return list(target_modules)
+        pattern = _checked_pattern(target_modules, names)
+        if not any(re.fullmatch(pattern, name) for name in others):
+            return pattern
+        return [name for name in names if re.fullmatch(pattern, name)]
+    missing = [target for target in target_modules if not _matches(target, names)]
+    targets = list(target_modules)
     if tuple(target_modules) == ATTENTION_PROJECTIONS:
-        return _default_targets(base_model, linear_names)
-    suffixes = _suffixes(linear_names)
-    raise UserError(
-        f"model.lora.target_modules: {', '.join(repr(m) for m in missing)} "
-        f"{'match' if len(missing) > 1 else 'matches'} no layer of {type(base_model).__name__}. "
-        f"Layers: {', '.join(suffixes)}; or '{ALL_LINEAR}'.{did_you_mean(missing[0], suffixes)}"
-    )
+        targets = _default_targets(base_model, names)
+    elif missing:
+        suffixes = _suffixes(names)
+        raise UserError(
+            f"model.lora.target_modules: {', '.join(repr(m) for m in missing)} "
+            f"{'match' if len(missing) > 1 else 'matches'} no trainable layer of {type(base_model).__name__}. "
+            f"Layers: {', '.join(suffixes)}; or '{ALL_LINEAR}'.{did_you_mean(missing[0], suffixes)}"
+        )
+    if any(_matches(target, others) for target in targets):
+        return [name for name in names if any(_matches(target, [name]) for target in targets)]
+    return targets
+
+
+def check_targets(model: PeftModel, target_modules: list[str] | str) -> None:
+    """Compare the layers that PEFT adapted with those that were selected.
+
+    For some mixtures of experts, PEFT reads the name of a linear layer as the name of stacked expert weights
+    (https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py).
+
+    Args:
+        model: A PEFT model with a fresh adapter.
+        target_modules: The result of ``resolve_target_modules``.
+    """
+    base = model.get_base_model()
+    adapted = {name for name, module in base.named_modules() if is_adapter_layer(module)}
+    skipped = []
+    for name, module in base.named_modules():
+        is_selected = (
+            target_modules == ALL_LINEAR
+            or (isinstance(target_modules, str) and re.fullmatch(target_modules, name))
+            or (isinstance(target_modules, list) and any(_matches(target, [name]) for target in target_modules))
+        )
+        in_adapter = any(name.startswith(f"{layer}.") for layer in adapted)
+        if is_selected and not in_adapter and name not in adapted and _is_linear(base, module):
+            skipped.append(name)
+    if skipped:
+        logger.warning(
+            "%d selected layers of %s have no adapter, such as %s: PEFT adapts the expert weights instead.",
+            len(skipped),
+            type(base).__name__,
+            skipped[0],
+        )
 
 
 def check_has_no_adapter(base_model: PreTrainedModel) -> None:
@@ -83,12 +133,28 @@ def check_layer_patterns(model: PeftModel, setting: str, pattern: Mapping[str, o
             )
 
 
-def _is_adaptable(base_model: PreTrainedModel, module: nn.Module) -> bool:
+def _is_linear(base_model: PreTrainedModel, module: nn.Module) -> bool:
     # Conv1D is GPT-2's transposed linear layer; quantized layers subclass nn.Linear.
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D) and module is not base_model.get_output_embeddings()
+
+
+def _is_trainable(base_model: PreTrainedModel, decoder: nn.Module, name: str) -> bool:
+    """Return whether an adapter on a linear layer gets a gradient from text."""
+    path = name.split(".")
+    ancestors = [base_model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    return not (
+        all(module is not decoder for module in ancestors)
+        # Cross-attention layers run only with an image or an encoder.
+        or any("CrossAttentionDecoderLayer" in type(module).__name__ for module in ancestors)
+        or "encoder_attn" in path
+        # Routers return a tuple, on which PEFT's layers fail.
+        or "Router" in type(base_model.get_submodule(name)).__name__
+        # Mamba multiplies by these weights without calling the layers: `dt_proj` always, `out_proj` in GPU kernels.
+        or (path[-1] in ("dt_proj", "out_proj") and all(hasattr(ancestors[-1], part) for part in ("A_log", "D")))
+    )
 
 
 def _matches(target: str, names: Iterable[str]) -> bool:
@@ -100,25 +166,51 @@ def _suffixes(names: Iterable[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
-def _checked_pattern(pattern: str, linear_names: list[str]) -> str:
+def _checked_pattern(pattern: str, names: list[str]) -> str:
     if problem := problem_with_pattern(pattern):
         raise UserError(f"model.lora.target_modules: '{pattern[:60]}' is {problem}.")
-    if not any(re.fullmatch(pattern, name) for name in linear_names):
+    if not any(re.fullmatch(pattern, name) for name in names):
         raise UserError(
-            f"model.lora.target_modules: pattern '{pattern}' matches no layer. It must match a full name such as "
-            f"'{linear_names[0] if linear_names else '(none)'}'. Alternatively, pass a list of suffixes: "
-            f"{', '.join(_suffixes(linear_names))}."
+            f"model.lora.target_modules: pattern '{pattern}' matches no trainable layer. It must match a full name "
+            f"such as '{names[0] if names else '(none)'}'. Alternatively, pass a list of suffixes: "
+            f"{', '.join(_suffixes(names))}."
         )
     return pattern
 
 
-def _default_targets(base_model: PreTrainedModel, linear_names: list[str]) -> list[str]:
-    model_type = base_model.config.model_type
-    targets = default_target_modules(model_type)
-    if targets is None or not all(_matches(target, linear_names) for target in targets):
+def _default_targets(base_model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Return the attention projections, or their equivalent in the architecture.
+
+    These are PEFT's default targets. Token mixers without any of them, such as linear attention between layers of
+    attention, are adapted in all of their projections.
+    """
+    model_type = text_config(base_model).model_type
+    targets = list(ATTENTION_PROJECTIONS)
+    if not all(_matches(target, names) for target in targets):
+        targets = default_target_modules(model_type) or []
+        if not all(_matches(target, names) for target in targets):
+            targets = []
+    mixers: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, layer = name.rpartition(".")
+        if parent.rpartition(".")[2] in _MIXERS and layer not in _HEAD_GATES:
+            mixers.setdefault(parent, []).append(name)
+    in_mixers = {name for layers in mixers.values() for name in layers}
+    skipped = [layers for layers in mixers.values() if not any(_matches(target, layers) for target in targets)]
+    for name in (name for layers in skipped for name in layers):
+        if not any(_matches(target, [name]) for target in targets):
+            targets.append(_short_name(name, set(names) - in_mixers))
+    if not targets:
         raise UserError(
             f"model.lora.target_modules: there is no default for the architecture '{model_type}'. "
-            f"Choose from its layers: {', '.join(_suffixes(linear_names))}; or '{ALL_LINEAR}'."
+            f"Choose from its layers: {', '.join(_suffixes(names))}; or '{ALL_LINEAR}'."
         )
-    logger.info("Target modules of the architecture '%s': %s", model_type, ", ".join(targets))
+    if tuple(targets) != ATTENTION_PROJECTIONS:
+        logger.info("Target modules of the architecture '%s': %s", model_type, ", ".join(targets))
     return targets
+
+
+def _short_name(name: str, other_names: Iterable[str]) -> str:
+    """Return the last part of a layer's name, with the name of its parent if other layers have the same last part."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if _matches(parts[-1], other_names) else parts[-1]

@@ -43,6 +43,7 @@ from snake_lora_pl.training.callbacks.interruption import Interruption
 from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
 from snake_lora_pl.training.callbacks.run_config import ResolvedConfig, config_text
 from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
+from snake_lora_pl.training.callbacks.untrained_layers import UntrainedLayers
 from snake_lora_pl.training.lightning_internals import LightningCLIInternals, forks_or_spawns
 from snake_lora_pl.training.memory.out_of_memory import explain_out_of_memory
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
@@ -275,6 +276,7 @@ class SnakeCLI(LightningCLIInternals):
             AutoBatchSize(config.ckpt_path),
             TokenThroughput(),
             AdapterNorms(),
+            UntrainedLayers(),
             config.early_stopping,
             SampleRows(config.num_sample_rows),
             RunRecord(self.run_paths),

@@ -22,6 +22,7 @@ from snake_lora_pl.models.dtype import choose_dtype
 from snake_lora_pl.models.hub import fetch_snapshot
 from snake_lora_pl.models.model_files import check_is_model_dir, check_weights, weight_paths
 from snake_lora_pl.models.quantization import QuantizationConfig, bitsandbytes_config, make_trainable
+from snake_lora_pl.models.text_decoder import text_config
 from snake_lora_pl.models.transformers_internals import set_commit_hash
 from snake_lora_pl.models.wheel import WHEEL_MODELS, prepare_wheel_model
 from snake_lora_pl.paths import base_model_cache_dir
@@ -187,7 +188,7 @@ def load_base_model(
 
     Returns:
         The model in evaluation mode. Its ``name_or_path`` is the source's ``canonical_id``, which PEFT writes into
-        ``adapter_config.json``; its config has a pad token and, for a hub model, the commit.
+        ``adapter_config.json``; its text config has a pad token and, for a hub model, the commit.
 
     Raises:
         UserError: If the model cannot be obtained or read, or its files lack weights of the architecture.
@@ -233,11 +234,12 @@ def _set_identity(model: PreTrainedModel, source: BaseModelSource) -> PreTrained
     """Set a loaded model's name, commit and pad token."""
     model.name_or_path = model.config.name_or_path = source.canonical_id
     set_commit_hash(model, source.revision)
-    if model.config.pad_token_id is None:
-        eos = model.config.eos_token_id
-        model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    config = text_config(model)
+    if getattr(config, "pad_token_id", None) is None:  # some configs have no such attribute
+        eos = getattr(config, "eos_token_id", None)
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = model.config.pad_token_id
+        model.generation_config.pad_token_id = config.pad_token_id
     return model
 
 

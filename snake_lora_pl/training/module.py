@@ -30,6 +30,7 @@ from snake_lora_pl.decoding.generate_decoder import GenerateDecoder
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import BaseModelSpec, choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
+from snake_lora_pl.models.text_decoder import text_decoder
 from snake_lora_pl.models.transformers_internals import commit_hash
 from snake_lora_pl.training import checks
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
@@ -331,7 +332,7 @@ class LoRALightningModule(pl.LightningModule):
         There is no attention mask: rows are padded on the right and attention is causal, so no token sees padding, and
         without a mask scaled dot product attention keeps its fast causal path.
         """
-        output = self.peft_model.get_base_model().base_model(input_ids=input_ids, use_cache=False)
+        output = text_decoder(self.peft_model.get_base_model())(input_ids=input_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
 

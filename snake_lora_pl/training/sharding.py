@@ -24,6 +24,7 @@ from typing_extensions import override
 from snake_lora_pl.adapters import store
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import repeated_layers
+from snake_lora_pl.models.text_decoder import text_decoder
 from snake_lora_pl.training.lightning_internals import shard_data_over_all_ranks
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ def shard(model: nn.Module, strategy: FullyShardedStrategy) -> None:
     mesh: DeviceMesh = strategy.device_mesh["data_parallel"]
     _broadcast_trained(model, strategy)
     base = model.get_base_model()  # type: ignore[operator]
-    backbone: nn.Module = base.base_model
-    layers = repeated_layers(base)
+    backbone = text_decoder(base)
+    layers = repeated_layers(backbone)
     if not layers:
         raise UserError(
             f"trainer.strategy: {type(base).__name__} does not declare its layers, so it cannot be sharded. Use "

@@ -23,6 +23,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import load_base_model
 from snake_lora_pl.models.quantization import QuantizationConfig
 from tests.adapters.conftest import rewrite_metadata, save_adapter
+from tests.architectures import save_model
 
 IDS = torch.tensor([[5, 9, 30, 7, 201]])
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -128,6 +129,31 @@ def test_adapter_of_a_quantized_base_is_merged_into_the_dequantized_base(
     on_full_weights = store.load(adapter_dir, full_precision_base=True, dtype="float32").eval()
     with torch.no_grad():
         assert (on_full_weights(IDS).logits - expected).abs().max() > difference + tolerance / 2 * expected.std()
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llama4_text", "qwen3_next", "mamba", "codegen"])
+def test_merged_model_of_other_architectures_has_the_logits_of_the_adapter(
+    model_type: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    base_dir = save_model(model_type, tmp_path / "base", tiny_llama_dir)
+    model = AdapterFactory.create("lora", str(base_dir), LoRAConfig(rank=2), dtype="float32").eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    merge(save_adapter(model, tmp_path / "adapter", base_dir), tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_text_decoder_that_transformers_cannot_load_is_not_written(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    base_dir = save_model("mllama", tmp_path / "base", tiny_llama_dir)
+    model = AdapterFactory.create("lora", str(base_dir), LoRAConfig(rank=2), dtype="float32")
+    adapter_dir = save_adapter(model, tmp_path / "adapter", base_dir)
+    with pytest.raises(UserError, match=r"--out .*MllamaTextConfig"):
+        merge(adapter_dir, tmp_path / "out" / "merged")
+    assert not (tmp_path / "out" / "merged").exists()
 
 
 def test_merged_directory_has_model_tokenizer_and_card(adapter_dir: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from snake_lora_pl.models import (
 )
 from snake_lora_pl.models import base_model as module
 from snake_lora_pl.paths import base_model_cache_dir
+from tests.architectures import save_model
 
 
 @pytest.fixture
@@ -268,3 +269,12 @@ def test_out_of_memory_is_not_reported_as_a_damaged_directory(
 
     with pytest.raises(MemoryError):
         load_base_model(str(tiny_llama_dir))
+
+
+@pytest.mark.parametrize("model_type", ["codegen", "rwkv", "gemma3"])
+def test_pad_token_is_set_in_the_text_config_if_the_config_has_no_such_attribute(
+    model_type: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    directory = save_model(model_type, tmp_path / model_type, tiny_llama_dir)
+    model = load_base_model(str(directory), dtype="float32")
+    assert model.config.get_text_config().pad_token_id is not None
