@@ -34,7 +34,9 @@ def _no_leaked_environment() -> Iterator[None]:
     leaked -= {
         k
         for k in leaked
-        if k.startswith(("PL_", "KMP_", "OMP_", "TORCH", "PYTORCH_", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_", "_TORCH"))
+        if k.startswith(
+            ("PL_", "KMP_", "OMP_", "TORCH", "PYTORCH_", "TF_", "CUDA_MODULE", "NVIDIA_", "BNB_", "PYGAME_", "_TORCH")
+        )
     }
     assert not leaked, f"environment variables leaked: {sorted(leaked)}"
 

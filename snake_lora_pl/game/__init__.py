@@ -1,6 +1,7 @@
 """Snake: rules, path-finding teachers, and the text formats of prompts and completions.
 
-The package imports only the standard library. Rich and Pillow are imported when a replay is rendered.
+The package imports only the standard library. Rich and Pillow are imported when a replay is rendered. ``env``, the
+game as a Gymnasium environment, is the exception: it requires Gymnasium and NumPy and is imported by name only.
 """
 
 from snake_lora_pl.game.board import Board, Cell, End, Move

@@ -190,6 +190,8 @@ ONE_CALL = {"page": "docs/how-to/python.md", "containing": "train_on_heuristic_d
 OWN_TRAINER = {"page": "docs/how-to/python.md", "containing": "lightning.Trainer("}
 SHARED_BASE = {"page": "docs/how-to/python.md", "containing": "SharedBase.open"}
 PLAIN_PEFT = {"page": "docs/how-to/serve-and-share.md", "containing": "PeftModel.from_pretrained"}
+ONE_GAME = {"page": "docs/how-to/gymnasium.md", "containing": "gymnasium.make("}
+MANY_GAMES = {"page": "docs/how-to/gymnasium.md", "containing": "gymnasium.make_vec("}
 STYLE = {"page": "docs/how-to/extend.md", "containing": "register_style"}
 # These blocks are parts of files in examples/, which are run as commands.
 IN_FILES = {
@@ -199,7 +201,7 @@ IN_FILES = {
 
 
 def test_every_python_example_is_run() -> None:
-    run = [IN_README, ONE_CALL, OWN_TRAINER, SHARED_BASE, PLAIN_PEFT, STYLE, *IN_FILES.values()]
+    run = [IN_README, ONE_CALL, OWN_TRAINER, SHARED_BASE, PLAIN_PEFT, ONE_GAME, MANY_GAMES, STYLE, *IN_FILES.values()]
     assert {source(**where).place for where in run} == PYTHON.keys()
 
 
@@ -257,6 +259,13 @@ def test_adapter_loads_with_plain_peft(adapter_dir: Path) -> None:
     replaced = {"HuggingFaceTB/SmolLM2-135M-Instruct": str(base_model_cache_dir("smollm2-135m"))}
     names = execute(source(**PLAIN_PEFT), **replaced, **{"path/to/model_artifacts": str(adapter_dir)})
     assert names["model"].peft_config["default"].r == 16
+
+
+def test_gymnasium_plays_one_game_and_many(capsys: pytest.CaptureFixture[str]) -> None:
+    names = execute(source(**ONE_GAME))
+    assert names["over"]
+    assert str(names["info"]["end"]) in capsys.readouterr().out
+    assert execute(source(**MANY_GAMES))["observations"].shape == (64, 10, 10)
 
 
 def test_custom_adapter_type_is_saved_and_loaded(run: Callable[[tuple[str, ...]], str]) -> None:

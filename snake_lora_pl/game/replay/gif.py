@@ -55,10 +55,23 @@ def render_gif(
     return file.getvalue()
 
 
-def _draw(recording: Recording, index: int, cell_px: int) -> Image:
+def draw_board(
+    board: Board, caption: str, *, cell_px: int = 20, move: Move | None = None, is_lost: bool = False
+) -> Image:
+    """Draw a board with a line of text below it.
+
+    Args:
+        board: The position.
+        caption: The text.
+        cell_px: Pixels along one side of a cell.
+        move: Direction that the head looks in; None for up.
+        is_lost: Whether the head is drawn in gray, for a game that ended by an illegal move.
+
+    Returns:
+        The image, with a palette.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    board = recording.frames[index].board
     side = board.size * cell_px
     caption_px = max(16, cell_px)
     image = Image.new("P", (side, side + caption_px), _BACKGROUND)
@@ -70,15 +83,21 @@ def _draw(recording: Recording, index: int, cell_px: int) -> Image:
         for y in range(board.size):
             if (x + y) % 2:
                 draw.rectangle(_box((x, y), board.size, cell_px, 0), fill=_TILE)
-    is_last = index == len(recording.frames) - 1
-    _draw_snake(draw, board, recording.frames[index].move, cell_px, is_lost=is_last and recording.ended_by_illegal_move)
+    _draw_snake(draw, board, move, cell_px, is_lost=is_lost)
     if board.apple is not None:
         draw.ellipse(_box(board.apple, board.size, cell_px, cell_px // 6), fill=_APPLE)
+    draw.text((4, side + 2), caption, fill=_TEXT, font=ImageFont.load_default(caption_px * 0.7))
+    return image
+
+
+def _draw(recording: Recording, index: int, cell_px: int) -> Image:
+    frame = recording.frames[index]
+    is_last = index == len(recording.frames) - 1
     caption = [f"{recording.num_apples(index)} apples", f"step {index}"]
     if is_last and recording.end is not None:
         caption.append(recording.end.value)
-    draw.text((4, side + 2), "  ".join(caption), fill=_TEXT, font=ImageFont.load_default(caption_px * 0.7))
-    return image
+    is_lost = is_last and recording.ended_by_illegal_move
+    return draw_board(frame.board, "  ".join(caption), cell_px=cell_px, move=frame.move, is_lost=is_lost)
 
 
 def _draw_snake(draw: ImageDraw, board: Board, move: Move | None, cell_px: int, *, is_lost: bool) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from snake_lora_pl.game.board import Board
 from snake_lora_pl.game.replay.recording import Recording
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 _EMPTY = "· "
 _APPLE = "● "
@@ -44,14 +46,10 @@ def show(recording: Recording, console: Console | None = None, frames_per_second
                 time.sleep(1 / frames_per_second)
 
 
-def _render(recording: Recording, index: int) -> RenderableType:
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.table import Table
+def draw_grid(board: Board) -> Text:
+    """Return a board as colored text, the top row first."""
     from rich.text import Text
 
-    frame = recording.frames[index]
-    board = frame.board
     grid = Text(no_wrap=True)
     symbols = dict.fromkeys(board.body, (_BODY, "green")) | {board.head: (_HEAD, "bright_green")}
     if board.apple is not None:
@@ -61,6 +59,16 @@ def _render(recording: Recording, index: int) -> RenderableType:
             grid.append(*symbols.get((x, y), (_EMPTY, "dim")))
         if y:
             grid.append("\n")
+    return grid
+
+
+def _render(recording: Recording, index: int) -> RenderableType:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    frame = recording.frames[index]
     last = len(recording.frames) - 1
     status = [f"step {index} of {last}", f"apples {recording.num_apples(index)}"]
     if frame.move is not None:
@@ -68,7 +76,7 @@ def _render(recording: Recording, index: int) -> RenderableType:
     if index == last and recording.end is not None:
         status.append(recording.end.value)
     # Text objects, because Rich would parse markup in strings, and completions may contain it.
-    picture = Group(Text(recording.title), Panel(grid, expand=False), Text(", ".join(status)))
+    picture = Group(Text(recording.title), Panel(draw_grid(frame.board), expand=False), Text(", ".join(status)))
     table = Table.grid(padding=(0, 2))
     table.add_row(picture, Text(frame.completion))
     return table
