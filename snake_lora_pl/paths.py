@@ -312,9 +312,12 @@ def base_model_cache_dir(short_name: str) -> Path:
     return cache_dir() / "base_models" / short_name
 
 
-def generated_data_path(grid_size: int, teacher: str, style: str, num_games: int, noise: float, seed: int) -> Path:
+def generated_data_path(
+    grid_size: int, teacher: str, style: str, num_games: int, noise: float, seed: int, noise_moves: str = "legal"
+) -> Path:
     """Return the path of a generated data set, which contains the settings that generate it."""
-    name = f"{teacher}_games-{num_games}_noise-{noise:g}_seed-{seed}.jsonl"
+    moves = "" if noise_moves == "legal" else f"-{noise_moves}"
+    name = f"{teacher}_games-{num_games}_noise-{noise:g}{moves}_seed-{seed}.jsonl"
     return _row_cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
 
 

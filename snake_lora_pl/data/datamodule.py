@@ -21,7 +21,7 @@ from snake_lora_pl.data.data_files import expand_paths
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
 from snake_lora_pl.data.example_cache import open_examples, report_cache_errors
 from snake_lora_pl.data.example_files import Examples
-from snake_lora_pl.data.generated_rows import write_dataset
+from snake_lora_pl.data.generated_rows import NoiseMoves, write_dataset
 from snake_lora_pl.data.jsonl import OnBadRow, Row, peek_row, read_rows, read_rows_at
 from snake_lora_pl.data.loaders import ExampleSubset, LazyDataLoader, PromptBatches, max_processes
 from snake_lora_pl.data.resume import restore_data_position, warn_if_order_changed
@@ -65,7 +65,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_games: Number of games to generate if train_path is not set.
         generated_teacher: Teacher that plays the generated games.
         generated_style: Text format of generated rows.
-        generated_noise: Probability of a random legal move in generated games; rows still contain the teacher's move.
+        generated_noise: Probability of a random move in generated games; rows still contain the teacher's move.
+        generated_noise_moves: Set that random moves are drawn from: legal, safe (those after which the tail is
+            reachable) or mixed (one of the two, with equal probability).
         seed: Seed of the split, the order of the rows and the generated games.
         pad_to_multiple_of: Pad batches to a multiple of this many tokens; 8 suits the tensor cores of GPUs.
         trust_remote_code: Whether to run code from the base model's repository.
@@ -94,6 +96,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_teacher: str = "bfs",
         generated_style: str = "bfs-512",
         generated_noise: float = 0.0,
+        generated_noise_moves: NoiseMoves = "legal",
         seed: int = 0,
         pad_to_multiple_of: int = 8,
         trust_remote_code: bool = False,
@@ -119,6 +122,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self.generated_teacher = generated_teacher
         self.generated_style = generated_style
         self.generated_noise = generated_noise
+        self.generated_noise_moves: NoiseMoves = generated_noise_moves
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.trust_remote_code = trust_remote_code
@@ -197,6 +201,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
                     self.generated_style,
                     self.seed,
                     noise=self.generated_noise,
+                    noise_moves=self.generated_noise_moves,
                 )
             logger.info("generated %d games, %d rows on a %dx%d grid", self.generated_games, num_rows, size, size)
         return [path]
@@ -377,6 +382,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             self.generated_games,
             self.generated_noise,
             self.seed,
+            self.generated_noise_moves,
         )
 
     def _generated_grid_size(self) -> int:
@@ -394,6 +400,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     def _check_settings(self) -> None:
         check_choice("data.on_bad_row", self.on_bad_row, OnBadRow)
+        check_choice("data.generated_noise_moves", self.generated_noise_moves, NoiseMoves)
         limits: dict[str, tuple[int, float]] = {
             "batch_size": (1, math.inf),
             "generated_games": (1, math.inf),

@@ -17,13 +17,27 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 from snake_lora_pl.durable import open_durably
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.game import SYMMETRIES, Board, End, Game, Move, SeededTeacher, Style, get_seeded_teacher, get_style
+from snake_lora_pl.game import (
+    SYMMETRIES,
+    Board,
+    End,
+    Game,
+    Move,
+    PromptMoves,
+    SeededTeacher,
+    Style,
+    get_seeded_teacher,
+    get_style,
+)
 from snake_lora_pl.game.game import starvation_cap
 from snake_lora_pl.game.seeds import GAMES_PER_SEED, NUM_DATA_SEEDS, data_seed
+
+NoiseMoves: TypeAlias = Literal["legal", "safe", "mixed"]
+"""Set that a random move is drawn from: legal moves, those after which the tail is reachable, or one of both sets."""
 
 # Games per task of a worker: a few tenths of a second of work.
 _GAMES_PER_TASK = 8
@@ -58,8 +72,10 @@ class Recipe:
         teacher: Function that creates the player from a game's seed.
         style: Text format.
         seed: Seed of the data set.
-        noise: Probability of playing a random legal move. The row contains the teacher's move nevertheless, so that
-            there are rows for positions that the teacher alone would not reach.
+        noise: Probability of playing a random move. The row contains the teacher's move nevertheless, so that there are
+            rows for positions that the teacher alone would not reach.
+        noise_moves: Set that random moves are drawn from; ``mixed`` chooses between the two with equal probability for
+            each random move. Where no move is safe, the teacher's move is played.
         augment: Whether to write each game in all symmetries of the board. The teacher chooses a move in each of them,
             because its choice between equally good moves is not symmetric.
         upstream_rules: Whether to follow the rules of the program that wrote the ``heuristics-v0.04`` files, and to
@@ -76,6 +92,7 @@ class Recipe:
     noise: float = 0.0
     augment: bool = False
     upstream_rules: bool = False
+    noise_moves: NoiseMoves = "legal"
 
     def __post_init__(self) -> None:
         """Check the ranges of the values."""
@@ -83,6 +100,9 @@ class Recipe:
             raise UserError(f"seed must be between 0 and {NUM_DATA_SEEDS - 1:,} (found: {self.seed}).")
         if not 0 <= self.noise <= 1:
             raise UserError(f"noise must be a probability between 0 and 1 (found: {self.noise}).")
+        if self.noise_moves not in get_args(NoiseMoves):
+            known = ", ".join(get_args(NoiseMoves))
+            raise UserError(f"noise_moves must be one of {known} (found: {self.noise_moves!r}).")
         try:
             Game(self.grid_size)
         except ValueError as error:
@@ -131,13 +151,21 @@ class Recipe:
                 break
             positions.append((board, move))
             if self.noise and game.rng.random() < self.noise:
-                moves = board.legal_moves()
-                move = moves[int(game.rng.random() * len(moves))]
+                moves = self._noise_moves(game)
+                if moves:
+                    move = moves[int(game.rng.random() * len(moves))]
             game.play(move)
         # If the apple is under the head, upstream plays one more move and drops that one.
         if self.upstream_rules and not (game.end is End.NO_PATH and game.board.apple is None):
             positions.pop()
         return positions
+
+    def _noise_moves(self, game: Game) -> list[Move]:
+        legal = game.board.legal_moves()
+        if self.noise_moves == "legal" or (self.noise_moves == "mixed" and game.rng.random() < 0.5):
+            return legal
+        traps = PromptMoves.of(game.board).traps
+        return [move for move in legal if move not in traps]
 
 
 def generate_rows(
@@ -148,6 +176,7 @@ def generate_rows(
     seed: int = 0,
     *,
     noise: float = 0.0,
+    noise_moves: NoiseMoves = "legal",
     augment: bool = False,
     upstream_rules: bool = False,
 ) -> Iterator[GeneratedRow]:
@@ -160,6 +189,7 @@ def generate_rows(
         style: Name of the text format, one of ``game.STYLES``.
         seed: Seed of the data set; the same arguments give the same rows.
         noise: See ``Recipe``.
+        noise_moves: See ``Recipe``.
         augment: See ``Recipe``.
         upstream_rules: See ``Recipe``.
 
@@ -167,7 +197,7 @@ def generate_rows(
         UserError: If an argument is out of range or a name is unknown; raised by the call, not with the first row.
     """
     _check_num_games(num_games)
-    recipe = _make_recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules)
+    recipe = _make_recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules, noise_moves)
     return (row for game in range(num_games) for row in recipe.rows(game))
 
 
@@ -180,6 +210,7 @@ def write_dataset(
     seed: int = 0,
     *,
     noise: float = 0.0,
+    noise_moves: NoiseMoves = "legal",
     augment: bool = False,
     upstream_rules: bool = False,
     num_workers: int = 1,
@@ -195,6 +226,7 @@ def write_dataset(
         style: Name of the text format.
         seed: Seed of the data set.
         noise: See ``Recipe``.
+        noise_moves: See ``Recipe``.
         augment: See ``Recipe``.
         upstream_rules: See ``Recipe``.
         num_workers: Number of processes that play; 1 plays in this process. More are spawned, so teacher and style must
@@ -213,7 +245,7 @@ def write_dataset(
     _check_num_games(num_games)
     if num_workers < 1:
         raise UserError(f"num_workers must be at least 1 (found: {num_workers}).")
-    recipe = _make_recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules)
+    recipe = _make_recipe(grid_size, teacher, style, seed, noise, augment, upstream_rules, noise_moves)
     num_rows = 0
     with open_durably(path) as file:
         for num_played, game in enumerate(_write_games(recipe, num_games, num_workers), start=1):
@@ -237,13 +269,20 @@ def _check_num_games(num_games: int) -> None:
 
 
 def _make_recipe(
-    grid_size: int, teacher: str, style: str, seed: int, noise: float, augment: bool, upstream_rules: bool
+    grid_size: int,
+    teacher: str,
+    style: str,
+    seed: int,
+    noise: float,
+    augment: bool,
+    upstream_rules: bool,
+    noise_moves: NoiseMoves,
 ) -> Recipe:
     try:
         make_teacher, writer = get_seeded_teacher(teacher), get_style(style)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Recipe(grid_size, make_teacher, writer, seed, noise, augment, upstream_rules)
+    return Recipe(grid_size, make_teacher, writer, seed, noise, augment, upstream_rules, noise_moves)
 
 
 def _write_games(recipe: Recipe, num_games: int, num_workers: int) -> Iterator[_WrittenGame]:

@@ -184,6 +184,15 @@ def test_generated_rows_depend_on_teacher_style_and_noise(make):
     assert datamodule.prompt_format == "compact"
 
 
+def test_generated_rows_depend_on_noise_moves(make):
+    settings = {"generated_games": 2, "grid_size": 6, "generated_noise": 0.2}
+    set_up(make(**settings, generated_noise_moves="safe"))
+    path = generated_data_path(6, "bfs", "bfs-512", 2, 0.2, 0, "safe")
+    assert path != generated_data_path(6, "bfs", "bfs-512", 2, 0.2, 0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == list(generate_rows(2, 6, noise=0.2, noise_moves="safe"))
+
+
 @pytest.mark.parametrize("style", ["features", "cycle"])
 def test_prompts_without_a_board_tell_style_and_grid_size(make, style):
     datamodule = set_up(make(generated_games=2, grid_size=6, generated_style=style))
@@ -199,6 +208,7 @@ def test_prompts_without_a_board_tell_style_and_grid_size(make, style):
         ({"generated_teacher": "bsf"}, "bfs"),
         ({"generated_style": "compct"}, "compact"),
         ({"generated_noise": 2}, "noise"),
+        ({"generated_noise_moves": "save"}, r"data\.generated_noise_moves.*safe"),
     ],
 )
 def test_invalid_generation_setting_is_an_error_that_names_the_alternatives(make, settings, message):

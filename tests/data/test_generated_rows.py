@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import json
 import re
 from itertools import pairwise
@@ -17,6 +18,7 @@ from snake_lora_pl.game import (
     BoardReader,
     Game,
     Move,
+    PromptMoves,
     apple_distance,
     get_teacher,
     read_board,
@@ -143,6 +145,44 @@ def test_noise_changes_the_moves_played_and_not_the_moves_written():
             num_others += after.head != board.target(bfs(board))
     # Sometimes the random legal move is the teacher's move.
     assert 0.1 < num_others / num_steps < 0.3
+
+
+def num_into_traps(rows: list[GeneratedRow]) -> int:
+    """Count the steps into a trap that are not the teacher's, from positions with a safe move."""
+    num_traps = 0
+    for row, following in pairwise(rows):
+        if following["step"] > 0:
+            board, after = boards_of([row, following])
+            moves = PromptMoves.of(board)
+            is_random = after.head != board.target(read_move(row["completion"]))
+            is_trap = any(board.target(move) == after.head for move in moves.traps)
+            num_traps += is_random and is_trap and moves.is_decisive
+    return num_traps
+
+
+def test_safe_noise_moves_keep_the_tail_reachable():
+    def played(**settings) -> list[GeneratedRow]:
+        return list(generate_rows(6, 6, "safe_greedy", seed=3, noise=0.3, **settings))
+
+    legal, safe, mixed = (played(noise_moves=name) for name in ("legal", "safe", "mixed"))
+    assert num_into_traps(safe) == 0 < num_into_traps(mixed) < len(mixed)
+    assert num_into_traps(legal) > 0
+    assert len(legal) < len(safe)
+    assert legal == played()
+    teacher = get_teacher("safe_greedy")
+    for rows in (safe, mixed):
+        assert moves_of(rows) == [teacher(board) for board in boards_of(rows)]
+        assert any(
+            after.head != board.target(teacher(board))
+            for board, after in pairwise(boards_of(rows))
+            if after.length >= board.length
+        )
+
+
+def test_noise_among_legal_moves_writes_the_bytes_of_version_0_1(tmp_path):
+    write_dataset(tmp_path / "rows.jsonl", 3, 6, "safe_greedy", "compact", 5, noise=0.2)
+    digest = hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
+    assert digest == "d185ca0647013006980901bc2b8232ff848b95e637dac36645cc9b886e295ba8"
 
 
 def test_noise_of_0_is_the_default_and_noise_of_1_is_random_play():

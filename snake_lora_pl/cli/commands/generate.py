@@ -38,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
                 options.style,
                 options.seed,
                 noise=options.noise,
+                noise_moves=options.noise_moves,
                 augment=options.augment,
                 upstream_rules=options.upstream_rules,
                 num_workers=options.workers,
@@ -71,7 +72,14 @@ def build_parser() -> CommandParser:
         type=float,
         default=0.0,
         metavar="P",
-        help="play a random legal move with this probability, but write the teacher's move",
+        help="play a random move with this probability, but write the teacher's move",
+    )
+    parser.add_argument(
+        "--noise_moves",
+        default="legal",
+        metavar="SET",
+        help="draw random moves from: legal (any legal move), safe (those after which the tail is reachable), mixed "
+        "(one of the two, with equal probability)",
     )
     parser.add_argument(
         "--augment",

@@ -32,9 +32,11 @@ def expect_user_error(
 def test_options_are_passed_to_the_library(tmp_path, capsys):
     path = tmp_path / "new" / "rows.jsonl"
     options = ["--games", "2", "--grid_size", "6", "--teacher", "safe_greedy", "--style", "compact", "--seed", "5"]
-    assert main(["generate", "--out", str(path), *options, "--noise", "0.1", "--augment", "--upstream_rules"]) == 0
+    options += ["--noise", "0.1", "--noise_moves", "safe", "--augment", "--upstream_rules"]
+    assert main(["generate", "--out", str(path), *options]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == list(generate_rows(2, 6, "safe_greedy", "compact", 5, noise=0.1, augment=True, upstream_rules=True))
+    settings = {"noise": 0.1, "noise_moves": "safe", "augment": True, "upstream_rules": True}
+    assert rows == list(generate_rows(2, 6, "safe_greedy", "compact", 5, **settings))
     assert capsys.readouterr().out.startswith(f"{path}: {len(rows):,} rows of 2 games in ")
 
 
@@ -67,6 +69,7 @@ def test_existing_file_is_replaced_only_with_overwrite(tmp_path, expect_user_err
         (["--out", "a", "--teacher", "safe-greedy"], "'safe_greedy'"),
         (["--out", "a", "--style", "bfs512"], "'bfs-512'"),
         (["--out", "a", "--noise", "7"], "found: 7.0"),
+        (["--out", "a", "--noise_moves", "save"], "legal, safe, mixed (found: 'save')"),
         (["--out", "a", "--workers", "0"], "at least 1"),
         (["--out", "."], "directory"),
         (["--out", "/dev/null/a"], "--out /dev/null/a"),
