@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError, did_you_mean, one_line
+from snake_lora_pl.models.causality import is_causal
 from snake_lora_pl.models.dtype import choose_dtype
 from snake_lora_pl.models.hub import fetch_snapshot
 from snake_lora_pl.models.model_files import check_is_model_dir, check_weights, weight_paths
@@ -191,7 +192,8 @@ def load_base_model(
         ``adapter_config.json``; its text config has a pad token and, for a hub model, the commit.
 
     Raises:
-        UserError: If the model cannot be obtained or read, or its files lack weights of the architecture.
+        UserError: If the model cannot be obtained or read, its files lack weights of the architecture, or it is not
+            causal.
     """
     from transformers import AutoModelForCausalLM
 
@@ -206,6 +208,7 @@ def load_base_model(
     if quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization, chosen_dtype)
         options["device_map"] = {"": str(device)} if device is not None else None
+    _read_config(source, spec.trust_remote_code)
     with _load_errors(source, "model", needed_file="config.json"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path_or_id,
@@ -227,7 +230,31 @@ def load_base_model(
         )
     if quantization is not None:
         make_trainable(model)
+    if not is_causal(model):
+        raise _not_causal(source, type(model).__name__)
     return _set_identity(model, source)
+
+
+def _read_config(source: BaseModelSource, trust_remote_code: bool) -> Any:
+    """Return the config of a model.
+
+    Raises:
+        UserError: If it cannot be read, or describes an encoder with a decoder.
+    """
+    from transformers import AutoConfig
+
+    with _load_errors(source, "model", needed_file="config.json"):
+        config = AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _not_causal(source, type(config).__name__.removesuffix("Config"))
+    return config
+
+
+def _not_causal(source: BaseModelSource, architecture: str) -> UserError:
+    return UserError(
+        f"base model '{source.name}' ({source.path_or_id}): {architecture} is not a causal language model, "
+        "which predicts each token from those before it. Choose another base model."
+    )
 
 
 def _set_identity(model: PreTrainedModel, source: BaseModelSource) -> PreTrainedModel:
@@ -252,11 +279,11 @@ def _load_empty(
 ) -> PreTrainedModel:
     """Return a base model in evaluation mode with its weights on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config = _read_config(source, trust_remote_code)
     with _load_errors(source, "model", needed_file="config.json"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         if quantization is not None:
             from snake_lora_pl.models.empty_quantized import replace_linear_layers
@@ -284,6 +311,9 @@ def _load_errors(source: BaseModelSource, part: str, needed_file: str) -> Iterat
             raise UserError(
                 f"{where} requires code that ships with it. If you trust it, set model.trust_remote_code=true."
             ) from error
+        # transformers names the class of the config: "... <class 'transformers.models.vit....ViTConfig'> for this ...".
+        if match := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+?)(?:Config)?'>", str(error)):
+            raise _not_causal(source, match[1]) from error
         has_file = (Path(source.path_or_id) / needed_file).is_file()
         reason = one_line(error) if has_file else f"{needed_file} is missing"
         raise UserError(

@@ -120,7 +120,12 @@ def make_trainable(model: PreTrainedModel) -> None:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the memory of a model's weights in bytes, including quantization scales."""
-    return sum(_stored_bytes(parameter) for parameter in model.parameters())
+    size = sum(_stored_bytes(parameter) for parameter in model.parameters())
+    # The first forward pass of an 8-bit layer moves the scales from its weight to its state.
+    scales: list[torch.Tensor | None] = [
+        getattr(getattr(module, "state", None), "SCB", None) for module in model.modules()
+    ]
+    return size + sum(scale.numel() * scale.element_size() for scale in scales if scale is not None)
 
 
 def full_weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -136,6 +141,6 @@ def _stored_bytes(parameter: torch.nn.Parameter) -> int:
     size = parameter.numel() * parameter.element_size()
     if (state := getattr(parameter, "quant_state", None)) is not None:  # 4 bits
         size += sum(t.numel() * t.element_size() for t in state.as_dict(packed=True).values())
-    if (scales := getattr(parameter, "SCB", None)) is not None:  # 8 bits
+    if (scales := getattr(parameter, "SCB", None)) is not None:  # 8 bits, before the first forward pass
         size += scales.numel() * scales.element_size()
     return size
