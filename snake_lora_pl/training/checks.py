@@ -1,19 +1,18 @@
-"""Checks before training: settings, tokenizer, logits, sharding, and checkpoints of another adapter."""
+"""Checks before training: settings, tokenizer, sharding, and checkpoints of another adapter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from snake_lora_pl.adapters.adapter_type import adapter_tensors
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.models.quantization import compute_dtype, quantization_of
+from snake_lora_pl.models.quantization import quantization_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,47 +74,6 @@ def check_vocabulary(model: PeftModel, tokenizer: Any, base_model: str) -> None:
         raise UserError(
             f"model.base_model {base_model}: its tokenizer has {num_tokens:,} tokens, its weights have embeddings for "
             f"{num_embeddings:,}. The files are from different models: copy all of them again."
-        )
-
-
-def check_logits(model: PeftModel, training_logits: Callable[[Tensor], Tensor], source: str) -> None:
-    """Check that the logits are finite and equal the output head applied to the last hidden state.
-
-    Some architectures scale or cap their logits after the output head. Training computes the loss from the hidden state
-    and would optimize another function than the model's.
-
-    Args:
-        model: The PEFT model.
-        training_logits: The computation that training uses: from token ids of shape (B, T) to the logits of all
-            positions but the last, of shape (B * (T - 1), vocab_size).
-        source: The key and value that the model was loaded from, for messages.
-
-    Raises:
-        UserError: If the logits are not finite or differ.
-    """
-    head_weight = model.get_base_model().get_output_embeddings().weight
-    # Token ids spread over the vocabulary. The first ids are often special tokens, for which a trained adapter's hidden
-    # states are so large that logits in 16 bits are meaningless.
-    steps = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=head_weight.device)
-    input_ids = steps * (len(head_weight) // 8)
-    was_training = model.training
-    model.eval()
-    actual = training_logits(input_ids)
-    expected = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    model.train(was_training)
-    if not expected.isfinite().all():
-        dtype = str(compute_dtype(model.get_base_model())).removeprefix("torch.")
-        raise UserError(
-            f"{source}: the model's logits are not finite. Its weights are damaged, or they overflow in {dtype}. Copy "
-            "its files again, or set model.dtype=float32."
-        )
-    # The two sum in different order. In 16 bits a few positions may differ by their whole size, but the median agrees.
-    tolerance = 1e-3 if actual.dtype == torch.float32 else 0.1
-    difference = (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-    if not difference.median() <= tolerance:
-        raise UserError(
-            f"{source}: {type(model.get_base_model()).__name__} changes its logits after the output head (a soft cap "
-            "or a scale), which training does not support. Choose another base model."
         )
 
 

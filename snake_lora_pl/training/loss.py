@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - the common alias
 from torch import Tensor, nn
 
 from snake_lora_pl.constants import IGNORE_INDEX
+from snake_lora_pl.training.logit_transform import IDENTITY, LogitTransform
 from snake_lora_pl.training.torch_internals import Function
 
 logger = logging.getLogger(__name__)
@@ -47,15 +48,22 @@ def select_targets(labels: Tensor) -> Targets:
     return Targets(mask, shifted[mask])
 
 
-def completion_loss(hidden: Tensor, token_ids: Tensor, lm_head: nn.Module, chunk_tokens: int = 512) -> Tensor:
-    """Return the cross-entropy of ``lm_head(hidden)`` summed over the targets.
+def completion_loss(
+    hidden: Tensor,
+    token_ids: Tensor,
+    lm_head: nn.Module,
+    chunk_tokens: int = 512,
+    transform: LogitTransform = IDENTITY,
+) -> Tensor:
+    """Return the cross-entropy of ``transform(lm_head(hidden))`` summed over the targets.
 
     Args:
         hidden: Hidden state that predicts each target, shape (num_targets, hidden_size).
         token_ids: Targets, int64 of shape (num_targets,).
         lm_head: Output head, which maps hidden states to logits.
         chunk_tokens: Targets whose logits are in memory at a time. Liger Kernel, which is used on a GPU if it is
-            installed and the head is frozen, chooses its own number.
+            installed, the head is frozen and the logits are not transformed, chooses its own number.
+        transform: Change of the logits after the output head.
 
     Returns:
         float32 scalar; zero, with a graph, if there is no target.
@@ -63,13 +71,14 @@ def completion_loss(hidden: Tensor, token_ids: Tensor, lm_head: nn.Module, chunk
     if token_ids.numel() == 0:
         return hidden.sum() * 0.0
     if type(lm_head) is nn.Linear and not any(p.requires_grad for p in lm_head.parameters()):
-        if hidden.is_cuda and liger_is_installed():
+        # Liger's kernel has no scale, and its cap cannot be tested in Triton's interpreter.
+        if hidden.is_cuda and transform == IDENTITY and liger_is_installed():
             return liger_loss(hidden, token_ids, lm_head)
-        return _FrozenHeadCrossEntropy.apply(hidden, token_ids, lm_head.weight, lm_head.bias, chunk_tokens)
+        return _FrozenHeadCrossEntropy.apply(hidden, token_ids, lm_head.weight, lm_head.bias, chunk_tokens, transform)
     loss = hidden.new_zeros((), dtype=torch.float32)
     for h, t in zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True):
         # Recomputed in the backward pass, so that one chunk's logits are in memory at a time here too.
-        loss = loss + torch.utils.checkpoint.checkpoint(_chunk_loss, lm_head, h, t, use_reentrant=False)
+        loss = loss + torch.utils.checkpoint.checkpoint(_chunk_loss, lm_head, h, t, transform, use_reentrant=False)
     return loss
 
 
@@ -97,21 +106,30 @@ def liger_loss(hidden: Tensor, token_ids: Tensor, lm_head: nn.Linear) -> Tensor:
     return loss
 
 
-def _chunk_loss(lm_head: Callable[[Tensor], Tensor], hidden: Tensor, token_ids: Tensor) -> Tensor:
-    return F.cross_entropy(lm_head(hidden).float(), token_ids, reduction="sum")
+def _chunk_loss(
+    lm_head: Callable[[Tensor], Tensor], hidden: Tensor, token_ids: Tensor, transform: LogitTransform
+) -> Tensor:
+    return F.cross_entropy(transform(lm_head(hidden).float()), token_ids, reduction="sum")
 
 
 class _FrozenHeadCrossEntropy(Function):
     """Cross-entropy whose gradient is computed in the forward pass, chunk by chunk, from the logits in memory.
 
-    The gradient of a summed cross-entropy with respect to the logits is ``softmax - one_hot``; multiplied by the frozen
-    head's weight it is the gradient of the hidden state. No tensor of the size of the logits outlives its chunk, and
-    nothing is computed twice, as in Liger Kernel's fused linear cross-entropy (https://arxiv.org/abs/2410.10989).
+    The gradient of a summed cross-entropy with respect to the logits is ``softmax - one_hot``; multiplied by the
+    derivative of their transform and by the frozen head's weight it is the gradient of the hidden state. No tensor of
+    the size of the logits outlives its chunk, and nothing is computed twice, as in Liger Kernel's fused linear
+    cross-entropy (https://arxiv.org/abs/2410.10989).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor | None, chunk_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        token_ids: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunk_tokens: int,
+        transform: LogitTransform,
     ) -> Tensor:
         """Return the summed loss and keep the gradient of ``hidden`` for the backward pass."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -123,11 +141,13 @@ class _FrozenHeadCrossEntropy(Function):
                 logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias)  # (chunk, vocab_size)
                 num_rows = _CPU_ROWS if logits.device.type == "cpu" else chunk_tokens
                 for part, targets in zip(logits.split(num_rows), token_ids[chunk, None].split(num_rows), strict=True):
-                    log_probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+                    transformed = part if transform == IDENTITY else transform(part.float())
+                    log_probabilities = torch.log_softmax(transformed, dim=-1, dtype=torch.float32)
                     loss -= log_probabilities.gather(1, targets).sum()
                     if grad_hidden is not None:
                         grad_part = log_probabilities.exp_()
                         grad_part.scatter_add_(1, targets, grad_part.new_full((1, 1), -1.0).expand_as(targets))
+                        transform.multiply_by_derivative(grad_part, transformed)
                         part.copy_(grad_part)
                 if grad_hidden is not None:
                     grad_hidden[chunk] = logits @ weight
@@ -136,15 +156,19 @@ class _FrozenHeadCrossEntropy(Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Scale the kept gradient by the gradient of the loss."""
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_outputs[0].to(grad_hidden.dtype), None, None, None, None
+        return grad_hidden * grad_outputs[0].to(grad_hidden.dtype), None, None, None, None, None
 
 
 @torch.no_grad()
 def completion_predictions(
-    hidden: Tensor, token_ids: Tensor, lm_head: nn.Module, chunk_tokens: int = 512
+    hidden: Tensor,
+    token_ids: Tensor,
+    lm_head: nn.Module,
+    chunk_tokens: int = 512,
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy and the most likely token at each target; see ``completion_loss`` for the arguments.
 
@@ -153,7 +177,7 @@ def completion_predictions(
     """
     losses, predictions = [], []
     for h, t in zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True):
-        logits = lm_head(h).float()  # (chunk, vocab_size)
+        logits = transform(lm_head(h).float())  # (chunk, vocab_size)
         losses.append(F.cross_entropy(logits, t, reduction="none"))
         predictions.append(logits.argmax(dim=-1))
     return torch.cat(losses), torch.cat(predictions)

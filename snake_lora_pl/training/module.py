@@ -36,6 +36,7 @@ from snake_lora_pl.training import checks
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, fusion_obstacle
+from snake_lora_pl.training.logit_transform import IDENTITY, candidate_transforms
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
 from snake_lora_pl.training.loss_normalization import StepLoss, normalize_gradients
 from snake_lora_pl.training.nonfinite import NonfiniteGuard, OnNonfinite
@@ -46,6 +47,7 @@ from snake_lora_pl.training.optimizer import (
     plan_steps,
 )
 from snake_lora_pl.training.packing import pack
+from snake_lora_pl.training.probe import probe_model
 from snake_lora_pl.training.resume.checkpoint_state import explain_damaged_checkpoint
 from snake_lora_pl.training.sharding import (
     FullyShardedStrategy,
@@ -162,6 +164,7 @@ class LoRALightningModule(pl.LightningModule):
         self.text_metrics = text_metrics
 
         self._fused: FusedDecoder | None = None
+        self._logit_transform = IDENTITY
         self.model: PeftModel | None = None
         self.tokenizer: Any = None
         self.val_loss = MeanMetric()
@@ -260,6 +263,8 @@ class LoRALightningModule(pl.LightningModule):
         """Choose fused or own layers and set up gradient checkpointing; needs the model but not its weights."""
         # Weights load in eval mode, and Lightning keeps the mode it finds.
         self.peft_model.train()
+        # An estimate of memory ends here; with weights, the probe of the model chooses one of the candidates.
+        self._logit_transform = candidate_transforms(self.peft_model.get_base_model().config)[0]
         self._fused = self._fuse()
         if self._fused is None:
             self._prepare_own_layers()
@@ -287,15 +292,15 @@ class LoRALightningModule(pl.LightningModule):
                 layer.compile()
 
     def _check_model(self) -> None:
-        def training_logits(input_ids: Tensor) -> Tensor:
-            batch = {"input_ids": input_ids, "labels": input_ids}
-            logits: Tensor = self._lm_head(self._target_states(batch, select_targets(input_ids)))
-            return logits
+        def fused_states(input_ids: Tensor) -> Tensor:
+            return self._target_states({"input_ids": input_ids, "labels": input_ids}, select_targets(input_ids))
 
         checks.check_vocabulary(self.peft_model, self.tokenizer, self.base_model)
         source = f"--adapter {self.adapter_path}" if self.adapter_path else f"model.base_model {self.base_model}"
         with torch.no_grad(), self.compute_context():
-            checks.check_logits(self.peft_model, training_logits, source)
+            self._logit_transform = probe_model(
+                self.peft_model, self._hidden, None if self._fused is None else fused_states, source
+            )
 
     def load_adapter(self, adapter_dir: str | os.PathLike[str]) -> None:
         """Replace the adapter in memory by a saved one; the base stays loaded."""
@@ -363,7 +368,9 @@ class LoRALightningModule(pl.LightningModule):
         targets = select_targets(batch["labels"])
         with self.compute_context():
             hidden = self._target_states(batch, targets)  # (num_targets, hidden_size)
-            loss = completion_loss(hidden, targets.token_ids, self._lm_head, self.loss_chunk_tokens)
+            loss = completion_loss(
+                hidden, targets.token_ids, self._lm_head, self.loss_chunk_tokens, self._logit_transform
+            )
         self.step_loss.add(loss, targets.mask.sum(), batch["sources"])
         return loss
 
@@ -475,7 +482,9 @@ class LoRALightningModule(pl.LightningModule):
             hidden = self._target_states(batch, targets)  # (num_targets, hidden_size)
             if targets.token_ids.numel() == 0:
                 return
-            losses, predicted = completion_predictions(hidden, targets.token_ids, self._lm_head, self.loss_chunk_tokens)
+            losses, predicted = completion_predictions(
+                hidden, targets.token_ids, self._lm_head, self.loss_chunk_tokens, self._logit_transform
+            )
         row_sizes = targets.mask.sum(dim=1).tolist()
         is_correct = predicted == targets.token_ids  # (num_targets,)
         is_finite = losses.isfinite()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from snake_lora_pl.training.logit_transform import IDENTITY, LogitTransform
 from snake_lora_pl.training.loss import completion_loss, completion_predictions, select_targets
 
 HIDDEN, VOCAB = 16, 101
@@ -18,21 +21,40 @@ def make_head(frozen: bool, bias: bool = False) -> nn.Linear:
     return head.requires_grad_(not frozen)
 
 
-def plain_loss(hidden: Tensor, token_ids: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), token_ids, reduction="sum")
+def plain_loss(
+    hidden: Tensor, token_ids: Tensor, head: nn.Module, transform: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> Tensor:
+    return F.cross_entropy(transform(head(hidden).float()), token_ids, reduction="sum")
+
+
+TRANSFORMS = {
+    "none": IDENTITY,
+    "scale": LogitTransform(scale=0.25),
+    "cap": LogitTransform(cap=0.5),
+    "scale and cap": LogitTransform(scale=3.0, cap=0.5),
+}
+PLAIN_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda logits: logits,
+    "scale": lambda logits: 0.25 * logits,
+    "cap": lambda logits: 0.5 * (logits / 0.5).tanh(),
+    "scale and cap": lambda logits: 0.5 * (3.0 * logits / 0.5).tanh(),
+}
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
-def test_chunked_loss_and_gradients_equal_those_of_whole_logits(frozen: bool, bias: bool, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_chunked_loss_and_gradients_equal_those_of_whole_logits(
+    frozen: bool, bias: bool, chunk_tokens: int, transform: str
+) -> None:
     head, twin = make_head(frozen, bias), make_head(frozen, bias)
     hidden = torch.randn(23, HIDDEN, requires_grad=True)
     token_ids = torch.randint(VOCAB, (23,))
-    expected = plain_loss(hidden, token_ids, twin)
+    expected = plain_loss(hidden, token_ids, twin, PLAIN_TRANSFORMS[transform])
     (expected_gradient,) = torch.autograd.grad(expected * 3, hidden, retain_graph=True)
 
-    loss = completion_loss(hidden, token_ids, head, chunk_tokens)
+    loss = completion_loss(hidden, token_ids, head, chunk_tokens, TRANSFORMS[transform])
     (loss * 3).backward()
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -42,18 +64,20 @@ def test_chunked_loss_and_gradients_equal_those_of_whole_logits(frozen: bool, bi
         torch.testing.assert_close(head.weight.grad, twin.weight.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_loss_in_bfloat16_stays_near_float32() -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_loss_in_bfloat16_stays_near_float32(transform: str) -> None:
     head = make_head(frozen=True)
     hidden = torch.randn(64, HIDDEN)
     token_ids = torch.randint(VOCAB, (64,))
     exact = hidden.clone().requires_grad_()
-    plain_loss(exact, token_ids, head).backward()
+    plain_loss(exact, token_ids, head, PLAIN_TRANSFORMS[transform]).backward()
     rounded = hidden.bfloat16().requires_grad_()
-    loss = completion_loss(rounded, token_ids, head.bfloat16(), 16)
+    loss = completion_loss(rounded, token_ids, head.bfloat16(), 16, TRANSFORMS[transform])
     loss.backward()
 
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, plain_loss(hidden, token_ids, make_head(True)), rtol=2e-2, atol=0)
+    expected = plain_loss(hidden, token_ids, make_head(True), PLAIN_TRANSFORMS[transform])
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
     difference = (rounded.grad.float() - exact.grad).norm() / exact.grad.norm()
     assert difference < 2e-2
 
@@ -74,9 +98,12 @@ def test_targets_are_the_labels_shifted_by_one() -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
-def test_predictions_are_the_most_likely_tokens_and_their_losses_sum_to_the_loss(chunk_tokens: int) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_predictions_are_the_most_likely_tokens_and_their_losses_sum_to_the_loss(
+    chunk_tokens: int, transform: str
+) -> None:
     head = make_head(frozen=True)
     hidden, token_ids = torch.randn(23, HIDDEN), torch.randint(VOCAB, (23,))
-    losses, predicted = completion_predictions(hidden, token_ids, head, chunk_tokens)
+    losses, predicted = completion_predictions(hidden, token_ids, head, chunk_tokens, TRANSFORMS[transform])
     assert torch.equal(predicted, head(hidden).argmax(-1))
-    torch.testing.assert_close(losses.sum(), plain_loss(hidden, token_ids, head))
+    torch.testing.assert_close(losses.sum(), plain_loss(hidden, token_ids, head, PLAIN_TRANSFORMS[transform]))
