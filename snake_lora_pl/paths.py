@@ -185,6 +185,15 @@ class RunPaths:
         return self.run_dir / "val_games.jsonl"
 
     @property
+    def rounds_dir(self) -> Path:
+        """Rows of the rounds of imitation."""
+        return self.run_dir / "rounds"
+
+    def round_path(self, number: int) -> Path:
+        """Return the file of a round, counted from 0."""
+        return self.rounds_dir / f"{number:03}.jsonl"
+
+    @property
     def tensorboard_dir(self) -> Path:
         """TensorBoard event files."""
         return self.run_dir / "tensorboard"

@@ -33,6 +33,8 @@ from snake_lora_pl.evaluation.dashboard import RunLogger, require_package
 from snake_lora_pl.evaluation.match import Contestant, Match
 from snake_lora_pl.evaluation.player_factory import find_style
 from snake_lora_pl.evaluation.settings import PlaySettings
+from snake_lora_pl.imitation.callback import Imitation
+from snake_lora_pl.imitation.settings import ImitationSettings
 from snake_lora_pl.paths import GamesPaths, RunPaths, display_path
 from snake_lora_pl.program import LIGHTNING_COMMANDS, PROG, is_rank_zero
 from snake_lora_pl.reporting.run_record import RunRecord
@@ -150,6 +152,7 @@ class SnakeCLI(LightningCLIInternals):
             help="fit: print config, data, memory, one step and the paths of the run's files; write nothing.",
         )
         parser.add_class_arguments(PlaySettings, "play")
+        parser.add_class_arguments(ImitationSettings, "imitate")
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults(
@@ -283,6 +286,8 @@ class SnakeCLI(LightningCLIInternals):
         ]
         if config.play.val_games:
             callbacks.append(PlayEvaluation(config.play))
+        if config.imitate.every_n_steps:
+            callbacks.append(Imitation(config.imitate, config.play, self.run_paths))
         if config.trainer.enable_checkpointing is not False:
             callbacks.append(config.checkpoint)
         return callbacks

@@ -66,3 +66,13 @@ def collate(examples: Sequence[Example], pad_id: int, pad_to_multiple_of: int = 
         "labels": torch.from_numpy(labels),
         "sources": [example.source for example in examples],
     }
+
+
+def split_batch(batch: Batch) -> list[Example]:
+    """Return the examples of a batch: the inverse of ``collate``."""
+    examples = []
+    # A blank batch has a row but no source.
+    for ids, labels, source in zip(batch["input_ids"].numpy(), batch["labels"].numpy(), batch["sources"], strict=False):
+        targets = np.flatnonzero(labels != IGNORE_INDEX)
+        examples.append(Example(ids[: targets[-1] + 1], int(targets[0]), source))
+    return examples

@@ -20,7 +20,7 @@ from snake_lora_pl.data.batching import Batch, PromptBatch, collate
 from snake_lora_pl.data.data_files import expand_paths
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
 from snake_lora_pl.data.example_cache import open_examples, report_cache_errors
-from snake_lora_pl.data.example_files import Examples
+from snake_lora_pl.data.example_files import Examples, hash_prompt
 from snake_lora_pl.data.generated_rows import NoiseMoves, write_dataset
 from snake_lora_pl.data.jsonl import OnBadRow, Row, peek_row, read_rows, read_rows_at
 from snake_lora_pl.data.loaders import ExampleSubset, LazyDataLoader, PromptBatches, max_processes
@@ -300,6 +300,12 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             path, _, line = val.examples[int(index)].source.rpartition(":")
             lines.setdefault(path, []).append(int(line))
         return [row for path, numbers in lines.items() for row in read_rows_at(Path(path), numbers)]
+
+    def val_prompts(self) -> Callable[[str], bool]:
+        """Return a function that tells whether a prompt is in the validation rows."""
+        val = self._val_subset
+        hashes = set(val.examples.prompt_hashes()[val.indices].tolist())
+        return lambda prompt: hash_prompt(prompt) in hashes
 
     def summary(self) -> dict[str, Any]:
         """Return hashes and counts of the data, see ``summarize``."""

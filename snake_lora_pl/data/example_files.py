@@ -166,7 +166,7 @@ class ExampleFileWriter:
         self._append("num_prompt", [example.num_prompt for _, _, example in rows])
         self._append("line", [row.line for row, _, _ in rows])
         self._append("game", [game for _, game, _ in rows])
-        self._append("prompt_hash", [_hash_prompt(row.prompt) for row, _, _ in rows])
+        self._append("prompt_hash", [hash_prompt(row.prompt) for row, _, _ in rows])
         self._num_rows += len(rows)
         self._num_tokens += sum(lengths)
 
@@ -193,7 +193,8 @@ def hash_text(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _hash_prompt(prompt: str) -> int:
+def hash_prompt(prompt: str) -> int:
+    """Return the hash of a prompt in ``prompt_hash.bin``."""
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "little")
 
 

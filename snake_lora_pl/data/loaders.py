@@ -78,10 +78,12 @@ class LazyDataLoader(DataLoader[list[Example]]):
 
     Attributes:
         before_pass: Called before each pass.
+        transform_batch: Applied to each batch when it is requested, in this process and not in a worker.
         wait_seconds: Time the consumer has waited for batches, in all passes.
     """
 
     before_pass: Callable[[], None] | None = None
+    transform_batch: Callable[[Batch], Batch] | None = None
     wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -91,7 +93,7 @@ class LazyDataLoader(DataLoader[list[Example]]):
             self.before_pass()
         for batch in super().__iter__():
             self.wait_seconds += time.perf_counter() - start
-            yield batch
+            yield batch if self.transform_batch is None else self.transform_batch(batch)
             start = time.perf_counter()
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snake_lora_pl.constants import IGNORE_INDEX
-from snake_lora_pl.data.batching import collate
+from snake_lora_pl.data.batching import collate, split_batch
 from snake_lora_pl.data.encoding import Example
 
 EOS = 2
@@ -51,3 +51,10 @@ def test_no_examples_give_a_blank_batch_without_targets():
     assert batch["input_ids"].tolist() == [[EOS]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX]]
     assert batch["sources"] == []
+
+
+@given(EXAMPLES, st.integers(1, 9))
+def test_split_batch_is_the_inverse_of_collate(examples, multiple):
+    found = split_batch(collate(examples, EOS, multiple))
+    assert [one._replace(input_ids=list(one.input_ids)) for one in found] == examples
+    assert split_batch(collate([], EOS)) == []

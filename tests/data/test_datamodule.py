@@ -341,3 +341,12 @@ def test_setup_encodes_no_rows_after_prepare_data(make, rows_path, monkeypatch):
     datamodule = make(rows_path)
     datamodule.setup("fit")
     assert datamodule.num_train_rows > 0
+
+
+def test_val_prompts_are_those_of_the_validation_rows(make, write_rows):
+    validating, training = position(7, 7, "UP"), position(1, 1, "UP")
+    path = write_rows([training])
+    datamodule = set_up(make(path, val_path=str(write_rows([validating], "val.jsonl"))))
+    is_validation = datamodule.val_prompts()
+    assert is_validation(validating["prompt"])
+    assert not is_validation(training["prompt"])

@@ -18,3 +18,15 @@ def test_loader_measures_how_long_its_consumer_waits(make, rows_path, monkeypatc
     for _ in loader:
         spend(100)
     assert loader.wait_seconds == len(loader)
+
+
+def test_batches_are_transformed_when_they_are_requested(make, rows_path):
+    events = []
+    for num_workers in (0, 1):
+        loader = set_up(make(rows_path, num_workers=num_workers, batch_size=2)).train_dataloader()
+        loader.transform_batch = lambda batch: (events.append("transformed"), {**batch, "sources": ["new"]})[1]
+        batches = iter(loader)
+        for _ in range(2):
+            assert next(batches)["sources"] == ["new"]
+            events.append("requested")
+    assert events == ["transformed", "requested"] * 4

@@ -1,0 +1,178 @@
+"""Imitation through the command line: rounds, exact resume, and several ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.run_comparison import differences
+from snake_lora_pl.__main__ import main
+from snake_lora_pl.data.generated_rows import write_dataset
+from snake_lora_pl.game.seeds import FIRST_PLAY_SEED, GAMES_PER_SEED
+from snake_lora_pl.imitation.callback import Imitation
+from snake_lora_pl.paths import RunPaths
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+RUN_PATTERN = "logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning"
+HANGS_S = 300
+
+# Rounds after steps 4 and 8; validations after steps 5 and 10; checkpoints after every third step.
+FLAGS = [
+    "--data.batch_size=4",
+    "--data.val_fraction=0.2",
+    "--model.dtype=float32",
+    "--model.lora.dropout=0.3",
+    "--model.max_new_tokens=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.val_check_interval=5",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.max_steps=11",
+    "--checkpoint.save_every_n_steps=3",
+    "--checkpoint.save_top_k=9",
+    "--num_sample_rows=0",
+    "--play.teacher=safe_greedy",
+    "--play.reading=score",
+    "--imitate.every_n_steps=4",
+    "--imitate.num_games=3",
+    "--imitate.max_states=24",
+    "--imitate.rows_share=0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_dataset(path, 8, 5, "safe_greedy", "compact", 0)
+    return path
+
+
+Fit = Callable[..., RunPaths]
+
+
+@pytest.fixture(scope="module")
+def fit(tiny_llama_dir: Path, rows_path: Path) -> Fit:
+    """Run ``fit`` with a root directory and return its only run."""
+
+    def run(root: Path, *flags: str, code: int = 0) -> RunPaths:
+        base = ["fit", "--config=balanced.yaml", "--config=imitate.yaml", f"--root={root}", *FLAGS]
+        base += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
+        assert main([*base, *flags]) == code
+        (run_dir,) = root.glob(RUN_PATTERN)
+        return RunPaths(run_dir)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    return fit(tmp_path_factory.mktemp("straight"))
+
+
+def read_metrics(run: RunPaths) -> list[dict[str, str]]:
+    with open(run.metrics_path, newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def read_rounds(run: RunPaths) -> list[str]:
+    return [path.read_text() for path in sorted(run.rounds_dir.iterdir())]
+
+
+def test_each_round_writes_rows_and_metrics(straight: RunPaths) -> None:
+    rounds = read_rounds(straight)
+    assert len(rounds) == 2
+    logged = [row for row in read_metrics(straight) if "imitate/rows_added" in row]
+    assert [row["step"] for row in logged] == ["3", "7"]
+    for content, metrics in zip(rounds, logged, strict=True):
+        rows = [json.loads(line) for line in content.splitlines()]
+        assert len(rows) == float(metrics["imitate/rows_added"]) > 0
+        assert {"imitate/apples_mean", "imitate/fatal_move_rate", "imitate/disagreement_rate"} < metrics.keys()
+        assert all(GAMES_PER_SEED <= row["seed"] < FIRST_PLAY_SEED for row in rows)
+
+
+def test_rows_of_rounds_change_training(fit: Fit, straight: RunPaths, tmp_path: Path) -> None:
+    without = fit(tmp_path, "--imitate.every_n_steps=0")
+    losses, others = ([r["train/loss"] for r in read_metrics(run) if "train/loss" in r] for run in (straight, without))
+    assert losses[:4] == others[:4]
+    assert losses[4:] != others[4:]
+
+
+@pytest.mark.parametrize("flags", [[], ["--data.num_workers=1"]], ids=["no-workers", "workers"])
+def test_run_resumes_exactly_from_each_checkpoint(
+    fit: Fit, straight: RunPaths, tmp_path: Path, flags: list[str]
+) -> None:
+    names = sorted(path.name for path in straight.checkpoints_dir.iterdir())
+    assert len(names) >= 3
+    for name in names:
+        root = tmp_path / name
+        shutil.copytree(straight.run_dir.parents[5], root)
+        (run_dir,) = root.glob(RUN_PATTERN)
+        resumed = fit(root, *flags, f"--ckpt_path={run_dir / 'checkpoints' / name}")
+        assert differences(straight.run_dir, resumed.run_dir) == []
+        assert read_rounds(resumed) == read_rounds(straight)
+
+
+class Killed(BaseException):
+    """Simulates that the process is killed."""
+
+
+@pytest.mark.parametrize("hook", ["_visit", "_add"])
+def test_run_killed_in_a_round_plays_it_again(
+    fit: Fit, straight: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    run_hook = getattr(Imitation, hook)
+
+    def kill(self: Imitation, *args: object) -> object:
+        if len(self._rounds) >= 1 and self.run.round_path(0).exists():
+            raise Killed
+        return run_hook(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Imitation, hook, kill)
+        fit(tmp_path)
+    run = fit(tmp_path, "--ckpt_path=last")
+    assert differences(straight.run_dir, run.run_dir) == []
+    assert read_rounds(run) == read_rounds(straight)
+
+
+def test_missing_round_is_a_one_line_error(
+    fit: Fit, straight: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(straight.run_dir.parents[5], tmp_path, dirs_exist_ok=True)
+    (run_dir,) = tmp_path.glob(RUN_PATTERN)
+    RunPaths(run_dir).round_path(0).unlink()
+    fit(tmp_path, "--ckpt_path=last", "--trainer.max_steps=13", code=2)
+    error = capsys.readouterr().err
+    assert "rounds/000.jsonl" in error
+    assert "Traceback" not in error
+
+
+def test_two_ranks_write_the_rounds_of_one_process(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, flags in [
+        ("single", ["--data.batch_size=4"]),
+        ("pair", ["--config=ddp.yaml", "--trainer.devices=2", "--data.batch_size=2"]),
+    ]:
+        command = [sys.executable, "-m", "snake_lora_pl", "fit", "--config=balanced.yaml", "--config=imitate.yaml"]
+        command += [*FLAGS, *flags, "--model.lora.dropout=0", f"--root={tmp_path / name}", "--play.final_games=0"]
+        command += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (run_dir,) = (tmp_path / name).glob(RUN_PATTERN)
+        runs.append(RunPaths(run_dir))
+    single, pair = runs
+    assert read_rounds(single) == read_rounds(pair)
+    for row, other in zip(read_metrics(single), read_metrics(pair), strict=True):
+        for metric in row.keys() & other.keys():
+            if metric.startswith(("train/loss", "imitate/", "val/loss")):
+                assert float(row[metric]) == pytest.approx(float(other[metric]), rel=1e-4)
