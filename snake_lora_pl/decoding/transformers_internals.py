@@ -33,4 +33,11 @@ def cache_argument_name(model: PreTrainedModel) -> str:
 
     https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/models/llama/modeling_llama.py
     """
-    return "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache"
+    # A subclass may override ``forward`` without naming the argument.
+    for model_class in type(model).__mro__:
+        forward = vars(model_class).get("forward")
+        names = inspect.signature(forward).parameters if forward is not None else {}
+        for name in ("cache", "past_key_values"):
+            if name in names:
+                return name
+    return "cache"

@@ -40,6 +40,18 @@ def set_commit_hash(model: PreTrainedModel, commit: str | None) -> None:
     model.config._commit_hash = commit
 
 
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; transformers 5.23 renamed the method.
+
+    https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_utils.py
+    """
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def has_x86_bfloat16_instructions() -> bool:
     """Return whether an x86 CPU has bfloat16 instructions (AVX512-BF16 or AMX).
 

@@ -31,7 +31,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import BaseModelSpec, choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.models.text_decoder import text_decoder
-from snake_lora_pl.models.transformers_internals import commit_hash
+from snake_lora_pl.models.transformers_internals import commit_hash, enable_activation_checkpointing
 from snake_lora_pl.training import checks
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
@@ -282,7 +282,7 @@ class LoRALightningModule(pl.LightningModule):
 
     def _prepare_own_layers(self) -> None:
         if self.gradient_checkpointing:
-            self.peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_activation_checkpointing(self.peft_model.get_base_model())
             # Without a gradient at the frozen embedding's output, the first checkpointed layer has no input that needs
             # one and its adapter stays untrained.
             self.peft_model.enable_input_require_grads()

@@ -52,6 +52,21 @@ def test_model_takes_its_cache_by_the_name_that_is_not_deprecated() -> None:
     assert output.logits.shape == (1, 1, 9)
 
 
+def test_name_is_found_behind_a_forward_that_does_not_name_it() -> None:
+    class New(LlamaForCausalLM):
+        def forward(self, cache: object = None, **kwargs: object) -> None: ...
+
+    class Old(LlamaForCausalLM):
+        def forward(self, past_key_values: object = None, **kwargs: object) -> None: ...
+
+    for parent, name in ((New, "cache"), (Old, "past_key_values")):
+
+        class Child(parent):  # type: ignore[misc,valid-type]
+            def forward(self, **kwargs: object) -> None: ...
+
+        assert cache_argument_name(Child(LlamaConfig(**SHAPE))) == name
+
+
 def test_oldest_supported_version_still_has_the_old_name() -> None:
     (minor,) = re.findall(r'"transformers>=5\.(\d+)', (Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert int(minor) < 24

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,19 @@ def test_commit_is_unknown_to_transformers_for_a_local_snapshot(tiny_llama_dir: 
     internals.set_commit_hash(model, "c" * 40)
     assert internals.commit_hash(model) == "c" * 40
     assert not hasattr(model.config, "commit_hash"), "transformers publishes the commit now"
+
+
+def test_activation_checkpointing_is_enabled_by_the_name_that_is_not_deprecated(tiny_llama_dir: Path) -> None:
+    model = load_base_model(str(tiny_llama_dir), dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        internals.enable_activation_checkpointing(model)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_oldest_supported_version_still_has_the_old_name_of_activation_checkpointing() -> None:
+    (minor,) = re.findall(r'"transformers>=5\.(\d+)', (Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert int(minor) < 23
 
 
 def test_cpu_features_are_reported_only_privately() -> None:
