@@ -27,7 +27,7 @@ from snake_lora_pl.data.encoding import Example
 from snake_lora_pl.data.jsonl import Row
 
 # Increment with every change of the format or of how games are counted.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _ARRAYS: dict[str, npt.DTypeLike] = {
     "offsets": np.int64,

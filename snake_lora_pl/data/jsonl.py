@@ -1,7 +1,7 @@
 """Reader of JSONL rows: one at a time, validated, every error with ``path:line``.
 
 A row is a JSON object on one line with the non-empty strings ``prompt`` and ``completion``. Other keys are ignored,
-except ``game`` and ``seed``, which identify the row's game. The reader knows nothing of tokens.
+except ``game`` and ``seed``, strings or numbers that identify the row's game. The reader knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -37,7 +38,8 @@ class Row(NamedTuple):
     Attributes:
         prompt: Input of the model.
         completion: Expected output; empty if the reader does not require it.
-        game: Identifier of the row's game, unique within the file; None if the row does not name its game.
+        game: Identifier of the row's game, unique within the file; None if the row does not name its game, or if the
+            reader does not require completions.
         path: The file, as the user named it.
         line: Line number, from 1.
     """
@@ -190,8 +192,9 @@ def _parse(content: bytes | None, path: str, line: int, required: tuple[str, ...
     fields = _decode(content)
     for key in required:
         _check_text(fields, key)
-    completion = fields["completion"] if "completion" in required else ""
-    return Row(fields["prompt"], completion, _game_id(fields), path, line)
+    if "completion" not in required:
+        return Row(fields["prompt"], "", None, path, line)
+    return Row(fields["prompt"], fields["completion"], _game_id(fields), path, line)
 
 
 def _decode(content: bytes) -> dict[str, Any]:
@@ -234,8 +237,24 @@ def _check_text(fields: dict[str, Any], key: str) -> None:
 
 def _game_id(fields: dict[str, Any]) -> str | None:
     """Return the game's identifier, which includes the seed because generators number the games of each seed from 0."""
-    game = fields.get("game")
-    return f"{fields.get('seed')}/{game}" if isinstance(game, (str, int)) else None
+    if "game" not in fields:
+        return None
+    seed = _identifier(fields, "seed") if "seed" in fields else None
+    return f"{seed}/{_identifier(fields, 'game')}"
+
+
+def _identifier(fields: dict[str, Any], key: str) -> str:
+    """Return a string or a number as text that is the same for equal numbers, such as 3 and 3.0."""
+    value = fields[key]
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value) if value.is_integer() else value)
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    found = str(value) if isinstance(value, float) else _type_name(value)
+    # Without an identifier, neighboring positions of one game could train and validate.
+    raise _InvalidRowError(
+        "bad game", f"key '{key}' is {found}, not a string or a finite number", "Write one, remove the key"
+    )
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

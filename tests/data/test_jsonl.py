@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -45,6 +46,27 @@ def test_byte_order_marks_crlf_blank_lines_and_a_missing_last_newline_are_accept
 def test_other_keys_are_ignored_even_with_nan(write_rows):
     path = write_rows([b'{"prompt": "p", "completion": "c", "score": NaN, "deep": {"prompt": [1]}}'])
     assert read(path) == [Row("p", "c", None, str(path), 1)]
+
+
+def test_equal_game_identifiers_are_equal_as_text(write_rows):
+    named = [{"game": 3}, {"game": 3.0}, {"game": "3"}, {"game": 3, "seed": 7.0}, {"game": 3.0, "seed": 7}]
+    games = [row.game for row in read(write_rows([{"prompt": "p", "completion": "c", **extra} for extra in named]))]
+    assert games == ["None/3", "None/3", "None/3", "7/3", "7/3"]
+
+
+@pytest.mark.parametrize("key", ["game", "seed"])
+@pytest.mark.parametrize("value", [None, True, {"id": 3}, [3], float("nan"), float("inf")])
+def test_game_identifier_of_another_type_is_an_invalid_row(write_rows, key, value):
+    row = {"prompt": "p", "completion": "c", "game": 1}
+    path = write_rows([row, {**row, key: value}])
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}:2: .*'{key}'"):
+        read(path)
+    assert len(read(path, on_bad_row="skip")) == 1
+
+
+def test_game_identifier_of_a_prompt_without_completion_is_ignored(write_rows):
+    path = write_rows([{"prompt": "p", "game": {"id": 3}}])
+    assert [row.prompt for row in read_rows([Path(path)], require_completion=False)] == ["p"]
 
 
 def test_game_identifier_includes_the_seed(write_rows):
