@@ -14,6 +14,7 @@ from snake_lora_pl.adapters.peft_internals import is_adapter_layer
 from snake_lora_pl.adapters.qlora import dequantize_base
 from snake_lora_pl.durable import directory_durably
 from snake_lora_pl.errors import UserError, one_line
+from snake_lora_pl.models.chat_template import save_tokenizer
 from snake_lora_pl.models.quantization import QuantizationConfig
 from snake_lora_pl.models.text_decoder import text_config
 
@@ -105,7 +106,7 @@ def merge(
         with directory_durably(out_dir) as directory:
             _cast(merged, getattr(torch, chosen))
             merged.save_pretrained(str(directory))
-            tokenizer.save_pretrained(str(directory))
+            save_tokenizer(tokenizer, directory, metadata.data.get("template_date"))
             (directory / store.CARD_FILE).write_text(merged_model_card(metadata, chosen), encoding="utf-8")
             _cast(merged, torch.float32)
             rounded = _probe(merged)

@@ -33,7 +33,7 @@ class AdapterMetadata:
         epoch: Current epoch, from 0.
         metrics: Last logged value of each metric.
         data: Facts about the rows, from the data module: ``data_hash``, ``split_hash``, ``template``,
-            ``prompt_format`` and others.
+            ``template_date`` (the date in the prompts, if any), ``prompt_format`` and others.
         play: Results of the last games as in ``record_play``, and ``player``, the adapter's name in them.
         quantization: Fields of the base's ``QuantizationConfig`` in training; empty if the base was not quantized.
         peft_config: The content of ``adapter_config.json``.
@@ -68,7 +68,7 @@ class AdapterMetadata:
 
 # Type hints of the nested values that this package reads.
 _PART_TYPES: dict[str, dict[str, Any]] = {
-    "data": {"template": str | None, "prompt_format": str | None, "split_hash": str | None},
+    "data": dict.fromkeys(("template", "template_date", "prompt_format", "split_hash"), str | None),
     "play": {"player": str, "players": dict[str, dict[str, Any]], "settings": dict[str, Any]},
 }
 

@@ -36,6 +36,7 @@ from snake_lora_pl.adapters.verify import (
 from snake_lora_pl.durable import directory_durably, file_sha256, open_durably
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.base_model import BaseModelSpec
+from snake_lora_pl.models.chat_template import save_tokenizer
 from snake_lora_pl.models.quantization import QuantizationConfig, quantization_of
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def save(
         finally:
             model.peft_config["default"] = config_in_memory
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(directory))
+            save_tokenizer(tokenizer, directory, metadata.data.get("template_date"))
         metadata = dataclasses.replace(
             metadata,
             peft_config=json.loads((directory / CONFIG_FILE).read_text()),

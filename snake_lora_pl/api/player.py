@@ -116,7 +116,7 @@ def load_player(
     with suppress_library_output():
         module.configure_model()
     _place(module, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    encoder = Encoder(module.tokenizer, chosen_template)
+    encoder = Encoder(module.tokenizer, chosen_template, template_date=metadata.data.get("template_date"))
     policy = LanguageModelPolicy(
         module.peft_model,
         module.tokenizer,

@@ -35,7 +35,7 @@ def adapter_dirs(config: Namespace) -> list[str]:
 def use_trained_prompts(config: Namespace) -> list[Contestant]:
     """Return the adapters of a command, each with the prompts of its training.
 
-    Replaces the template and the grid size in ``config`` as well: they may describe the rows of another run.
+    Replaces the template, its date and the grid size in ``config`` as well: they may describe the rows of another run.
 
     Raises:
         UserError: If an adapter cannot be read, or the adapters were trained on different grids.
@@ -45,6 +45,8 @@ def use_trained_prompts(config: Namespace) -> list[Contestant]:
     templates = [_trained_template(*pair) for pair in zip(dirs, metadata, strict=True)]
     # validate and predict use one adapter; the base of test is prompted like the first.
     config.data.template = templates[0] or config.data.template
+    dates = [entry.data.get("template_date") for entry in metadata]
+    config.data.template_date = dates[0] or config.data.template_date
     grid_sizes = list(dict.fromkeys(entry.grid_size for entry in metadata if entry.grid_size is not None))
     if len(grid_sizes) > 1 and config.play.grid_size is None:
         sizes = " and ".join(f"{size}x{size}" for size in grid_sizes)
@@ -53,8 +55,8 @@ def use_trained_prompts(config: Namespace) -> list[Contestant]:
     names = [ADAPTER] if len(dirs) == 1 else [f"{ADAPTER} {name}" for name in distinct_names(dirs)]
     styles = [config.play.style or entry.data.get("prompt_format") for entry in metadata]
     return [
-        Contestant(name, PromptSpec(style if style in STYLES else None, template), adapter_dir)
-        for name, style, template, adapter_dir in zip(names, styles, templates, dirs, strict=True)
+        Contestant(name, PromptSpec(style if style in STYLES else None, template, date), adapter_dir)
+        for name, style, template, date, adapter_dir in zip(names, styles, templates, dates, dirs, strict=True)
     ]
 
 

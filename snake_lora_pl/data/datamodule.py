@@ -26,7 +26,7 @@ from snake_lora_pl.data.jsonl import OnBadRow, Row, peek_row, read_rows, read_ro
 from snake_lora_pl.data.loaders import ExampleSubset, LazyDataLoader, PromptBatches, max_processes
 from snake_lora_pl.data.resume import restore_data_position, warn_if_order_changed
 from snake_lora_pl.data.row_errors import RowErrors
-from snake_lora_pl.data.samplers import InOrderSampler, LengthGroupedSampler
+from snake_lora_pl.data.samplers import FixedOrderSampler, InOrderSampler, LengthGroupedSampler
 from snake_lora_pl.data.split import drop_duplicates, split_by_game
 from snake_lora_pl.data.summary import format_summary, summarize
 from snake_lora_pl.errors import UserError
@@ -56,6 +56,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         max_length: Maximum number of tokens per example: template, prompt, completion and EOS.
         batch_size: Rows per batch on each device, or ``auto``: the most that fit into memory in fit, 8 elsewhere.
         template: Text format of prompt and completion: instruction, chat (the tokenizer's chat template) or raw.
+        template_date: Date in the prompts of a chat template that renders one, as YYYY-MM-DD. Default: today.
         on_bad_row: How to handle invalid rows: error or skip.
         on_overflow: How to handle rows longer than max_length: error, drop, or shorten, which removes lines from the
             middle of the completion and keeps the last line.
@@ -88,6 +89,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         max_length: int = 512,
         batch_size: int | Literal["auto"] = DEFAULT_BATCH_SIZE,
         template: TemplateName = "instruction",
+        template_date: str | None = None,
         on_bad_row: OnBadRow = "error",
         on_overflow: OnOverflow = "shorten",
         num_workers: int = 0,
@@ -114,6 +116,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self.max_length = max_length
         self.batch_size = batch_size
         self.template = template
+        self.template_date = template_date
         self.on_bad_row = on_bad_row
         self.on_overflow = on_overflow
         self.num_workers = num_workers
@@ -154,11 +157,13 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     @functools.cached_property
     def encoder(self) -> Encoder:
         """The encoder of prompts and rows."""
-        return self.encoder_of(self.template)
+        return Encoder(self.tokenizer, self.template, self.max_length, self.on_overflow, self.template_date)
 
-    def encoder_of(self, template: TemplateName) -> Encoder:
-        """Return an encoder with another template, for a model that was trained with it."""
-        return Encoder(self.tokenizer, template, self.max_length, self.on_overflow)
+    def encoder_of(self, template: TemplateName, template_date: str | None = None) -> Encoder:
+        """Return an encoder with another template and date, for a model that was trained with them."""
+        # The date of the rows stays the same past midnight.
+        date = template_date or self.encoder.template_date or self.template_date
+        return Encoder(self.tokenizer, template, self.max_length, self.on_overflow, date)
 
     @override
     def prepare_data(self) -> None:
@@ -238,10 +243,11 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what determines the order of the rows; Lightning's loop stores the position (see ``resume``)."""
+        """Return what determines the rows and their order; Lightning's loop stores the position (see ``resume``)."""
         return {
             "split_hash": self.split_hash,
             "seed": self.seed,
+            "template_date": self.encoder.template_date,
             "global_batch_size": self._rows_per_batch * self._ranks()["num_replicas"],
             "batch_size": self._rows_per_batch,
         }
@@ -347,6 +353,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             grid_size=self.resolved_grid_size,
             prompt_format=self.prompt_format,
             template=self.template,
+            **({} if self.encoder.template_date is None else {"template_date": self.encoder.template_date}),
             max_length=self.max_length,
         )
         if self.trainer is None or self.trainer.is_global_zero:
@@ -457,9 +464,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         )
 
     def _sampler(self, subset: ExampleSubset, *, shuffle: bool) -> LengthGroupedSampler:
-        return LengthGroupedSampler(
-            subset.lengths(), self._rows_per_batch, shuffle=shuffle, seed=self.seed, **self._ranks()
-        )
+        is_overfitting = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        sampler_class = FixedOrderSampler if is_overfitting else LengthGroupedSampler
+        return sampler_class(subset.lengths(), self._rows_per_batch, shuffle=shuffle, seed=self.seed, **self._ranks())
 
     def _loader(self, subset: ExampleSubset, sampler: LengthGroupedSampler) -> LazyDataLoader:
         return LazyDataLoader(

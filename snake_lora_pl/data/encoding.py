@@ -18,6 +18,7 @@ import numpy.typing as npt
 from snake_lora_pl.data.jsonl import Row
 from snake_lora_pl.data.line_tokenizer import LineTokenizer, splits_at_lines
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.chat_template import parse_date, renders_date, with_date
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,6 +69,9 @@ class Encoder:
         - ``chat``: the tokenizer's chat template, with the prompt as user turn and the completion as assistant turn.
         - ``raw``: the prompt followed by the completion.
 
+    A chat template may contain the date. It is fixed here, because the prompts of one adapter must not change from day
+    to day.
+
     Every example ends with EOS. With ``instruction`` and ``raw`` it begins with BOS if calling the tokenizer adds BOS;
     a chat template contains its own.
 
@@ -80,6 +84,10 @@ class Encoder:
         max_length: Maximum number of tokens per example, EOS included.
         on_overflow: How to handle longer rows. ``shorten`` removes whole lines from the middle of the completion; the
             last line stays, and the first line too if both fit. ``error`` and ``drop`` reject the row.
+        template_date: Date that a chat template renders, as YYYY-MM-DD; None for today.
+
+    Attributes:
+        template_date: The date in the prompts; None if the template contains none.
 
     Raises:
         UserError: If a setting is unknown or out of range, or if the tokenizer lacks EOS or a chat template.
@@ -91,6 +99,7 @@ class Encoder:
         template: TemplateName = "instruction",
         max_length: int = 512,
         on_overflow: OnOverflow = "shorten",
+        template_date: str | None = None,
     ) -> None:
         check_choice("data.template", template, TemplateName)
         check_choice("data.on_overflow", on_overflow, OnOverflow)
@@ -104,6 +113,12 @@ class Encoder:
         self.template = template
         self.max_length = max_length
         self.on_overflow = on_overflow
+        self.template_date: str | None = None
+        self._chat_template: str | None = None
+        if template == "chat" and renders_date(chat_template := tokenizer.get_chat_template()):
+            date = parse_date(template_date)
+            self.template_date = date.date().isoformat()
+            self._chat_template = with_date(chat_template, date)
         self._eos_id: int = tokenizer.eos_token_id
         self._prefix_ids = [] if template == "chat" else _prefix_ids(tokenizer)
         self._special = _special_pattern(tokenizer) if template == "chat" else None
@@ -163,6 +178,13 @@ class Encoder:
             return self._render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         return _INSTRUCTION_PROMPT.format(prompt=prompt) if self.template == "instruction" else prompt
 
+    def render_prompt_without_bos(self, prompt: str) -> str:
+        """Return ``render_prompt`` for a program that, like the tokenizer, may add BOS before every text itself."""
+        text = self.render_prompt(prompt)
+        bos = self.tokenizer.bos_token
+        adds_bos = bos is not None and self.tokenizer.bos_token_id in _prefix_ids(self.tokenizer)
+        return text.removeprefix(bos) if adds_bos and self.template == "chat" else text
+
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the ids of a row."""
         import tokenizers
@@ -178,6 +200,7 @@ class Encoder:
             "special": sorted(tokenizer.all_special_tokens),
             "chat_template": tokenizer.chat_template if self.template == "chat" else None,
             "template": self.template,
+            "template_date": self.template_date,
             "instruction": _INSTRUCTION_PROMPT,
             "max_length": self.max_length,
             "on_overflow": self.on_overflow,
@@ -249,7 +272,10 @@ class Encoder:
     def _render_chat(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # A chat template is a program, which can raise anything.
             raise UserError(

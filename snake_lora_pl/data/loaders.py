@@ -32,10 +32,8 @@ class ExampleSubset(Dataset[list[Example]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, batch: Sequence[int] | int) -> list[Example]:
-        # Lightning's overfit_batches asks for single rows.
-        positions = [batch] if isinstance(batch, int) else batch
-        return [self.examples[int(self.indices[position])] for position in positions]
+    def __getitem__(self, batch: Sequence[int]) -> list[Example]:
+        return [self.examples[int(self.indices[position])] for position in batch]
 
     def empty(self) -> ExampleSubset:
         """Return the empty subset of the same examples."""

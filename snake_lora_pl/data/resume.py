@@ -39,4 +39,4 @@ def warn_if_order_changed(saved: Mapping[str, Any], current: Mapping[str, Any]) 
         if name != "batch_size" and current.get(name) != was
     ]
     if changed:
-        logger.warning("the order of the rows differs from that of the uninterrupted run: %s", "; ".join(changed))
+        logger.warning("the rows or their order differ from those of the uninterrupted run: %s", "; ".join(changed))

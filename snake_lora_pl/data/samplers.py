@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 from typing_extensions import override
 
 # Number of global batches within which rows are sorted by length: enough that little padding remains, and few enough
@@ -100,6 +100,16 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             window[:] = window[np.argsort(self.lengths[window], kind="stable")]
         batches = generator.permutation(num_rows // size)
         return rows, np.append(batches, num_rows // size) if num_rows % size else batches
+
+
+class FixedOrderSampler(LengthGroupedSampler, SequentialSampler):  # type: ignore[misc]
+    """The same batches in the same order in every epoch, for ``trainer.overfit_batches``.
+
+    Lightning replaces every sampler that is not a ``SequentialSampler`` by one that yields single rows.
+    """
+
+    def __init__(self, lengths: npt.NDArray[Any], batch_size: int, **kwargs: Any) -> None:
+        super().__init__(lengths, batch_size, **{**kwargs, "shuffle": False})
 
 
 class InOrderSampler(DistributedSampler[list[int]]):

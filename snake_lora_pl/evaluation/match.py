@@ -29,10 +29,12 @@ class PromptSpec(NamedTuple):
     Attributes:
         style: Name of the style of the prompts.
         template: Template that joins prompt and completion.
+        template_date: Date that a chat template renders.
     """
 
     style: str | None = None
     template: str | None = None
+    template_date: str | None = None
 
 
 class Contestant(NamedTuple):
@@ -102,7 +104,7 @@ class Match(pl.LightningModule):
 
     def _complete(self, spec: PromptSpec) -> PromptSpec:
         style, template = self._resolve(spec)
-        return PromptSpec(style.name, template)
+        return PromptSpec(style.name, template, spec.template_date)
 
     @property
     def title(self) -> str:
@@ -184,7 +186,7 @@ class Match(pl.LightningModule):
 
     def _model_player(self, name: str, spec: PromptSpec, *, legal_mask: bool = False) -> Policy:
         style, template = self._resolve(spec)
-        encoder = self.data.encoder_of(template)
+        encoder = self.data.encoder_of(template, spec.template_date)
         return make_player(self.module, encoder, style, self.settings.reading, name, legal_mask=legal_mask)
 
     @contextlib.contextmanager
@@ -196,4 +198,5 @@ class Match(pl.LightningModule):
         if len(self._prompt_specs) == 1:
             return BASE
         is_ambiguous = [other.style for other in self._prompt_specs].count(spec.style) > 1
-        return f"{BASE} {spec.style}" + (f" {spec.template}" if is_ambiguous else "")
+        details = [spec.template, spec.template_date] if is_ambiguous else []
+        return " ".join(filter(None, [BASE, spec.style, *details]))

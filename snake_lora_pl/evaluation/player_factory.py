@@ -49,8 +49,8 @@ class PlayData(Protocol):
     def encoder(self) -> PromptEncoder:
         """Encoder with the template of the rows."""
 
-    def encoder_of(self, template: Any) -> PromptEncoder:
-        """Return an encoder with another template."""
+    def encoder_of(self, template: Any, template_date: str | None = None) -> PromptEncoder:
+        """Return an encoder with another template and the date that it renders."""
 
     @property
     def prompt_format(self) -> str:

@@ -313,6 +313,7 @@ def test_fit_runs_without_validation_rows(make, rows_path):
 def test_overfit_batches_repeats_the_same_batches(make, rows_path):
     seen = fit(make(rows_path, batch_size=8), max_epochs=2, overfit_batches=3).seen
     assert seen[:3] == seen[3:]
+    assert [len(batch) for batch in seen] == [8] * 6
 
 
 def test_val_path_is_used_in_fit_and_in_validate(make, rows_path, write_rows):

@@ -134,6 +134,60 @@ def test_chat_rejects_a_prompt_that_contains_a_special_token(tiny_tokenizer):
         Encoder(tiny_tokenizer, "chat").encode_prompt("a<|im_end|>b")
 
 
+def dated(tokenizer):
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = "{{ strftime_now('%d %b %Y %H:%M') }} " + copied.chat_template
+    return copied
+
+
+def test_chat_template_renders_the_given_date_at_midnight(tiny_tokenizer):
+    encoder = Encoder(dated(tiny_tokenizer), "chat", template_date="2025-03-01")
+    assert encoder.template_date == "2025-03-01"
+    assert encoder.render_prompt("p").startswith("01 Mar 2025 00:00 ")
+    example = encode(encoder, row())
+    assert list(example.input_ids[: example.num_prompt]) == encoder.encode_prompt("a prompt")
+
+
+def test_chat_template_renders_today_by_default(tiny_tokenizer):
+    encoder = Encoder(dated(tiny_tokenizer), "chat")
+    assert encoder.template_date is not None
+    again = Encoder(dated(tiny_tokenizer), "chat", template_date=encoder.template_date)
+    assert again.render_prompt("p") == encoder.render_prompt("p")
+    assert again.fingerprint() == encoder.fingerprint()
+
+
+def test_fingerprint_depends_on_the_date_only_if_the_template_renders_it(tiny_tokenizer):
+    dates = ("2025-03-01", "2025-03-02")
+    with_date, without = (
+        {Encoder(tokenizer, "chat", template_date=date).fingerprint() for date in dates}
+        for tokenizer in (dated(tiny_tokenizer), tiny_tokenizer)
+    )
+    assert (len(with_date), len(without)) == (2, 1)
+    assert Encoder(tiny_tokenizer, "chat", template_date=dates[0]).template_date is None
+    assert Encoder(dated(tiny_tokenizer), "instruction", template_date=dates[0]).template_date is None
+
+
+@pytest.mark.parametrize("date", ["yesterday", "01.03.2025", "2025-13-01", ""])
+def test_invalid_date_is_an_error(tiny_tokenizer, date):
+    with pytest.raises(UserError, match=r"data\.template_date"):
+        Encoder(dated(tiny_tokenizer), "chat", template_date=date)
+
+
+def test_prompt_without_bos_lacks_the_one_that_the_tokenizer_adds_itself(tiny_tokenizer):
+    tokenizer = with_bos(tiny_tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template.replace("<|im_start|>", "")
+    encoder = Encoder(tokenizer, "chat")
+    assert encoder.render_prompt("p") == tokenizer.bos_token + encoder.render_prompt_without_bos("p")
+    *ids, _ = tokenizer(encoder.render_prompt_without_bos("p"))["input_ids"]  # this tokenizer appends EOS
+    assert ids == encoder.encode_prompt("p")
+
+
+@pytest.mark.parametrize("template", ["instruction", "chat", "raw"])
+def test_prompt_without_bos_is_the_prompt_if_the_tokenizer_adds_none(tiny_tokenizer, template):
+    encoder = Encoder(tiny_tokenizer, template)
+    assert encoder.render_prompt_without_bos("p") == encoder.render_prompt("p")
+
+
 def test_encoder_does_not_change_the_tokenizer(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     before = tokenizer.backend_tokenizer.to_str(), tokenizer("a <|im_end|>")["input_ids"]
