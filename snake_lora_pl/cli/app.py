@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -23,6 +23,7 @@ from snake_lora_pl.cli import dry_run, games, summary
 from snake_lora_pl.cli.argparse_internals import parser_actions
 from snake_lora_pl.cli.parser import OneLineParser, ShippedConfigFile, append_repeated, raise_user_error
 from snake_lora_pl.cli.run_directory import locked_run, resolve_run
+from snake_lora_pl.cli.trainer_errors import check_constructors, explain_trainer_error
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.loaders import max_processes
 from snake_lora_pl.errors import UserError
@@ -38,12 +39,13 @@ from snake_lora_pl.imitation.settings import ImitationSettings
 from snake_lora_pl.paths import GamesPaths, RunPaths, display_path
 from snake_lora_pl.program import LIGHTNING_COMMANDS, PROG, is_rank_zero
 from snake_lora_pl.reporting.run_record import RunRecord
-from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint, find_adapter_checkpoint
 from snake_lora_pl.training.callbacks.adapter_norms import AdapterNorms
 from snake_lora_pl.training.callbacks.auto_batch_size import AutoBatchSize
 from snake_lora_pl.training.callbacks.interruption import Interruption
 from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
 from snake_lora_pl.training.callbacks.run_config import ResolvedConfig, config_text
+from snake_lora_pl.training.callbacks.supported import check_supported
 from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
 from snake_lora_pl.training.callbacks.untrained_layers import UntrainedLayers
 from snake_lora_pl.training.lightning_internals import LightningCLIInternals, forks_or_spawns
@@ -238,6 +240,7 @@ class SnakeCLI(LightningCLIInternals):
             super().instantiate_classes()
         except ValueError as error:
             raise_user_error(error)
+            check_constructors(self.options)
             raise
 
     @override
@@ -249,28 +252,35 @@ class SnakeCLI(LightningCLIInternals):
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if (found := trainer_config[name]) is not None and found < 1:
                 raise UserError(f"trainer.{name} must be at least 1 (found: {found})")
+        configured = trainer_config["callbacks"] or []
+        configured = configured if isinstance(configured, list) else [configured]
+        check_supported(configured)
         callbacks: list[Callback] = [Interruption()]
         if config.dry_run:
-            trainer_config |= {**dry_run.TRAINER_SETTINGS, "callbacks": None}
+            trainer_config |= dry_run.TRAINER_SETTINGS
+            configured = []
         elif self.subcommand == "fit":
             trainer_config["logger"] = self._loggers(trainer_config["logger"])
             # SLURM's requeue checkpoint goes there; outside the run directory another run would find it.
             trainer_config["default_root_dir"] = trainer_config["default_root_dir"] or str(self.run_paths.run_dir)
             callbacks += self._fit_callbacks(config)
+            if trainer_config["enable_checkpointing"] is not False:
+                # Before other checkpoint callbacks, whose directories it chooses.
+                configured = [config.checkpoint, *configured]
         else:
             trainer_config |= {"logger": False, "enable_checkpointing": False}
-        if trainer_config["enable_progress_bar"] is not False:
+            # The config of a run names its callbacks; there are no checkpoints here.
+            configured = [callback for callback in configured if not isinstance(callback, Checkpoint)]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
+        if trainer_config["enable_progress_bar"] is not False and not has_bar:
             callbacks.insert(0, RunProgressBar())
         if config.dry_run or self.subcommand != "fit":
             self.save_config_callback = None
+        trainer_config["callbacks"] = configured
         try:
             trainer = self.build_trainer(trainer_config, callbacks)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-            chosen = ", ".join(f"{k}={trainer_config[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
-            raise UserError(
-                f"these trainer settings do not fit this machine ({chosen}): {' '.join(str(error).split())} "
-                "--trainer.accelerator=auto --trainer.devices=auto --trainer.strategy=auto work everywhere."
-            ) from error
+            raise explain_trainer_error(trainer_config, error) from error
         _check_ranks(trainer)
         return trainer
 
@@ -288,8 +298,6 @@ class SnakeCLI(LightningCLIInternals):
             callbacks.append(PlayEvaluation(config.play))
         if config.imitate.every_n_steps:
             callbacks.append(Imitation(config.imitate, config.play, self.run_paths))
-        if config.trainer.enable_checkpointing is not False:
-            callbacks.append(config.checkpoint)
         return callbacks
 
     def _loggers(self, configured: Any) -> list[Any]:
@@ -337,8 +345,8 @@ class SnakeCLI(LightningCLIInternals):
             logger.warning("no games played: the style of the training prompts is unknown. Set play.style.")
             return
         # The best adapter plays, which may not be the last.
-        checkpoint = self.trainer.checkpoint_callback
-        if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.adapter_dir is not None:
+        checkpoint = find_adapter_checkpoint(self.trainer)
+        if checkpoint is not None and checkpoint.adapter_dir is not None:
             self.model.load_adapter(checkpoint.adapter_dir)
         contestant = Contestant(adapter_dir=display_path(self.run_paths.artifacts_dir))
         self._play(settings.final_games, self.run_paths.games, [contestant])

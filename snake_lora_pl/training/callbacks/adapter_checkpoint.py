@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 from typing_extensions import override
 
@@ -19,6 +20,7 @@ from snake_lora_pl.adapters.metadata import AdapterMetadata
 from snake_lora_pl.durable import explain_failed_writes, remove_leftovers
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import display_path
+from snake_lora_pl.training.callbacks.supported import check_supported
 from snake_lora_pl.training.lightning_internals import (
     ModelCheckpointInternals,
     is_accumulating,
@@ -128,6 +130,9 @@ class AdapterCheckpoint(ModelCheckpointInternals):
             self.dirpath = os.path.realpath(os.path.join(log_dir, "checkpoints"))
         super().setup(trainer, pl_module, stage)
         checkpoints_dir = Path(str(self.dirpath))
+        if stage == "fit":
+            check_supported(trainer.callbacks)  # type: ignore[attr-defined]
+            _separate_checkpoints(trainer, checkpoints_dir)
         adapter_dir = self.adapter_dir or checkpoints_dir.parent / "lora_adapters" / "model_artifacts"
         # Ranks started separately by a launcher may have different directories: rank 0 decides.
         self.adapter_dir = adapter_dir = trainer.strategy.broadcast(adapter_dir)
@@ -303,6 +308,33 @@ class AdapterCheckpoint(ModelCheckpointInternals):
             logger.info("step %d: adapter written%s", trainer.global_step, destination)
             self._has_exported = True
         trainer.strategy.barrier("AdapterCheckpoint")
+
+
+def find_adapter_checkpoint(trainer: pl.Trainer) -> AdapterCheckpoint | None:
+    """Return the ``AdapterCheckpoint`` of a trainer, which may have other checkpoint callbacks before it; or None."""
+    callbacks = trainer.checkpoint_callbacks
+    return next((callback for callback in callbacks if isinstance(callback, AdapterCheckpoint)), None)
+
+
+def _separate_checkpoints(trainer: pl.Trainer, checkpoints_dir: Path) -> None:
+    """Keep every ``ModelCheckpoint`` of the user out of the directory of this package's checkpoints.
+
+    Both would write ``last.ckpt`` and delete each other's files. Without a ``dirpath``, Lightning would choose that
+    directory for both; such a callback gets the directory ``model_checkpoints/`` next to it.
+
+    Raises:
+        UserError: If a callback was given the directory.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, AdapterCheckpoint) or not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.dirpath is None:
+            callback.dirpath = str(checkpoints_dir.parent / "model_checkpoints")
+        elif os.path.realpath(callback.dirpath) == os.path.realpath(checkpoints_dir):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} writes to the directory of the run's own checkpoints "
+                f"({display_path(checkpoints_dir)}). Set its dirpath to another one."
+            )
 
 
 def _check_is_replaceable(adapter_dir: Path) -> None:

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from snake_lora_pl.training.callbacks.adapter_checkpoint import find_adapter_checkpoint
 from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
 from snake_lora_pl.training.lightning_internals import cluster_environment, kill_launched_ranks
 from snake_lora_pl.training.resume.checkpoint_state import is_between_steps
@@ -145,7 +145,7 @@ class Interruption(Callback):
         """Write a checkpoint and stop, if any rank received a signal and no step is in progress."""
         if not is_between_steps(trainer) or not self._any_rank_interrupted(trainer):
             return
-        checkpoint = _checkpoint_callback(trainer)
+        checkpoint = find_adapter_checkpoint(trainer)
         if checkpoint is not None:
             with checkpoint.between_steps():
                 checkpoint.write_last(trainer)
@@ -164,7 +164,7 @@ class Interruption(Callback):
     ) -> None:
         """Stop a validation within ``fit`` if a checkpoint was written before it."""
         if trainer.state.fn == "fit" and trainer.world_size == 1 and not trainer.sanity_checking:
-            checkpoint = _checkpoint_callback(trainer)
+            checkpoint = find_adapter_checkpoint(trainer)
             self._can_stop_immediately = checkpoint is not None and checkpoint.has_saved(trainer)
             if self._can_stop_immediately and self._signum:
                 raise _interrupted(trainer, self._signum)
@@ -195,12 +195,7 @@ class Interruption(Callback):
 
 
 def _interrupted(trainer: pl.Trainer, signum: int) -> Interrupted:
-    checkpoint = _checkpoint_callback(trainer)
+    checkpoint = find_adapter_checkpoint(trainer)
     path = checkpoint.last_model_path if checkpoint is not None else ""
     is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
     return Interrupted(signum, trainer.global_step if is_training else None, Path(path) if path else None)
-
-
-def _checkpoint_callback(trainer: pl.Trainer) -> AdapterCheckpoint | None:
-    callbacks = trainer.checkpoint_callbacks
-    return next((callback for callback in callbacks if isinstance(callback, AdapterCheckpoint)), None)
