@@ -40,6 +40,9 @@ COMMANDS = {
     "completion": "snake_lora_pl.cli.commands.completion",
 }
 
+# Of Lightning, which reads the seed from the environment in the ranks that it launches.
+_MAX_SEED = 2**32 - 1
+
 EXIT_USER_ERROR = 2
 # As in shells: 128 plus the number of the signal.
 EXIT_INTERRUPTED = 130
@@ -107,7 +110,7 @@ def _check_environment() -> None:
     """Check what libraries assume while they are imported, where they would fail with an unclear error.
 
     Raises:
-        UserError: If the working directory does not exist, or a launcher's rank is not a number.
+        UserError: If the working directory does not exist, or a launcher's rank or Lightning's seed is not a number.
     """
     try:
         os.getcwd()
@@ -116,6 +119,12 @@ def _check_environment() -> None:
     for name in RANK_VARIABLES:
         if not os.environ.get(name, "0").isdecimal():
             raise UserError(f"the environment variable {name}={os.environ[name]} is not a number. Unset it.")
+    seed = os.environ.get("PL_GLOBAL_SEED", "0")
+    if not seed.isdecimal() or int(seed) > _MAX_SEED:
+        raise UserError(
+            f"the environment variable PL_GLOBAL_SEED={seed} is not a number between 0 and {_MAX_SEED:,}. Unset it and "
+            "set --seed_everything."
+        )
 
 
 def _overview() -> str:

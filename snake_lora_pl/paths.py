@@ -106,10 +106,10 @@ class RunPaths:
 
     @classmethod
     def latest(cls, root: str | os.PathLike[str], grid_size: int, adapter_name: str) -> RunPaths | None:
-        """Return the newest run under ``root`` that has a checkpoint, or None."""
+        """Return the newest run under ``root`` that has a checkpoint, which may not be ``last.ckpt``; or None."""
         pattern = get_model_path(EXTENSION_TYPE, EXTENSION_VERSION, grid_size, adapter_name, "*", root)
         runs = [cls(p) for p in Path(root).glob(str(pattern.relative_to(root)))]
-        runs = [run for run in runs if run.last_checkpoint_path.is_file()]
+        runs = [run for run in runs if newest_checkpoint(run.checkpoints_dir) is not None]
         return max(runs, key=lambda run: run.run_dir.parent.name, default=None)
 
     @classmethod
@@ -299,6 +299,12 @@ def find_config(name: str) -> Path:
     raise UserError(
         f"--config {name}: no such file in {Path.cwd()} or among the shipped configs ({', '.join(shipped)}).{hint}"
     )
+
+
+def newest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint in a directory that was written last, or None if there is none."""
+    paths = [path for path in Path(directory).glob("*.ckpt") if path.is_file()]
+    return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def display_path(path: str | os.PathLike[str]) -> str:

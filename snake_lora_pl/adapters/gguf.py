@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,16 +108,19 @@ def export_gguf(
     for existing in filter(Path.exists, (path, modelfile_path)):
         raise UserError(f"--out {out}: {existing} already exists. Choose another path, or delete it first.")
     command = find_converter(converter)
+    modelfile_text = modelfile(path.name, prompt_template, stop)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as work:
+        with (
+            _new_directory(path.parent),
+            tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as work,
+        ):
             merged_dir, new_path = Path(work) / "merged", Path(work) / path.name
             merge(adapter_dir, merged_dir, base_model=base_model)
             _convert(command, merged_dir, new_path, outtype)
             num_tensors = _count_tensors(new_path)
             move_durably(new_path, path)
         with open_durably(modelfile_path, "w", encoding="utf-8") as file:
-            file.write(modelfile(path.name, prompt_template, stop))
+            file.write(modelfile_text)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}). Choose another path.") from error
     return GGUFModel(path, modelfile_path, num_tensors, path.stat().st_size)
@@ -156,6 +161,20 @@ def modelfile(gguf_name: str, prompt_template: str, stop: str | None = None) -> 
     return "\n".join(lines) + "\n"
 
 
+@contextlib.contextmanager
+def _new_directory(directory: Path) -> Iterator[None]:
+    """Create a directory, and remove it and its new parents again if an error leaves them empty."""
+    created = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in created:
+                parent.rmdir()
+        raise
+
+
 def _convert(converter: list[str], model_dir: Path, path: Path, outtype: str) -> None:
     logger.info("Converting with %s", converter[-1])
     command = [*converter, str(model_dir), "--outfile", str(path), "--outtype", outtype]
@@ -165,8 +184,16 @@ def _convert(converter: list[str], model_dir: Path, path: Path, outtype: str) ->
     lines = [line.strip() for line in (finished.stderr + finished.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     reason = (errors or lines or [f"exit code {finished.returncode}, no message"])[-1]
-    missing = " Run `pip install sentencepiece`." if "'sentencepiece'" in reason else ""
-    raise UserError(f"llama.cpp's converter {converter[-1]} failed: {reason[:400]}.{missing}")
+    if "'sentencepiece'" in reason:
+        fix = "Run `pip install sentencepiece`."
+    elif "pre-tokenizer" in reason:
+        fix = (
+            f"This converter does not know the base model's tokenizer: set --converter to {_SCRIPT} of a newer "
+            "llama.cpp checkout, or serve the model without GGUF, as the command merge writes it."
+        )
+    else:
+        fix = "Set --converter to another version of it, or use the command merge."
+    raise UserError(f"llama.cpp's converter {converter[-1]} failed: {reason[:400].rstrip('.')}. {fix}")
 
 
 def _count_tensors(path: Path) -> int:

@@ -5,6 +5,7 @@ Follows vLLM 0.32 (``PEFTHelper.validate_legal``, ``LoRAModel.from_local_checkpo
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ def vllm_command(peft_config: Mapping[str, Any], base_model: str, adapter_dir: s
     """
     rank = _lora_rank(peft_config) or VLLM_RANKS[0]
     max_rank = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
-    return f"vllm serve {base_model} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}={adapter_dir}"
+    command = ["vllm", "serve", base_model, "--enable-lora", "--max-lora-rank", str(max_rank)]
+    return shlex.join([*command, "--lora-modules", f"{name}={adapter_dir}"])
 
 
 def _lora_rank(peft_config: Mapping[str, Any]) -> int | None:

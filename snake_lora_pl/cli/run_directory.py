@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from jsonargparse import Namespace
 
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.durable import remove_leftovers, sole_use
 from snake_lora_pl.errors import UserError
-from snake_lora_pl.paths import RunPaths, display_path, sibling_lock_path
+from snake_lora_pl.paths import RunPaths, display_path, newest_checkpoint, sibling_lock_path
 from snake_lora_pl.program import is_rank_zero
+from snake_lora_pl.untrusted import load_yaml, read_text
 
 # Passes the directory on to the processes that Lightning launches for the same run.
 RUN_DIR_ENV = "SNAKE_LORA_PL_RUN_DIR"
@@ -31,6 +34,7 @@ def resolve_run(config: Namespace) -> RunPaths:
     data = SnakeJSONLDataModule(train_path=config.data.train_path, grid_size=config.data.grid_size)
     grid_size = data.resolved_grid_size  # reads the first row
     if (resumed := _resumed_run(config, grid_size)) is not None:
+        config.data.template_date = config.data.template_date or _recorded_template_date(resumed)
         return resumed
     if (inherited := os.environ.get(RUN_DIR_ENV)) is not None:
         return RunPaths(Path(inherited))
@@ -50,13 +54,41 @@ def _resumed_run(config: Namespace, grid_size: int) -> RunPaths | None:
                 f"--ckpt_path last: no run of '{config.adapter_name}' on a {grid_size}x{grid_size} grid with a "
                 f"checkpoint under {display_path(config.root)}. Remove the flag to start a new run, or set --root."
             )
+        if run is not None:
+            _check_checkpoint(config.ckpt_path, run.last_checkpoint_path)
         config.ckpt_path = None if run is None else str(run.last_checkpoint_path)
         return run
     if config.ckpt_path is None:
         return None
-    if not Path(config.ckpt_path).is_file():
-        raise UserError(f"--ckpt_path {config.ckpt_path}: no such file. 'last' takes the checkpoint of the newest run.")
+    _check_checkpoint(config.ckpt_path, Path(config.ckpt_path))
     return RunPaths.of_checkpoint(config.ckpt_path)
+
+
+def _recorded_template_date(run: RunPaths) -> str | None:
+    """Return the date in the prompts of a run that is resumed, perhaps on another day."""
+    try:
+        config = load_yaml(read_text(run.config_path), yaml.safe_load)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # the data module warns if the checkpoint names another date
+    data = config.get("data") if isinstance(config, dict) else None
+    date = data.get("template_date") if isinstance(data, dict) else None
+    return None if date is None else str(date)
+
+
+def _check_checkpoint(given: str, path: Path) -> None:
+    """Check that a checkpoint exists.
+
+    Raises:
+        UserError: If it does not; the message names the newest checkpoint in its directory.
+    """
+    if path.is_file():
+        return
+    if (newest := newest_checkpoint(path.parent)) is None:
+        raise UserError(f"--ckpt_path {given}: no such file. 'last' takes the checkpoint of the newest run.")
+    raise UserError(
+        f"--ckpt_path {given}: {display_path(path)} does not exist. The newest checkpoint in its directory is "
+        f"{newest.name}: set --ckpt_path {shlex.quote(display_path(newest))}"
+    )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.cli.parser import config_names
+from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.dashboard import RunLogger, RunOutcome, dashboards
@@ -70,10 +71,18 @@ def print_run(paths: RunPaths, loggers: Sequence[Any], config: Namespace) -> Non
     command = [*PROG.split(), "test"]
     for name in config_names(config):
         command += ["--config", display_path(name)]
-    command += ["--adapter", display_path(paths.artifacts_dir)]
+    command += [*_base_model_options(config), "--adapter", display_path(paths.artifacts_dir)]
     console.print(
         Text.assemble("Run directory: ", display_path(paths.run_dir), ". ", ("Next:", "bold"), " ", shlex.join(command))
     )
+
+
+def _base_model_options(config: Namespace) -> list[str]:
+    """Return the options that name the base model of a run, which its configs need not name."""
+    model = config.model
+    options = ["--model.base_model", str(model.base_model)] if model.base_model != DEFAULT_BASE_MODEL else []
+    options += ["--model.revision", str(model.revision)] if model.revision is not None else []
+    return [*options, *(["--model.trust_remote_code=true"] if model.trust_remote_code else [])]
 
 
 def publish_outcome(paths: RunPaths, trainer: pl.Trainer, data: SnakeJSONLDataModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -44,7 +45,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
     @property
     def location(self) -> str:
         """Command that opens TensorBoard on this run."""
-        return f"tensorboard --logdir {display_path(self.log_dir)}"
+        return f"tensorboard --logdir {shlex.quote(display_path(self.log_dir))}"
 
     def finish(self) -> None:
         """Write and close the event file."""

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import socket
 import sys
 import tempfile
@@ -317,7 +318,7 @@ def _run_id(directory: Path) -> str:
 def _sync_command(run: wandb.Run) -> str:
     # `wandb sync` skips runs that started online, because it assumes the server has them.
     option = "" if run.offline else "--include-online "
-    return f"wandb sync {option}{display_path(Path(run.dir).parent)}"
+    return f"wandb sync {option}{shlex.quote(display_path(Path(run.dir).parent))}"
 
 
 def _decisions(games: Sequence[PlayedGame]) -> list[list[int]]:

@@ -85,7 +85,7 @@ def test_existing_files_are_not_overwritten(adapter_dir: Path, converter: Path, 
             "raise ModuleNotFoundError(\"No module named 'sentencepiece'\")",
             "sentencepiece.*`pip install sentencepiece`",
         ),
-        ("raise NotImplementedError('BPE pre-tokenizer')", "NotImplementedError: BPE pre-tokenizer"),
+        ("raise NotImplementedError('BPE pre-tokenizer')", "NotImplementedError: BPE pre-tokenizer.*--converter"),
         ("raise SystemExit(3)", "exit code 3"),
         ("pass", "snake.gguf.*--converter"),
         ("import sys; open(sys.argv[3], 'w').write('no')", "GGUF file.*--converter"),
@@ -97,7 +97,7 @@ def test_failed_conversion_is_reported_and_leaves_no_files(
     converter.write_text(code)
     with pytest.raises(UserError, match=message):
         export_gguf(adapter_dir, tmp_path / "out" / "snake.gguf", PROMPT, converter=str(converter))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("nothing_installed")

@@ -466,6 +466,15 @@ def test_removed_working_directory_is_a_user_error(
         assert "working directory" in line
 
 
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", str(2**32)])
+def test_seed_in_the_environment_must_be_a_number(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], seed: str
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+    assert main(["fit"]) == 2
+    assert f"PL_GLOBAL_SEED={seed}" in capfd.readouterr().err
+
+
 def test_rank_must_be_a_number(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOCAL_RANK", "first")
     assert main(["fit"]) == 2

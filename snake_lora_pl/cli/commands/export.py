@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import get_args
 
@@ -43,10 +44,11 @@ def run(arguments: Sequence[str]) -> int:
     base_name = options.base_model or metadata.base_model_name
     base_model = store.base_spec(metadata, BaseModelSpec(base_name, trust_remote_code=options.trust_remote_code))
     tokenizer = load_tokenizer(base_model)
+    encoder = Encoder(tokenizer, template, template_date=metadata.data.get("template_date"))
     exported = export_gguf(
         options.adapter,
         options.out,
-        Encoder(tokenizer, template).render_prompt(PROMPT),
+        encoder.render_prompt_without_bos(PROMPT),
         stop=tokenizer.eos_token,
         converter=options.converter,
         outtype=options.outtype,
@@ -54,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     print(
         f"{display_path(exported.path)}: {exported.num_tensors} tensors, {exported.num_bytes / 1e6:,.1f} MB. "
-        f"Next: ollama create snake -f {display_path(exported.modelfile_path)} && ollama run snake"
+        f"Next: ollama create snake -f {shlex.quote(display_path(exported.modelfile_path))} && ollama run snake"
     )
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from snake_lora_pl.cli.commands.light_parser import CommandParser, add_adapter_arguments
@@ -31,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     print(
         f"{display_path(merged.path)}: {merged.num_parameters:,} parameters in {merged.dtype}; its logits differ from "
         f"the adapter's by at most {merged.logit_difference:.2g} of their standard deviation{rounding}. "
-        f"Serve it: vllm serve {display_path(merged.path)}"
+        f"Serve it: vllm serve {shlex.quote(display_path(merged.path))}"
     )
     return 0
 
