@@ -84,7 +84,7 @@ def save_games(match: Match, trainer: pl.Trainer, base_model: str, paths: GamesP
         UserError: If a file cannot be written.
     """
     adapters = {
-        contestant.name: {"directory": contestant.adapter_dir, **contestant.prompt_spec._asdict()}
+        contestant.name: {"directory": contestant.adapter_dir, **contestant.prompt_spec.known()}
         for contestant in match.contestants
     }
     table = table_json(match.results, {"base_model": base_model, **match.conditions}, adapters)

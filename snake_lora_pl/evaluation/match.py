@@ -36,6 +36,10 @@ class PromptSpec(NamedTuple):
     template: str | None = None
     template_date: str | None = None
 
+    def known(self) -> dict[str, str]:
+        """Return the fields that are not None."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 class Contestant(NamedTuple):
     """An adapter that plays.
@@ -131,7 +135,7 @@ class Match(pl.LightningModule):
         if len(self.contestants) < 2:
             conditions["adapter"] = self.contestants[0].adapter_dir if self.contestants else None
         if len(self._prompt_specs) == 1:
-            conditions |= self._prompt_specs[0]._asdict()
+            conditions |= self._prompt_specs[0].known()
         return conditions
 
     @override
