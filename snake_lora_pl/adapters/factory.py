@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.adapters import registry, store
 from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.qlora import prepare_quantized_base
 from snake_lora_pl.adapters.targets import check_has_no_adapter
 from snake_lora_pl.models.base_model import BaseModelSpec
+from snake_lora_pl.models.quantization import quantization_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,6 +59,9 @@ class AdapterFactory:
         if isinstance(base_model, str | BaseModelSpec):
             base_model = hooks.load_base(base_model, config, **load_options)
         check_has_no_adapter(base_model)
+        quantization = quantization_of(base_model)
+        if quantization is not None:
+            prepare_quantized_base(base_model, quantization)
         model = hooks.build(base_model, config)
         trainable, total = model.get_nb_trainable_parameters()
         share = trainable / total

@@ -37,11 +37,16 @@ def start_from_base(model: PeftModel, method: str) -> None:
     Raises:
         UserError: If the rank exceeds that of a layer's weight.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        if isinstance(layer, ParamWrapper):
+            raise UserError(
+                f"model.lora.init_lora_weights={method}: not supported for expert weights ({name}). Set "
+                "model.lora.init_lora_weights=true, or select other layers with model.lora.target_modules."
+            )
         rank, max_rank = layer.r[ADAPTER_NAME], min(layer.in_features, layer.out_features)
         if rank > max_rank:
             raise UserError(

@@ -15,7 +15,9 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.models.quantization import (
     QuantizationConfig,
     compute_dtype,
+    dequantize,
     full_weight_bytes,
+    make_trainable,
     quantization_of,
     weight_bytes,
 )
@@ -36,33 +38,68 @@ def build_qlora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     Raises:
         UserError: If the base is not quantized.
     """
-    quantization = quantization_of(base_model)
-    if quantization is None:
+    if quantization_of(base_model) is None:
         raise UserError(
             "model.adapter_type=qlora requires a quantized base: pass its name, or load it with "
             "load_base_model(NAME, quantization=QuantizationConfig())."
         )
-    prepare_quantized_base(base_model, quantization)
     return build_lora(base_model, config)
 
 
 def prepare_quantized_base(base_model: PreTrainedModel, quantization: QuantizationConfig) -> None:
-    """Freeze a quantized base, cast its other weights to float32, and log its memory.
+    """Freeze a quantized base, cast its other weights to float32 except for experts, and log its memory.
 
     An adapter reproduces the logits of its training only on a base that was prepared like this.
-    """
-    from peft import prepare_model_for_kbit_training
 
+    Raises:
+        UserError: If the architecture does not work with quantized weights.
+    """
+    import torch
+    from bitsandbytes.nn import Params4bit
+
+    if base_model.config.model_type == "rwkv":  # it rescales its weights in place in the forward pass
+        raise UserError("model.base_model: rwkv cannot be quantized. Set model.adapter_type=lora.")
     dtype = compute_dtype(base_model)
-    # Gradient checkpointing is enabled by the training module.
-    prepare_model_for_kbit_training(base_model, use_gradient_checkpointing=False)
-    logger.info(
-        "%d-bit base: %.0f MiB including embeddings and norms in float32 (%.0f MiB in %s)",
+    full_bytes = full_weight_bytes(base_model, dtype)
+    make_trainable(base_model)
+    expert_bytes = 0
+    for module in base_model.modules():
+        is_expert = _holds_stacked_weights(module)
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+            if is_expert:
+                expert_bytes += parameter.nbytes
+            elif parameter.dtype in (torch.float16, torch.bfloat16) and not isinstance(parameter, Params4bit):
+                parameter.data = parameter.data.float()
+        if is_expert:
+            module.register_forward_pre_hook(_cast_inputs)
+    num_bytes = weight_bytes(base_model)
+    experts = f", and {expert_bytes / 2**20:.0f} MiB of unquantized expert weights" if expert_bytes else ""
+    logger.log(
+        logging.INFO if num_bytes < full_bytes else logging.WARNING,
+        "%d-bit base: %.0f MiB including embeddings and norms in float32%s (%.0f MiB unquantized in %s)",
         quantization.bits,
-        weight_bytes(base_model) / 2**20,
-        full_weight_bytes(base_model, dtype) / 2**20,
+        num_bytes / 2**20,
+        experts,
+        full_bytes / 2**20,
         str(dtype).removeprefix("torch."),
     )
+
+
+def _holds_stacked_weights(module: torch.nn.Module) -> bool:
+    """Return whether a module has one tensor for the weights of several layers, as mixtures of experts do."""
+    from torch import nn
+
+    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return not is_convolution and any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False))
+
+
+def _cast_inputs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast inputs to the dtype of the module's weights; the layers around it return float32."""
+    from torch import Tensor
+
+    dtype = next(module.parameters(recurse=False)).dtype
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def dequantize_base(base_model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -82,9 +119,7 @@ def dequantize_base(base_model: PreTrainedModel, dtype: torch.dtype | None = Non
 
     if quantization_of(base_model) is None:
         return base_model
-    dtype = torch.float32 if dtype is None else dtype
-    # dequantize() casts quantized layers only, but all layers must have the same dtype.
-    return base_model.dequantize(dtype=dtype).to(dtype)
+    return dequantize(base_model, torch.float32 if dtype is None else dtype)
 
 
 class QLoRA(AdapterType):

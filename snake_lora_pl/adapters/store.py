@@ -189,6 +189,11 @@ def load(
         if metadata.quantization and not full_precision_base:
             load_options["quantization"] = QuantizationConfig(**metadata.quantization)
         base_model = load_base_model(spec, **load_options)
+        if full_precision_base and quantization_of(base_model) is not None:
+            raise UserError(
+                f"model.full_precision_base: {spec.name} is stored quantized and has no other weights. "
+                "Remove the setting."
+            )
     else:
         check_has_no_adapter(base_model)
         if base_model.name_or_path not in ("", metadata.base_model):

@@ -22,7 +22,15 @@ from snake_lora_pl.models.causality import is_causal
 from snake_lora_pl.models.dtype import choose_dtype
 from snake_lora_pl.models.hub import fetch_snapshot
 from snake_lora_pl.models.model_files import check_is_model_dir, check_weights, weight_paths
-from snake_lora_pl.models.quantization import QuantizationConfig, bitsandbytes_config, make_trainable
+from snake_lora_pl.models.quantization import (
+    QuantizationConfig,
+    bitsandbytes_config,
+    check_stored_quantization,
+    make_trainable,
+    quantization_of,
+    set_compute_dtype,
+    stored_quantization,
+)
 from snake_lora_pl.models.text_decoder import text_config
 from snake_lora_pl.models.transformers_internals import set_commit_hash
 from snake_lora_pl.models.wheel import WHEEL_MODELS, prepare_wheel_model
@@ -183,7 +191,8 @@ def load_base_model(
         base_model: A spec or a name.
         dtype: As in ``choose_dtype``, or a torch dtype.
         attn_implementation: As in transformers, e.g. ``sdpa``; None for its default.
-        quantization: Quantize while loading; linear layers then compute in ``dtype``.
+        quantization: Quantize while loading; linear layers then compute in ``dtype``. Weights that are stored quantized
+            are loaded as they are.
         device: Device of a quantized model, by default the current accelerator; other models are loaded on the CPU.
             ``meta`` returns a model with the same layers and dtypes but without weights, and downloads none.
 
@@ -192,8 +201,8 @@ def load_base_model(
         ``adapter_config.json``; its text config has a pad token and, for a hub model, the commit.
 
     Raises:
-        UserError: If the model cannot be obtained or read, its files lack weights of the architecture, or it is not
-            causal.
+        UserError: If the model cannot be obtained or read, its files lack weights of the architecture or are stored
+            with another quantization, or it is not causal.
     """
     from transformers import AutoModelForCausalLM
 
@@ -201,12 +210,17 @@ def load_base_model(
     is_empty = str(device) == "meta"
     spec = BaseModelSpec.of(base_model)
     source = _prepare(spec, with_weights=not is_empty)
+    stored = stored_quantization(Path(source.path_or_id))
+    if stored is not None:
+        check_stored_quantization(stored, stored if quantization is None else quantization)
+        quantization = stored
     if is_empty:
         empty = _load_empty(source, chosen_dtype, spec.trust_remote_code, attn_implementation, quantization)
         return _set_identity(empty, source)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if quantization is not None:
-        options["quantization_config"] = bitsandbytes_config(quantization, chosen_dtype)
+        settings = bitsandbytes_config(quantization, chosen_dtype)
+        options["quantization_config"] = settings if stored is None else None
         options["device_map"] = {"": str(device)} if device is not None else None
     _read_config(source, spec.trust_remote_code)
     with _load_errors(source, "model", needed_file="config.json"):
@@ -228,7 +242,8 @@ def load_base_model(
             f"a different shape than config.json specifies: {', '.join(absent[:3])}{more}. "
             "Pass a complete checkpoint of a causal language model."
         )
-    if quantization is not None:
+    if quantization_of(model) is not None:
+        set_compute_dtype(model, chosen_dtype)
         make_trainable(model)
     if not is_causal(model):
         raise _not_causal(source, type(model).__name__)

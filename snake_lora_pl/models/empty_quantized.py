@@ -21,9 +21,11 @@ def replace_linear_layers(model: Any, quantization: QuantizationConfig) -> None:
         model: A causal language model on the meta device.
         quantization: The quantization to imitate.
     """
+    from transformers.pytorch_utils import Conv1D
+
     lm_head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not lm_head:
+        if type(layer) in (nn.Linear, Conv1D) and layer is not lm_head:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, EmptyQuantizedLinear(layer, quantization))
 
@@ -32,14 +34,15 @@ class EmptyQuantizedLinear(nn.Linear):
     """A linear layer that stores a packed weight and computes with a temporary full copy of it.
 
     Args:
-        layer: The layer to replace; it computes in the dtype of its weight.
+        layer: The layer to replace, linear or ``Conv1D``; it computes in the dtype of its weight.
         quantization: Quantization of the weight.
     """
 
-    def __init__(self, layer: nn.Linear, quantization: QuantizationConfig) -> None:
-        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    def __init__(self, layer: Any, quantization: QuantizationConfig) -> None:
+        out_features, in_features = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        super().__init__(in_features, out_features, bias=layer.bias is not None, device="meta")
         self.compute_dtype = layer.weight.dtype
-        num_bytes = _num_bytes(layer.weight.numel(), layer.out_features, quantization)
+        num_bytes = _num_bytes(layer.weight.numel(), out_features, quantization)
         self.weight = nn.Parameter(torch.empty(num_bytes, dtype=torch.uint8, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

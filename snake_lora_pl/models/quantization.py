@@ -5,17 +5,20 @@ Weights are quantized while they load; the model directory keeps the full weight
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.errors import UserError, one_line
-from snake_lora_pl.models.transformers_internals import silence_8bit_cast_warnings
+from snake_lora_pl.models.transformers_internals import silence_8bit_cast_warnings, was_conv1d
+from snake_lora_pl.untrusted import read_json_object
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+_METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 _STORAGE_DTYPES = ("uint8", "bfloat16", "float16", "float32")
 
 
@@ -82,17 +85,56 @@ def bitsandbytes_config(quantization: QuantizationConfig, compute_dtype: torch.d
 
 
 def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
-    """Return a base model's quantization; None if it is not quantized."""
+    """Return a base model's quantization; None if it is not quantized.
+
+    Raises:
+        UserError: If it is quantized by another library than bitsandbytes.
+    """
     config: Any = getattr(model.config, "quantization_config", None)
-    if config is None:
+    return None if config is None else _from_settings(config if isinstance(config, dict) else config.to_dict())
+
+
+def stored_quantization(model_dir: Path) -> QuantizationConfig | None:
+    """Return the quantization of the weights in a model directory; None if bitsandbytes did not quantize them."""
+    settings = read_json_object(model_dir / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") not in _METHODS:
         return None
-    if config.load_in_8bit:
+    return _from_settings(settings)
+
+
+def check_stored_quantization(stored: QuantizationConfig, requested: QuantizationConfig) -> None:
+    """Check that a request does not contradict the quantization of stored weights; they cannot be quantized again.
+
+    A setting at its default value is not a request, except for ``bits``.
+
+    Raises:
+        UserError: If it does.
+    """
+    default = QuantizationConfig()
+    for field in fields(QuantizationConfig):
+        value, wanted = getattr(stored, field.name), getattr(requested, field.name)
+        if wanted != value and (field.name == "bits" or wanted != getattr(default, field.name)):
+            raise UserError(
+                f"model.lora.quantization.{field.name}={wanted}: the weights of the base model are stored quantized, "
+                f"with {field.name}={value}. Set model.lora.quantization.{field.name}={value}."
+            )
+
+
+def _from_settings(settings: dict[str, Any]) -> QuantizationConfig:
+    method = settings.get("quant_method", "bitsandbytes")
+    method = str(getattr(method, "value", method))  # an enum in memory, a string in a file
+    if method not in _METHODS:
+        raise UserError(
+            f"model.base_model: its weights are quantized with {method}, which is not supported. Choose the "
+            "unquantized model, and model.adapter_type=qlora to quantize it while it loads."
+        )
+    if settings.get("load_in_8bit"):
         return QuantizationConfig(bits=8)
     return QuantizationConfig(
         bits=4,
-        quant_type=config.bnb_4bit_quant_type,
-        double_quant=config.bnb_4bit_use_double_quant,
-        storage_dtype=str(config.bnb_4bit_quant_storage).removeprefix("torch."),
+        quant_type=settings["bnb_4bit_quant_type"],
+        double_quant=settings["bnb_4bit_use_double_quant"],
+        storage_dtype=str(settings["bnb_4bit_quant_storage"]).removeprefix("torch."),
     )
 
 
@@ -116,6 +158,39 @@ def make_trainable(model: PreTrainedModel) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     silence_8bit_cast_warnings()
+
+
+def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Set the dtype that a quantized model computes in; weights that are stored quantized come with another."""
+    import bitsandbytes as bnb
+
+    model.config.quantization_config.bnb_4bit_compute_dtype = dtype
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Replace the quantized layers of a model by plain ones with the dequantized weights, in place.
+
+    transformers returns ``nn.Linear`` for the transposed layers of GPT-2 too, whose weights no other program could
+    load.
+    """
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = [name for name, module in model.named_modules() if was_conv1d(module)]
+    # dequantize() casts quantized layers only, but all layers must have the same dtype.
+    model = model.dequantize(dtype=dtype).to(dtype)
+    for name in transposed:
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+        layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        model.set_submodule(name, layer)
+    return model
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -52,6 +52,17 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+def was_conv1d(layer: nn.Module) -> bool:
+    """Return whether a quantized layer replaces a ``Conv1D``, GPT-2's linear layer with a transposed weight.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/bitsandbytes.py
+    (``source_cls``)
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return getattr(layer, "source_cls", None) is Conv1D
+
+
 def has_x86_bfloat16_instructions() -> bool:
     """Return whether an x86 CPU has bfloat16 instructions (AVX512-BF16 or AMX).
 

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from snake_lora_pl.adapters.qlora import dequantize_base
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import QuantizationConfig, load_base_model
-from snake_lora_pl.models.quantization import compute_dtype, full_weight_bytes, quantization_of, weight_bytes
+from snake_lora_pl.models.quantization import (
+    bitsandbytes_config,
+    compute_dtype,
+    full_weight_bytes,
+    quantization_of,
+    weight_bytes,
+)
+from tests.architectures import save_model
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -127,3 +135,68 @@ def test_missing_bitsandbytes_is_reported_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="pip install 'bitsandbytes.*model.adapter_type=lora"):
         load(tiny_llama_dir, QuantizationConfig())
+
+
+@pytest.fixture
+def stored_dir(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """The tiny Llama, stored in 4 bits with another compute dtype than the tests request."""
+    config = bitsandbytes_config(QuantizationConfig(double_quant=False), torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, quantization_config=config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("requested", [None, QuantizationConfig()], ids=["no request", "defaults"])
+def test_weights_that_are_stored_quantized_compute_in_the_requested_dtype_and_are_not_repacked(
+    requested: QuantizationConfig | None, stored_dir: Path
+) -> None:
+    model = load(stored_dir, requested)
+    assert quantization_of(model) == QuantizationConfig(double_quant=False)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 14
+    assert {layer.compute_dtype for layer in layers} == {compute_dtype(model)} == {torch.float32}
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert weight_bytes(load_base_model(str(stored_dir), dtype="float32", device="meta")) <= weight_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("requested", "key"),
+    [(QuantizationConfig(bits=8), "bits=8"), (QuantizationConfig(quant_type="fp4"), "quant_type=fp4")],
+)
+def test_quantization_that_contradicts_stored_weights_is_refused(
+    requested: QuantizationConfig, key: str, stored_dir: Path
+) -> None:
+    with pytest.raises(UserError, match=f"model.lora.quantization.{key}"):
+        load(stored_dir, requested)
+
+
+def test_weights_quantized_by_another_library_are_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match=r"model\.base_model.*gptq"):
+        quantization_of(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantized_gpt2_has_transposed_layers_again(bits: int, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    directory = save_model("gpt2", tmp_path / "gpt2", tiny_llama_dir, **no_dropout)
+    original = load(directory, None)
+    quantized = load(directory, QuantizationConfig(bits=bits)).train()
+    logits = quantized(IDS).logits
+    plain = dequantize_base(quantized)
+    for name, layer in original.named_modules():
+        if isinstance(layer, Conv1D):
+            restored = plain.get_submodule(name)
+            assert isinstance(restored, Conv1D)
+            assert restored.weight.shape == layer.weight.shape
+            # A square weight that is not transposed back has the right shape and the wrong values.
+            assert torch.corrcoef(torch.stack([restored.weight.flatten(), layer.weight.flatten()]))[0, 1] > 0.95
+    torch.testing.assert_close(plain(IDS).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def test_estimated_memory_of_quantized_gpt2_includes_its_transposed_layers(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    directory = save_model("gpt2", tmp_path / "gpt2", tiny_llama_dir)
+    empty = load_base_model(str(directory), dtype="float32", quantization=QuantizationConfig(), device="meta")
+    assert weight_bytes(empty) == pytest.approx(weight_bytes(load(directory, QuantizationConfig())), rel=0.05)

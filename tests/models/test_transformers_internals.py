@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from snake_lora_pl.models import load_base_model, repeated_layers
+from snake_lora_pl.models import QuantizationConfig, load_base_model, repeated_layers
 from snake_lora_pl.models import transformers_internals as internals
+from tests.architectures import save_model
 
 
 def test_layer_classes_are_declared_by_the_architecture_only_privately(tiny_llama_dir: Path) -> None:
@@ -66,3 +67,12 @@ def test_bitsandbytes_still_logs_each_cast_of_an_8bit_layer() -> None:
         assert len(messages) == 1
     finally:
         logger.removeHandler(handler)
+
+
+def test_transformers_still_dequantizes_transposed_layers_to_linear_ones(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    directory = save_model("gpt2", tmp_path / "gpt2", tiny_llama_dir)
+    model = load_base_model(str(directory), dtype="float32", quantization=QuantizationConfig())
+    layers = [name for name, module in model.named_modules() if internals.was_conv1d(module)]
+    assert len(layers) == 8
+    plain = model.dequantize(dtype=torch.float32)
+    assert type(plain.get_submodule(layers[0])) is torch.nn.Linear, "dequantize() restores Conv1D now"
