@@ -192,7 +192,7 @@ class Imitation(pl.Callback):
                 teacher = settings.teacher or self.play.teacher
                 games = play_round(policy, settings, teacher, data.resolved_grid_size, number, slots, progress)
         rows = [[row for game in played for row in rows_of(game, style, settings)] for played in games]
-        counts = RoundCounts.total([RoundCounts.of(played) for played in games]) if games else RoundCounts()
+        counts = RoundCounts.of([game for played in games for game in played])
         parts = gather_objects(trainer, (rows, counts))
         if ranks.size == 1:
             # Ranks that hold shards of one model all played all games; they use the rows of the first one.

@@ -164,7 +164,7 @@ class RoundCounts(NamedTuple):
 
     @classmethod
     def total(cls, parts: Sequence[RoundCounts]) -> RoundCounts:
-        """Return the sum of counts."""
+        """Return the sum of at least one part's counts."""
         return cls(*map(sum, zip(*parts, strict=True)))
 
     def metrics(self) -> dict[str, float]:
@@ -205,6 +205,8 @@ def play_round(
     teacher_share = settings.teacher_share_of(round_number)
     num_moves = settings.max_states // settings.num_games
     games: list[list[VisitedGame]] = [[] for _ in slots]
+    if not games:
+        return games
     with policy.playing():
         for num_played in range(num_moves):
             for slot, played in zip(slots, games, strict=True):

@@ -344,7 +344,7 @@ def test_mentioned_paths_and_modules_exist(page: Path) -> None:
 def test_architecture_page_finds_what_a_newcomer_looks_for() -> None:
     page = ROOT / "docs" / "explanation" / "architecture.md"
     rows = re.findall(r"^\| (.*\?) \| `(.*)` \| `(.*)` \|$", TEXT[page], flags=re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) >= 8
     for question, path, name in rows:
         assert re.search(rf"\b(class|def) {name}\b", (ROOT / path).read_text()), question
 

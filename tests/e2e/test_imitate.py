@@ -16,9 +16,11 @@ import pytest
 from benchmarks.run_comparison import differences
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.data.generated_rows import write_dataset
+from snake_lora_pl.game import STYLES, read_move
 from snake_lora_pl.game.seeds import FIRST_PLAY_SEED, GAMES_PER_SEED
 from snake_lora_pl.imitation.callback import Imitation
 from snake_lora_pl.paths import RunPaths
+from tests.e2e.test_processes import RECORDER
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -63,12 +65,11 @@ Fit = Callable[..., RunPaths]
 def fit(tiny_llama_dir: Path, rows_path: Path) -> Fit:
     """Run ``fit`` with a root directory and return its only run."""
 
-    def run(root: Path, *flags: str, code: int = 0) -> RunPaths:
+    def run(root: Path, *flags: str, code: int = 0) -> RunPaths | None:
         base = ["fit", "--config=balanced.yaml", "--config=imitate.yaml", f"--root={root}", *FLAGS]
         base += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
         assert main([*base, *flags]) == code
-        (run_dir,) = root.glob(RUN_PATTERN)
-        return RunPaths(run_dir)
+        return next((RunPaths(run_dir) for run_dir in root.glob(RUN_PATTERN)), None)
 
     return run
 
@@ -156,23 +157,76 @@ def test_missing_round_is_a_one_line_error(
     assert "Traceback" not in error
 
 
-def test_two_ranks_write_the_rounds_of_one_process(tiny_llama_dir: Path, rows_path: Path, tmp_path: Path) -> None:
-    runs = []
-    for name, flags in [
-        ("single", ["--data.batch_size=4"]),
-        ("pair", ["--config=ddp.yaml", "--trainer.devices=2", "--data.batch_size=2"]),
-    ]:
-        command = [sys.executable, "-m", "snake_lora_pl", "fit", "--config=balanced.yaml", "--config=imitate.yaml"]
-        command += [*FLAGS, *flags, "--model.lora.dropout=0", f"--root={tmp_path / name}", "--play.final_games=0"]
-        command += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S, env=environment, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (run_dir,) = (tmp_path / name).glob(RUN_PATTERN)
-        runs.append(RunPaths(run_dir))
-    single, pair = runs
-    assert read_rounds(single) == read_rounds(pair)
-    for row, other in zip(read_metrics(single), read_metrics(pair), strict=True):
+def test_settings_that_do_not_fit_the_rows_are_one_line_errors(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{number} and 1", "completion": f"{number + 1}", "game": number} for number in range(9)]
+    unknown_style = tmp_path / "rows.jsonl"
+    unknown_style.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generated = ["--data.train_path=null", "--data.generated_games=2", "--imitate.seed=0"]
+    for flags, key in [([f"--data.train_path={unknown_style}"], "play.style"), (generated, "imitate.seed")]:
+        fit(tmp_path / "root", *flags, code=2)
+        error = capsys.readouterr().err
+        assert key in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("style", "reading"), [("features", "score"), ("bfs-512", "generate"), ("bfs-4096", "generate")]
+)
+def test_rounds_have_the_style_of_the_training_rows(fit: Fit, tmp_path: Path, style: str, reading: str) -> None:
+    rows_path = tmp_path / "rows.jsonl"
+    write_dataset(rows_path, 4, 5, "bfs", style, 0)
+    flags = [f"--data.train_path={rows_path}", f"--play.reading={reading}", "--data.max_length=1024"]
+    flags += ["--imitate.teacher=hamiltonian_shortcuts", "--imitate.warm_starts=1", "--trainer.max_steps=5"]
+    run = fit(tmp_path, *flags)
+    (content,) = read_rounds(run)
+    rows = [json.loads(line) for line in content.splitlines()]
+    assert rows
+    for row in rows:
+        assert STYLES[style].read_state(row["prompt"]) is not None
+        assert read_move(row["completion"]) is not None
+
+
+def run_processes(root: Path, *flags: str, launcher: tuple[str, ...] = ("-m", "snake_lora_pl")) -> RunPaths:
+    """Run ``fit`` in new processes and return its only run."""
+    command = [sys.executable, *launcher, "fit", "--config=balanced.yaml", "--config=imitate.yaml", f"--root={root}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *FLAGS, *flags], capture_output=True, text=True, timeout=HANGS_S, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_dir,) = root.glob(RUN_PATTERN)
+    return RunPaths(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("num_games", [3, 1], ids=["unequal-shares", "a-rank-without-games"])
+def test_two_ranks_equal_one_process_and_resume_exactly(
+    tiny_llama_dir: Path, rows_path: Path, tmp_path: Path, num_games: int
+) -> None:
+    flags = [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}", "--model.lora.dropout=0"]
+    flags += ["--play.final_games=0", f"--imitate.num_games={num_games}"]
+    single = run_processes(tmp_path / "single", *flags)
+    records = tmp_path / "records"
+    records.mkdir()
+    recorder = tmp_path / "recorder.py"
+    recorder.write_text(RECORDER.format(directory=str(records)))
+    flags += ["--config=ddp.yaml", "--trainer.devices=2", "--data.batch_size=2"]
+    pair = run_processes(tmp_path / "pair", *flags, launcher=(str(recorder),))
+
+    assert read_rounds(pair) == read_rounds(single)
+    for row, other in zip(read_metrics(pair), read_metrics(single), strict=True):
         for metric in row.keys() & other.keys():
             if metric.startswith(("train/loss", "imitate/", "val/loss")):
                 assert float(row[metric]) == pytest.approx(float(other[metric]), rel=1e-4)
+    first, second = ((records / str(rank)).read_text() for rank in range(2))
+    assert first == second
+
+    shutil.copytree(tmp_path / "pair", tmp_path / "resumed")
+    (run_dir,) = (tmp_path / "resumed").glob(RUN_PATTERN)
+    checkpoint = min((run_dir / "checkpoints").glob("epoch*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
+    resumed = run_processes(tmp_path / "resumed", *flags, f"--ckpt_path={checkpoint}")
+    assert differences(pair.run_dir, resumed.run_dir) == []
+    assert read_rounds(resumed) == read_rounds(pair)

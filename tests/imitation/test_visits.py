@@ -160,3 +160,10 @@ def test_apples_of_the_warm_start_do_not_count(warm_starts: float) -> None:
     settings = dataclasses.replace(COLD, warm_starts=warm_starts)
     counts = RoundCounts.of([game for played in play(nonsense, settings) for game in played])
     assert counts.num_apples == 0
+
+
+def test_rank_without_slots_plays_nothing() -> None:
+    policy = ScriptedPolicy(nonsense)
+    assert play_round(policy, COLD, "safe_greedy", 5, 0, []) == []
+    assert policy.batch_sizes == []
+    assert RoundCounts.of([]) == RoundCounts()
