@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,17 +32,58 @@ def expand_paths(spec: PathSpec) -> list[Path]:
     Raises:
         UserError: If a path does not exist, is a directory or is not a regular file, or if a glob matches nothing.
     """
-    specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
+    return list(_distinct_files((name, 1.0) for name in _names(spec)))
+
+
+def expand_weighted_paths(spec: PathSpec) -> dict[Path, float]:
+    """Return the weight of each file that a path, a glob or a list of them names; ``PATH@2`` has weight 2, others 1.
+
+    A file whose whole name exists is that file, even if the name ends in ``@`` and a number.
+
+    Args:
+        spec: As in ``expand_paths``, each path or glob followed by ``@`` and a weight or not.
+
+    Raises:
+        UserError: As ``expand_paths``, and if a weight is not positive and finite, or a file has two weights.
+    """
+    return _distinct_files(map(_split_weight, _names(spec)))
+
+
+def _names(spec: PathSpec) -> list[str]:
+    return [os.fspath(one) for one in ([spec] if isinstance(spec, (str, os.PathLike)) else spec)]
+
+
+def _split_weight(name: str) -> tuple[str, float]:
+    path, separator, suffix = name.rpartition("@")
+    if not separator or os.path.lexists(os.path.expanduser(name)):
+        return name, 1.0
+    try:
+        weight = float(suffix)
+    except ValueError:
+        return name, 1.0
+    if not 0 < weight < math.inf:
+        raise UserError(
+            f"{path}: the weight must be positive and finite (found: {suffix}). Write, for example, {path}@2."
+        )
+    return path, weight
+
+
+def _distinct_files(weighted_names: Iterable[tuple[str, float]]) -> dict[Path, float]:
     found: dict[tuple[int, int], Path] = {}
-    for one in specs:
-        for path in _expand(os.fspath(one)):
+    weights: dict[Path, float] = {}
+    for name, weight in weighted_names:
+        for path in _expand(name):
             info = _stat_regular_file(path)
             first = found.setdefault((info.st_dev, info.st_ino), path)
-            if first is not path:
+            if first is path:
+                weights[path] = weight
+            elif weights[first] == weight:
                 logger.warning("%s: same file as %s; its rows are read once", path, first)
+            else:
+                raise UserError(f"{path}: named with the weights {weights[first]:g} and {weight:g}. Name it once.")
     if not found:
         raise UserError("empty list of data files. Name a path, a glob such as 'shards/*.jsonl', or a list of them.")
-    return list(found.values())
+    return weights
 
 
 def os_error_reason(error: Exception) -> str:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.data.batching import Batch, PromptBatch, collate
-from snake_lora_pl.data.data_files import expand_paths
+from snake_lora_pl.data.data_files import expand_paths, expand_weighted_paths
+from snake_lora_pl.data.draw_weights import UNKNOWN, Balance, balanced_levels, draw_probabilities
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
 from snake_lora_pl.data.example_cache import open_examples, report_cache_errors
 from snake_lora_pl.data.example_files import Examples, hash_prompt
@@ -49,7 +51,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     Args:
         base_model: Model whose tokenizer encodes the rows: a short name, a directory or a hub id.
-        train_path: Training rows: a file, a glob or a list of them. Default: rows generated into the cache.
+        train_path: Training rows: a file, a glob or a list of them. Default: rows generated into the cache. ``PATH@2``
+            draws the rows of a file, or of the files of a glob, twice as often as rows of weight 1.
         val_path: Validation rows. Default: whole games split off from the training rows.
         predict_path: Rows with prompts for predict; they need no completion.
         val_fraction: Fraction of the training rows to split off, in [0, 1); 0 trains without validation.
@@ -69,6 +72,11 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_noise: Probability of a random move in generated games; rows still contain the teacher's move.
         generated_noise_moves: Set that random moves are drawn from: legal, safe (those after which the tail is
             reachable) or mixed (one of the two, with equal probability).
+        balance: Draw training rows evenly over the snake's length, over whether the prompt offers both a trap and a
+            safe move (decisive), or over both (length+decisive): evenly over lengths and, within each, over decisive or
+            not. Default: as often as they occur.
+        group_by_length: Whether training batches have rows of similar length, so that little is padded. auto groups
+            unless the module packs rows, which needs no padding.
         seed: Seed of the split, the order of the rows and the generated games.
         pad_to_multiple_of: Pad batches to a multiple of this many tokens; 8 suits the tensor cores of GPUs.
         trust_remote_code: Whether to run code from the base model's repository.
@@ -99,6 +107,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_style: str = "bfs-512",
         generated_noise: float = 0.0,
         generated_noise_moves: NoiseMoves = "legal",
+        balance: Balance | None = None,
+        group_by_length: bool | Literal["auto"] = True,
         seed: int = 0,
         pad_to_multiple_of: int = 8,
         trust_remote_code: bool = False,
@@ -126,6 +136,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self.generated_style = generated_style
         self.generated_noise = generated_noise
         self.generated_noise_moves: NoiseMoves = generated_noise_moves
+        self.balance = balance
+        self.group_by_length = group_by_length
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.trust_remote_code = trust_remote_code
@@ -177,7 +189,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             paths = self.train_paths()
             if self.train_path is None:
                 logger.info("data.train_path is not set: training on generated rows, %s", paths[0])
-            self._open(paths)
+            self._open_train(paths)
         if self.val_path is not None:
             self._open(expand_paths(self.val_path))
 
@@ -193,7 +205,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     def train_paths(self) -> list[Path]:
         """Return the files of training rows; without ``train_path``, generate them unless the cache has them."""
         if self.train_path is not None:
-            return expand_paths(self.train_path)
+            return list(expand_weighted_paths(self.train_path))
         path = self._generated_path()
         if not path.exists():
             size = self._generated_grid_size()
@@ -213,7 +225,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     @override
     def train_dataloader(self) -> LazyDataLoader:
-        sampler = self._sampler(self._train_subset, shuffle=True)
+        sampler = self._sampler(
+            self._train_subset, probabilities=self._draw_probabilities(), group_by_length=self._groups_by_length()
+        )
         loader = self._loader(self._train_subset, sampler)
         if self.trainer is not None:
             loader.before_pass = functools.partial(restore_data_position, sampler, self.trainer)
@@ -244,13 +258,21 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what determines the rows and their order; Lightning's loop stores the position (see ``resume``)."""
-        return {
+        state = {
             "split_hash": self.split_hash,
             "seed": self.seed,
             "template_date": self.encoder.template_date,
             "global_batch_size": self._rows_per_batch * self._ranks()["num_replicas"],
             "batch_size": self._rows_per_batch,
         }
+        # The weights of rows are part of the files, and thus of the hash.
+        weights = list(self._file_weights().values())
+        sampling = {
+            "balance": self.balance,
+            "file_weights": weights if len(set(weights)) > 1 else None,
+            "group_by_length": None if self._groups_by_length() else False,
+        }
+        return state | {name: value for name, value in sampling.items() if value is not None}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -336,7 +358,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             val_examples = self._open(expand_paths(self.val_path))
             val = ExampleSubset(val_examples, np.arange(len(val_examples)))
         if self._needs_train_rows(stage):
-            examples = self._open(self.train_paths())
+            examples = self._open_train(self.train_paths())
             self._check_grid_size()
             if self.val_path is None:
                 split = split_by_game(examples.games(), examples.prompt_hashes(), self.val_fraction, self.seed)
@@ -346,6 +368,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
                     np.arange(len(examples)), examples.prompt_hashes(), val_examples.prompt_hashes()
                 )
             self._train = ExampleSubset(examples, train)
+            self._check_strata(self._train)
         self._val = val
         self._summary = summarize(
             self._train,
@@ -359,9 +382,49 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         if self.trainer is None or self.trainer.is_global_zero:
             logger.info("data: %s", format_summary(self._summary))
 
-    def _open(self, paths: Sequence[Path]) -> Examples:
+    def _open_train(self, paths: Sequence[Path]) -> Examples:
+        weights = self._file_weights()
+        return self._open(paths, [weights.get(path, 1.0) for path in paths], with_strata=self.balance is not None)
+
+    def _open(
+        self, paths: Sequence[Path], file_weights: Sequence[float] | None = None, *, with_strata: bool = False
+    ) -> Examples:
         max_rows = None if self._max_rows is None else max(1, self._max_rows // len(paths))
-        return open_examples(paths, self.encoder, self.on_bad_row, max_rows)
+        return open_examples(
+            paths, self.encoder, self.on_bad_row, max_rows, file_weights=file_weights, with_strata=with_strata
+        )
+
+    def _file_weights(self) -> dict[Path, float]:
+        return {} if self.train_path is None else expand_weighted_paths(self.train_path)
+
+    def _check_strata(self, train: ExampleSubset) -> None:
+        if self.balance is None:
+            return
+        num_unknown = int(np.count_nonzero(train.strata() == UNKNOWN))
+        if num_unknown == len(train):
+            raise UserError(
+                f"data.balance={self.balance}, but no training row has a prompt of a known style. Remove data.balance."
+            )
+        if num_unknown:
+            logger.warning(
+                "data.balance=%s: %d of %d training rows have a prompt of unknown style; they are drawn as one group",
+                self.balance,
+                num_unknown,
+                len(train),
+            )
+
+    def _draw_probabilities(self) -> npt.NDArray[np.float64] | None:
+        """Return the probability of each training row; None if all rows are equal."""
+        train = self._train_subset
+        if self.balance is None and not train.examples.has_weights():
+            return None
+        levels = [] if self.balance is None else balanced_levels(train.strata(), self.balance)
+        return draw_probabilities(train.weights(), levels)
+
+    def _groups_by_length(self) -> bool:
+        if self.group_by_length != "auto":
+            return self.group_by_length
+        return self.trainer is None or not getattr(self.trainer.lightning_module, "packs_rows", False)
 
     def _read_prompts(self) -> list[Row]:
         if self.predict_path is None:
@@ -407,13 +470,17 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
 
     def _first_row(self) -> Row | None:
         if self.train_path is not None:
-            return peek_row(self.train_path, require_completion=False)
+            return peek_row(self.train_paths(), require_completion=False)
         path = self._generated_path()
         return peek_row(path) if path.exists() else None
 
     def _check_settings(self) -> None:
         check_choice("data.on_bad_row", self.on_bad_row, OnBadRow)
         check_choice("data.generated_noise_moves", self.generated_noise_moves, NoiseMoves)
+        if self.balance is not None:
+            check_choice("data.balance", self.balance, Balance)
+        if self.group_by_length not in (True, False, "auto"):
+            raise UserError(f"data.group_by_length must be true, false or auto (found: {self.group_by_length!r}).")
         limits: dict[str, tuple[int, float]] = {
             "batch_size": (1, math.inf),
             "generated_games": (1, math.inf),
@@ -463,10 +530,10 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
-    def _sampler(self, subset: ExampleSubset, *, shuffle: bool) -> LengthGroupedSampler:
+    def _sampler(self, subset: ExampleSubset, **settings: Any) -> LengthGroupedSampler:
         is_overfitting = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         sampler_class = FixedOrderSampler if is_overfitting else LengthGroupedSampler
-        return sampler_class(subset.lengths(), self._rows_per_batch, shuffle=shuffle, seed=self.seed, **self._ranks())
+        return sampler_class(subset.lengths(), self._rows_per_batch, seed=self.seed, **settings, **self._ranks())
 
     def _loader(self, subset: ExampleSubset, sampler: LengthGroupedSampler) -> LazyDataLoader:
         return LazyDataLoader(
@@ -481,6 +548,6 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         """Return rank and number of the processes that share the rows; under tensor parallelism some get the same."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from snake_lora_pl.data.draw_weights import UNKNOWN, StratumReader
 from snake_lora_pl.data.encoding import TOO_LONG, Encoder, Example
 from snake_lora_pl.data.example_files import FORMAT_VERSION, ExampleFile, ExampleFileWriter, Examples, hash_text
 from snake_lora_pl.data.game_counter import GameCounter
@@ -37,7 +38,13 @@ _TIMESTAMP_RESOLUTION_S = 2.0
 
 
 def open_examples(
-    paths: Sequence[Path], encoder: Encoder, on_bad_row: OnBadRow = "error", max_rows: int | None = None
+    paths: Sequence[Path],
+    encoder: Encoder,
+    on_bad_row: OnBadRow = "error",
+    max_rows: int | None = None,
+    *,
+    file_weights: Sequence[float] | None = None,
+    with_strata: bool = False,
 ) -> Examples:
     """Return the examples of some JSONL files; those that are not in the cache are encoded.
 
@@ -46,6 +53,8 @@ def open_examples(
         encoder: Encoder of the rows; its settings are part of the cache key.
         on_bad_row: How to handle invalid rows, see ``read_rows``.
         max_rows: Number of rows to read from the beginning of each file; None reads all.
+        file_weights: Weight of each file; None for equal weights.
+        with_strata: Whether to read the stratum of each row from its prompt, which takes as long as encoding it.
 
     Returns:
         At least one example.
@@ -54,10 +63,10 @@ def open_examples(
         UserError: If rows are invalid or too long and are not to be skipped (reported after all files have been read),
             if there are no rows, or if the cache cannot be written.
     """
-    cache = _Cache(encoder, encoder.fingerprint(), on_bad_row, max_rows, RowErrors())
+    cache = _Cache(encoder, encoder.fingerprint(), on_bad_row, max_rows, with_strata, RowErrors())
     files = [cache.open(path) for path in paths]
     cache.errors.raise_if_any()
-    examples = Examples([file for file in files if file is not None])
+    examples = Examples([file for file in files if file is not None], file_weights)
     if len(examples) == 0:
         names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
         skipped = f" (skipped: {format_counts(examples.skipped)})" if examples.skipped else ""
@@ -122,14 +131,16 @@ class _Cache:
     fingerprint: str
     on_bad_row: OnBadRow
     max_rows: int | None
+    with_strata: bool
     errors: RowErrors
 
     def open(self, path: Path) -> ExampleFile | None:
         """Return the examples of a file, encoded if necessary; None if ``errors`` were found."""
         content_hash = hash_file(path)
-        limit = [] if self.max_rows is None else [str(self.max_rows)]
+        options = [] if self.max_rows is None else [str(self.max_rows)]
+        options += ["strata"] if self.with_strata else []
         directory = encoded_rows_dir(
-            hash_text(str(FORMAT_VERSION), content_hash, self.fingerprint, self.on_bad_row, *limit)
+            hash_text(str(FORMAT_VERSION), content_hash, self.fingerprint, self.on_bad_row, *options)
         )
         examples = _open(directory, path)
         if examples is None:
@@ -159,22 +170,25 @@ class _Cache:
         invalid_rows = RowErrors() if self.on_bad_row == "skip" else self.errors
         num_errors_before = len(self.errors)
         num_too_long = 0
-        games = GameCounter()
+        games, strata = GameCounter(), StratumReader()
         progress = _Progress(path)
         rows = islice(read_rows([path], self.on_bad_row, errors=invalid_rows), self.max_rows)
         with directory_durably(directory) as temporary, ExampleFileWriter(temporary, len(encoder.tokenizer)) as writer:
             for chunk in _chunks(rows):
                 encoded: list[tuple[Row, int, Example]] = []
+                encoded_strata: list[int] = []
                 for row, example in zip(chunk, encoder.encode(chunk), strict=True):
                     # Skipped rows are counted too: the next position of their game follows from them.
                     game = games.game_of(row)
+                    stratum = strata.read(row.prompt) if self.with_strata else UNKNOWN
                     if isinstance(example, Example):
                         encoded.append((row, game, example))
+                        encoded_strata.append(stratum)
                     elif example.reason == TOO_LONG and encoder.on_overflow == "drop":
                         num_too_long += 1
                     else:
                         (self.errors if example.reason == TOO_LONG else invalid_rows).add(*example)
-                writer.write(encoded)
+                writer.write(encoded, encoded_strata)
                 progress.update(len(chunk))
             if len(self.errors) > num_errors_before:
                 raise _RowsRejectedError

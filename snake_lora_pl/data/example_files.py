@@ -8,6 +8,8 @@ The arrays are plain files in the machine's byte order:
     line.bin         int64              line number of the row
     game.bin         int32              game of the row, from 0
     prompt_hash.bin  uint64             hash of the prompt's text, to find duplicates
+    weight.bin       float64            relative frequency with which training draws the row
+    stratum.bin      int64              see ``draw_weights.StratumReader``; UNKNOWN unless rows are balanced
     meta.json                           counts, which also detect a damaged directory
 """
 
@@ -27,7 +29,7 @@ from snake_lora_pl.data.encoding import Example
 from snake_lora_pl.data.jsonl import Row
 
 # Increment with every change of the format or of how games are counted.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _ARRAYS: dict[str, npt.DTypeLike] = {
     "offsets": np.int64,
@@ -35,6 +37,8 @@ _ARRAYS: dict[str, npt.DTypeLike] = {
     "line": np.int64,
     "game": np.int32,
     "prompt_hash": np.uint64,
+    "weight": np.float64,
+    "stratum": np.int64,
 }
 
 
@@ -49,6 +53,7 @@ class ExampleFile:
         content_hash: Hash of the JSONL file's bytes.
         num_games: Number of games.
         skipped: Number of skipped rows by reason.
+        has_weights: Whether any row has a weight other than 1.
 
     Raises:
         OSError, ValueError, KeyError: If the directory is missing or damaged.
@@ -62,6 +67,7 @@ class ExampleFile:
         self.content_hash: str = meta["content_hash"]
         self.num_games: int = meta["num_games"]
         self.skipped: dict[str, int] = meta["skipped"]
+        self.has_weights: bool = meta["has_weights"]
         arrays = {
             name: _map_array(directory / f"{name}.bin", dtype, num_rows + (name == "offsets"))
             for name, dtype in _ARRAYS.items()
@@ -71,6 +77,8 @@ class ExampleFile:
         self.line = arrays["line"]
         self.game = arrays["game"]
         self.prompt_hash = arrays["prompt_hash"]
+        self.weight = arrays["weight"]
+        self.stratum = arrays["stratum"]
         self._tokens = _map_array(directory / "tokens.bin", np.dtype(meta["token_dtype"]), meta["num_tokens"])
         if self.offsets[0] != 0 or self.offsets[-1] != meta["num_tokens"]:
             raise ValueError("offsets do not match tokens")
@@ -93,6 +101,7 @@ class Examples:
 
     Args:
         files: The files, in order.
+        file_weights: Weight of each file, which multiplies the weights of its rows; None for equal weights.
 
     Attributes:
         content_hash: Hash of the JSONL files, in order.
@@ -100,8 +109,9 @@ class Examples:
         skipped: Number of skipped rows by reason.
     """
 
-    def __init__(self, files: Sequence[ExampleFile]) -> None:
+    def __init__(self, files: Sequence[ExampleFile], file_weights: Sequence[float] | None = None) -> None:
         self._files = list(files)
+        self._file_weights = np.ones(len(self._files)) if file_weights is None else np.array(file_weights, np.float64)
         self._starts = np.cumsum([0, *(len(file) for file in files)])
         self.content_hash = hash_text(*(file.content_hash for file in files))
         self.num_games = sum(file.num_games for file in files)
@@ -133,6 +143,22 @@ class Examples:
         """Return the hash of each example's prompt."""
         return _concatenate([file.prompt_hash for file in self._files], np.uint64)
 
+    def has_weights(self) -> bool:
+        """Return whether weights of rows or of files differ."""
+        return len(set(self._file_weights)) > 1 or any(file.has_weights for file in self._files)
+
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Return the weight of each example: its row's times its file's, relative to the largest of each."""
+        largest = max((float(file.weight.max(initial=0)) for file in self._files), default=1)
+        file_weights = self._file_weights / self._file_weights.max(initial=0)
+        return _concatenate(
+            [file.weight / largest * weight for file, weight in zip(self._files, file_weights, strict=True)], np.float64
+        )
+
+    def strata(self) -> npt.NDArray[np.int64]:
+        """Return the stratum of each example."""
+        return _concatenate([file.stratum for file in self._files], np.int64)
+
 
 class ExampleFileWriter:
     """Writer of the directory that ``ExampleFile`` reads.
@@ -148,6 +174,7 @@ class ExampleFileWriter:
         self._files = {name: open(directory / f"{name}.bin", "wb") for name in ("tokens", *_ARRAYS)}
         self._num_rows = 0
         self._num_tokens = 0
+        self._has_weights = False
         self._append("offsets", [0])
 
     def __enter__(self) -> ExampleFileWriter:
@@ -157,8 +184,8 @@ class ExampleFileWriter:
         for file in self._files.values():
             file.close()
 
-    def write(self, rows: Sequence[tuple[Row, int, Example]]) -> None:
-        """Append rows, each with its game and its example."""
+    def write(self, rows: Sequence[tuple[Row, int, Example]], strata: Sequence[int]) -> None:
+        """Append rows, each with its game and its example, and their strata."""
         ids = [np.asarray(example.input_ids, self._token_dtype) for _, _, example in rows]
         lengths = [len(one) for one in ids]
         self._files["tokens"].write(_concatenate(ids, self._token_dtype).tobytes())
@@ -167,6 +194,9 @@ class ExampleFileWriter:
         self._append("line", [row.line for row, _, _ in rows])
         self._append("game", [game for _, game, _ in rows])
         self._append("prompt_hash", [hash_prompt(row.prompt) for row, _, _ in rows])
+        self._append("weight", [row.weight for row, _, _ in rows])
+        self._append("stratum", strata)
+        self._has_weights = self._has_weights or any(row.weight != 1 for row, _, _ in rows)
         self._num_rows += len(rows)
         self._num_tokens += sum(lengths)
 
@@ -178,6 +208,7 @@ class ExampleFileWriter:
             "content_hash": content_hash,
             "num_games": num_games,
             "skipped": skipped,
+            "has_weights": self._has_weights,
             "num_rows": self._num_rows,
             "num_tokens": self._num_tokens,
             "token_dtype": self._token_dtype.name,

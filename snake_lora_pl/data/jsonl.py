@@ -1,7 +1,8 @@
 """Reader of JSONL rows: one at a time, validated, every error with ``path:line``.
 
 A row is a JSON object on one line with the non-empty strings ``prompt`` and ``completion``. Other keys are ignored,
-except ``game`` and ``seed``, strings or numbers that identify the row's game. The reader knows nothing of tokens.
+except ``game`` and ``seed``, strings or numbers that identify the row's game, and ``weight``. The
+reader knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gzip
 import json
 import logging
 import math
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -42,6 +44,7 @@ class Row(NamedTuple):
             reader does not require completions.
         path: The file, as the user named it.
         line: Line number, from 1.
+        weight: Relative frequency with which training draws the row.
     """
 
     prompt: str
@@ -49,6 +52,7 @@ class Row(NamedTuple):
     game: str | None
     path: str
     line: int
+    weight: float = 1.0
 
     @property
     def source(self) -> str:
@@ -194,7 +198,7 @@ def _parse(content: bytes | None, path: str, line: int, required: tuple[str, ...
         _check_text(fields, key)
     if "completion" not in required:
         return Row(fields["prompt"], "", None, path, line)
-    return Row(fields["prompt"], fields["completion"], _game_id(fields), path, line)
+    return Row(fields["prompt"], fields["completion"], _game_id(fields), path, line, _weight(fields))
 
 
 def _decode(content: bytes) -> dict[str, Any]:
@@ -255,6 +259,22 @@ def _identifier(fields: dict[str, Any], key: str) -> str:
     raise _InvalidRowError(
         "bad game", f"key '{key}' is {found}, not a string or a finite number", "Write one, remove the key"
     )
+
+
+def _weight(fields: dict[str, Any]) -> float:
+    weight = fields.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        problem = f"key 'weight' is {_type_name(weight)}, not a number"
+    elif not 0 < weight <= sys.float_info.max:
+        problem = f"key 'weight' is {_shorten(weight)}, not positive and finite"
+    else:
+        return float(weight)
+    raise _InvalidRowError("invalid weight", problem, "Write a positive number, remove the key")
+
+
+def _shorten(number: float) -> str:
+    text = str(number)
+    return text if len(text) <= 30 else f"{text[:30]}..."
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,14 @@ class ExampleSubset(Dataset[list[Example]]):
         """Return the number of tokens of each example."""
         return self.examples.lengths()[self.indices]
 
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Return the weight of each example."""
+        return self.examples.weights()[self.indices]
+
+    def strata(self) -> npt.NDArray[np.int64]:
+        """Return the stratum of each example."""
+        return self.examples.strata()[self.indices]
+
     def num_games(self) -> int:
         """Return the number of games with at least one example."""
         return int(np.count_nonzero(np.bincount(self.examples.games()[self.indices])))

@@ -33,10 +33,10 @@ def warn_if_order_changed(saved: Mapping[str, Any], current: Mapping[str, Any]) 
         current: Its state now.
     """
     changed = [
-        f"{name} was {was!r}, is {current[name]!r}"
-        for name, was in saved.items()
+        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
+        for name in dict.fromkeys([*saved, *current])
         # The order depends on the global batch, not on the share of one rank.
-        if name != "batch_size" and current.get(name) != was
+        if name != "batch_size" and saved.get(name) != current.get(name)
     ]
     if changed:
         logger.warning("the rows or their order differ from those of the uninterrupted run: %s", "; ".join(changed))

@@ -22,11 +22,11 @@ WINDOW_BATCHES = 50
 class LengthGroupedSampler(DistributedSampler[list[int]]):
     """Sampler of batches of indices that groups rows of similar length, so that little is padded.
 
-    The rows are shuffled, divided into windows of ``WINDOW_BATCHES`` global batches, sorted by length within each
-    window and divided into global batches, which are shuffled in turn; only a partial batch stays last. Of each global
-    batch a rank takes every ``num_replicas``-th row, so that ranks get rows of similar length, and two ranks with a
-    batch size of 8 process the rows that one rank with 16 would. No row is repeated to even out the ranks: a rank may
-    get an empty list in the last global batch.
+    The rows are shuffled, or drawn with replacement if they have probabilities. They are then divided into windows of
+    ``WINDOW_BATCHES`` global batches, sorted by length within each window and divided into global batches, which are
+    shuffled in turn; only a partial batch stays last. Of each global batch a rank takes every ``num_replicas``-th row,
+    so that ranks get rows of similar length, and two ranks with a batch size of 8 process the rows that one rank with
+    16 would. No row is repeated to even out the ranks: a rank may get an empty list in the last global batch.
 
     It is a ``DistributedSampler`` so that Lightning calls ``set_epoch`` and does not replace it. Use it with
     ``DataLoader(dataset, sampler=sampler, batch_size=None)``, which passes whole batches of indices to the dataset.
@@ -39,6 +39,9 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         seed: Seed of the order.
         rank: Rank of this process.
         num_replicas: Number of processes that share the rows.
+        probabilities: Probability of each row. An epoch then draws as many rows as there are; a row whose expected
+            number of draws is x is drawn floor(x) or ceil(x) times. Default: each row once.
+        group_by_length: Whether to sort within windows.
 
     Attributes:
         start_batch: First batch of the next pass. Returns to 0 after that pass, and when ``set_epoch`` sets another
@@ -54,11 +57,19 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         num_replicas: int = 1,
+        probabilities: npt.NDArray[np.float64] | None = None,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = lengths
         self.batch_size = batch_size
+        self.group_by_length = group_by_length
         self.start_batch = 0
+        # Expected number of draws of all rows up to each one.
+        self._draws: npt.NDArray[np.float64] | None = None
+        if probabilities is not None:
+            cumulative = np.cumsum(probabilities)
+            self._draws = cumulative * (len(lengths) / cumulative[-1])
 
     @property
     def global_batch_size(self) -> int:
@@ -94,8 +105,12 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         size = self.global_batch_size
         num_rows = len(self.lengths)
         rows = np.arange(num_rows, dtype=np.int32 if num_rows < 2**31 else np.int64)
+        if self._draws is not None:
+            # Systematic sampling: equidistant points with a random offset have less variance than independent draws.
+            points = generator.random() + np.arange(num_rows)
+            rows = np.searchsorted(self._draws, points, side="right").clip(max=num_rows - 1).astype(rows.dtype)
         generator.shuffle(rows)
-        for first in range(0, num_rows, WINDOW_BATCHES * size):
+        for first in range(0, num_rows, WINDOW_BATCHES * size) if self.group_by_length else ():
             window = rows[first : first + WINDOW_BATCHES * size]
             window[:] = window[np.argsort(self.lengths[window], kind="stable")]
         batches = generator.permutation(num_rows // size)

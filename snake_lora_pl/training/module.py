@@ -236,6 +236,11 @@ class LoRALightningModule(pl.LightningModule):
         return self.model
 
     @property
+    def packs_rows(self) -> bool:
+        """True if training packs rows without padding; known once the model is prepared for training."""
+        return self._fused is not None
+
+    @property
     def _attached_trainer(self) -> pl.Trainer | None:
         try:
             return self.trainer

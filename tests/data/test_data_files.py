@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from snake_lora_pl.data.data_files import expand_paths
+from snake_lora_pl.data.data_files import expand_paths, expand_weighted_paths
 from snake_lora_pl.errors import UserError
 
 GOOD = b'{"prompt": "p", "completion": "c"}'
@@ -70,3 +70,33 @@ def test_error_of_a_path_without_a_file_names_it(write_rows, tmp_path, spec, mes
     spec = spec.format(tmp=tmp_path) if isinstance(spec, str) else [one.format(tmp=tmp_path) for one in spec]
     with pytest.raises(UserError, match=message):
         expand_paths(spec)
+
+
+def test_weight_follows_a_path_or_a_glob(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c@3"):
+        (tmp_path / name).touch()
+    a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c@3"))
+    assert expand_weighted_paths(f"{a}@2.5") == {a: 2.5}
+    assert expand_weighted_paths([f"{tmp_path}/*.jsonl@1e-1"]) == {a: 0.1, b: 0.1}
+    # A file whose whole name exists is that file.
+    assert expand_weighted_paths([str(b), c, f"{c}@2"][:2]) == {b: 1, c: 1}
+    assert expand_weighted_paths(f"{c}@2") == {c: 2}
+    assert list(expand_weighted_paths([str(b), str(a)])) == expand_paths([str(b), str(a)])
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e999"])
+def test_weight_that_is_not_positive_and_finite_is_an_error(tmp_path, weight):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match=f"a.jsonl: .*{weight}"):
+        expand_weighted_paths(f"{tmp_path}/a.jsonl@{weight}")
+
+
+def test_suffix_that_is_not_a_number_belongs_to_the_path(tmp_path):
+    with pytest.raises(UserError, match="a.jsonl@heavy"):
+        expand_weighted_paths(f"{tmp_path}/a.jsonl@heavy")
+
+
+def test_file_with_two_weights_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match=r"a\.jsonl.*2 and 1"):
+        expand_weighted_paths([f"{tmp_path}/a.jsonl@2", f"{tmp_path}/*.jsonl"])

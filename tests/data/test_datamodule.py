@@ -18,7 +18,9 @@ from snake_lora_pl.data import datamodule as datamodule_module
 from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
 from snake_lora_pl.data.encoding import Encoder
 from snake_lora_pl.data.generated_rows import generate_rows
+from snake_lora_pl.data.jsonl import read_rows
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.game import read_moves, read_state
 from snake_lora_pl.paths import generated_data_path
 from tests.data.conftest import games_of_steps, position
 from tests.data.lightning_runs import Recorder, fit, quiet_trainer, set_up
@@ -351,3 +353,85 @@ def test_val_prompts_are_those_of_the_validation_rows(make, write_rows):
     is_validation = datamodule.val_prompts()
     assert is_validation(validating["prompt"])
     assert not is_validation(training["prompt"])
+
+
+def draws(datamodule: SnakeJSONLDataModule, num_epochs: int = 200) -> dict[str, float]:
+    """Return the mean number of draws of each training row per epoch."""
+    loader = datamodule.train_dataloader()
+    counts: dict[str, float] = {}
+    for epoch in range(num_epochs):
+        loader.sampler.set_epoch(epoch)
+        for batch in loader.sampler:
+            for example in datamodule._train_subset[batch]:
+                counts[example.source] = counts.get(example.source, 0) + 1 / num_epochs
+    return counts
+
+
+def test_rows_are_drawn_by_the_weights_of_rows_and_files(make, write_rows):
+    heavy = write_rows([row | {"weight": 3} for row in games_of_steps(2)] + games_of_steps(0, 2), "a.jsonl")
+    light = write_rows(games_of_steps(0, 0, 4), "b.jsonl")
+    datamodule = make(val_fraction=0)
+    datamodule.train_path = [f"{heavy}@2", str(light)]
+    counts = draws(set_up(datamodule))
+    total = 2 * (3 + 3 + 1 + 1) + 4
+    expected = {f"{heavy}:{i}": weight for i, weight in enumerate((6, 6, 2, 2), start=1)}
+    expected |= {f"{light}:{i}": 1 for i in range(1, 5)}
+    assert counts == pytest.approx({source: 8 * weight / total for source, weight in expected.items()}, abs=0.12)
+
+
+@pytest.mark.parametrize("balance", ["length", "decisive", "length+decisive"])
+def test_balance_draws_every_group_equally_often(make, balance):
+    settings = {"generated_games": 3, "grid_size": 6, "generated_teacher": "safe_greedy", "generated_noise": 0.1}
+    datamodule = set_up(make(**settings, generated_style="features", balance=balance, val_fraction=0.3))
+    rows = {f"{datamodule.train_paths()[0]}:{row.line}": row for row in read_rows(datamodule.train_paths())}
+    counts: dict[object, float] = {}
+    for source, count in draws(datamodule, 100).items():
+        length, is_decisive = read_state(rows[source].prompt).length, read_moves(rows[source].prompt).is_decisive
+        group = {"length": length, "decisive": is_decisive, "length+decisive": (length, is_decisive)}[balance]
+        counts[group] = counts.get(group, 0) + count
+    if balance == "length+decisive":
+        lengths = {length for length, _ in counts}
+        of_length = {length: [counts[key] for key in counts if key[0] == length] for length in lengths}
+        assert all(max(parts) == pytest.approx(min(parts), rel=0.2, abs=1) for parts in of_length.values())
+        counts = {length: sum(parts) for length, parts in of_length.items()}
+    assert len(counts) == 2 if balance == "decisive" else len(counts) > 20
+    assert list(counts.values()) == pytest.approx([datamodule.num_train_rows / len(counts)] * len(counts), abs=1)
+
+
+def test_weights_and_balance_do_not_change_the_split_or_the_validation(make, rows_path):
+    plain, balanced = set_up(make(rows_path)), set_up(make(rows_path, balance="length"))
+    weighted = set_up(make(f"{rows_path}@2"))
+    assert plain.split_hash == balanced.split_hash == weighted.split_hash
+    assert sources(plain.val_dataloader()) == sources(balanced.val_dataloader())
+    # All files have the same weight.
+    assert sources(plain.train_dataloader()) == sources(weighted.train_dataloader())
+    assert plain.state_dict() == weighted.state_dict()
+
+
+def test_balance_needs_prompts_of_a_known_style(make, write_rows, caplog):
+    unknown = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+    with pytest.raises(UserError, match=r"data\.balance=decisive"):
+        set_up(make(write_rows(unknown), balance="decisive", val_fraction=0))
+    set_up(make(write_rows([*unknown, *games_of_steps(4)], "mixed.jsonl"), balance="length", val_fraction=0))
+    assert "3 of 7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"balance": "size"}, r"data\.balance.*length"), ({"group_by_length": "no"}, r"data\.group_by_length.*auto")],
+)
+def test_invalid_sampling_setting_is_an_error(make, rows_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(rows_path, **settings).prepare_data()
+
+
+@pytest.mark.parametrize(("packs_rows", "is_grouped"), [(True, False), (False, True)])
+def test_auto_groups_by_length_unless_the_module_packs_rows(make, rows_path, packs_rows, is_grouped):
+    datamodule = set_up(make(rows_path, group_by_length="auto"))
+    assert datamodule.train_dataloader().sampler.group_by_length
+    module = SimpleNamespace(packs_rows=packs_rows)
+    trainer = quiet_trainer()
+    trainer.strategy._lightning_module = module
+    datamodule.trainer = trainer
+    assert datamodule.train_dataloader().sampler.group_by_length is is_grouped
+    assert ("group_by_length" in datamodule.state_dict()) is not is_grouped

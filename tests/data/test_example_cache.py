@@ -14,6 +14,7 @@ import pytest
 
 from snake_lora_pl.data import example_cache
 from snake_lora_pl.data.data_files import expand_paths
+from snake_lora_pl.data.draw_weights import UNKNOWN
 from snake_lora_pl.data.encoding import Encoder, Example
 from snake_lora_pl.data.example_cache import hash_file, open_examples
 from snake_lora_pl.data.example_files import ExampleFile, ExampleFileWriter, Examples
@@ -95,7 +96,7 @@ def test_prompt_hashes_are_equal_exactly_for_equal_prompts(encoder, write_rows):
 def test_ids_take_two_bytes_up_to_65536_tokens(tmp_path, vocabulary_size, dtype):
     last_id = vocabulary_size - 1
     with ExampleFileWriter(tmp_path, vocabulary_size) as writer:
-        writer.write([(Row("p", "c", None, "x", 1), 0, Example([last_id, 0], 1, "x:1"))])
+        writer.write([(Row("p", "c", None, "x", 1), 0, Example([last_id, 0], 1, "x:1"))], [UNKNOWN])
         writer.finish(content_hash="", num_games=1, skipped={})
     assert json.loads((tmp_path / "meta.json").read_text())["token_dtype"] == dtype
     assert ExampleFile(tmp_path, Path("x"))[0].input_ids.tolist() == [last_id, 0]

@@ -74,6 +74,11 @@ def test_game_identifier_includes_the_seed(write_rows):
     assert [row.game for row in read(write_rows(rows))] == ["7/3", "None/a", None]
 
 
+def test_weight_is_one_unless_the_row_has_one(write_rows):
+    rows = [{"prompt": "p", "completion": "c", **extra} for extra in ({}, {"weight": 2}, {"weight": 0.25})]
+    assert [row.weight for row in read(write_rows(rows))] == [1, 2, 0.25]
+
+
 def test_source_is_path_and_line(write_rows):
     path = write_rows([GOOD, GOOD])
     assert [row.source for row in read(path)] == [f"{path}:1", f"{path}:2"]
@@ -129,6 +134,14 @@ BAD_ROWS = {
     "utf_16": ('{"prompt": "p"}'.encode("utf-16"), "not UTF-8"),
     "encoded_surrogate": (b'{"prompt": "\xed\xa0\x80", "completion": "c"}', "not UTF-8"),
     "lone_surrogate": (b'{"prompt": "\\ud83d", "completion": "c"}', r"lone surrogate.*'prompt'.*\\ud83d"),
+    "weight_of_zero": (b'{"prompt": "p", "completion": "c", "weight": 0}', "invalid weight.*'weight' is 0"),
+    "negative_weight": (b'{"prompt": "p", "completion": "c", "weight": -1.5}', "invalid weight.*'weight' is -1.5"),
+    "weight_nan": (b'{"prompt": "p", "completion": "c", "weight": NaN}', "invalid weight.*'weight' is nan"),
+    "infinite_weight": (b'{"prompt": "p", "completion": "c", "weight": 1e999}', "invalid weight.*'weight' is inf"),
+    "huge_weight": (b'{"prompt": "p", "completion": "c", "weight": 1' + b"0" * 400 + b"}", "invalid weight.*1000"),
+    "weight_as_text": (b'{"prompt": "p", "completion": "c", "weight": "2"}', "invalid weight.*'weight'.*string"),
+    "weight_true": (b'{"prompt": "p", "completion": "c", "weight": true}', "invalid weight.*'weight'.*true or false"),
+    "weight_null": (b'{"prompt": "p", "completion": "c", "weight": null}', "invalid weight.*'weight'.*null"),
     "control_characters_in_key": (b'{"\\u001b[31m": "p"}', r"missing key.*\\u001b\[31m"),
     "surrogate_in_key": (b'{"\\udc00": "p"}', r"missing key.*\\udc00"),
 }

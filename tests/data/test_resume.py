@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from tests.data.conftest import games_of_steps
 from tests.data.lightning_runs import Recorder, SaveIn, fit
 
 # 37 training rows in batches of 8: 5 batches per epoch, the last with 5 rows.
@@ -75,3 +76,24 @@ def test_state_in_a_checkpoint_is_plain_data(make, rows_path, tmp_path):
     fit(make(rows_path, **SETTINGS), max_epochs=1, callbacks=[save])
     state = torch.load(save.paths[2], weights_only=True)["SnakeJSONLDataModule"]
     assert set(state) == {"split_hash", "seed", "template_date", "global_batch_size", "batch_size"}
+
+
+@pytest.mark.parametrize("settings", [{"balance": "length"}, {"weights": True}, {"group_by_length": False}])
+def test_resume_restores_the_position_in_weighted_and_ungrouped_orders(make, write_rows, tmp_path, settings):
+    rows = games_of_steps(6, 5, 7, 6, 5, 6, 6)
+    if settings.pop("weights", False):
+        rows = [row | {"weight": 1 + i % 3} for i, row in enumerate(rows)]
+        settings = {}
+    path = write_rows(rows)
+    save = SaveIn(tmp_path, "on_train_batch_end")
+    uninterrupted = fit(make(path, **SETTINGS, **settings), callbacks=[save], max_epochs=3).seen
+    assert len({str(uninterrupted[i : i + 5]) for i in (0, 5, 10)}) == 3
+    for num_seen, ckpt_path in save.paths.items():
+        assert fit(make(path, **SETTINGS, **settings), ckpt_path, max_epochs=3).seen == uninterrupted[num_seen:]
+
+
+def test_resume_with_another_balance_logs_a_warning(make, rows_path, tmp_path, caplog):
+    save = SaveIn(tmp_path, "on_train_batch_end")
+    fit(make(rows_path, **SETTINGS), max_epochs=1, callbacks=[save])
+    fit(make(rows_path, **SETTINGS, balance="length"), save.paths[2], max_epochs=1)
+    assert "balance was None, is 'length'" in caplog.text

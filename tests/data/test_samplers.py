@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -113,3 +114,73 @@ def test_in_order_sampler_keeps_the_order_and_repeats_no_row(num_rows, batch_siz
     assert [len(sampler) for sampler in samplers] == [len(batches) for batches in ranks]
     interleaved = itertools.chain(*itertools.zip_longest(*ranks, fillvalue=[]))
     assert list(itertools.chain(*interleaved)) == list(range(num_rows))
+
+
+WEIGHTED = st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100)), min_size=1, max_size=200)
+
+
+def weighted_sampler(rows: list[tuple[int, float]], batch_size: int, **settings) -> LengthGroupedSampler:
+    lengths, weights = (np.array(column) for column in zip(*rows, strict=True))
+    return LengthGroupedSampler(lengths, batch_size, probabilities=weights / weights.sum(), **settings)
+
+
+@given(WEIGHTED, st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_each_row_is_drawn_as_often_as_its_probability_demands(rows, batch_size, epoch, group_by_length):
+    sampler = weighted_sampler(rows, batch_size, group_by_length=group_by_length)
+    batches = epoch_of(sampler, epoch)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(sampler) - 1)
+    drawn = np.bincount(list(itertools.chain(*batches)), minlength=len(rows))
+    assert drawn.sum() == len(rows)
+    expected = np.array([weight for _, weight in rows])
+    expected *= len(rows) / expected.sum()
+    assert (abs(drawn - expected) < 1 + 1e-6).all()
+
+
+def test_rare_rows_are_drawn_in_some_epochs_at_the_expected_rate():
+    sampler = weighted_sampler([(10, 1.0)] * 50 + [(10, 0.1)] * 50, 10)
+    epochs = [str(sorted(itertools.chain(*epoch_of(sampler, epoch)))) for epoch in range(3)]
+    assert len(set(epochs)) == 3
+    drawn = [row for epoch in range(300) for batch in epoch_of(sampler, epoch) for row in batch]
+    counts = np.bincount(drawn, minlength=100) / 300
+    assert counts[:50] == pytest.approx(100 / 55, abs=0.15)
+    assert counts[50:] == pytest.approx(10 / 55, abs=0.1)
+
+
+@given(WEIGHTED, st.integers(1, 4), st.integers(2, 4), st.integers(0, 3), st.booleans())
+def test_ranks_draw_disjoint_positions_of_one_global_draw(rows, batch_size, num_replicas, epoch, group_by_length):
+    whole = epoch_of(weighted_sampler(rows, batch_size * num_replicas, group_by_length=group_by_length), epoch)
+    settings = {"num_replicas": num_replicas, "group_by_length": group_by_length}
+    ranks = [epoch_of(weighted_sampler(rows, batch_size, rank=rank, **settings), epoch) for rank in range(num_replicas)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert [batch[rank::num_replicas] for rank in range(num_replicas)] == parts
+
+
+@given(WEIGHTED, st.integers(1, 9), st.integers(0, 3), st.integers(0, 40))
+def test_weighted_pass_after_seek_is_the_remainder_of_the_epoch(rows, batch_size, epoch, start):
+    whole = epoch_of(weighted_sampler(rows, batch_size), epoch)
+    sampler = weighted_sampler(rows, batch_size)
+    sampler.seek(epoch, start)
+    assert list(sampler) == whole[start:]
+
+
+def test_equal_probabilities_draw_every_row_once():
+    batches = epoch_of(LengthGroupedSampler(np.ones(40), 8, probabilities=np.full(40, 1 / 40)))
+    assert sorted(itertools.chain(*batches)) == list(range(40))
+
+
+def test_rows_are_not_sorted_without_grouping():
+    lengths = np.random.default_rng(0).integers(100, 500, 4000)
+    spreads = [
+        np.mean([np.std(lengths[batch]) for batch in epoch_of(LengthGroupedSampler(lengths, 8, group_by_length=group))])
+        for group in (True, False)
+    ]
+    assert spreads[0] < 10 < 80 < spreads[1]
+
+
+def test_defaults_give_the_order_of_version_0_1():
+    lengths = np.random.default_rng(3).integers(1, 100, 1000)
+    batches = epoch_of(LengthGroupedSampler(lengths, 8, seed=5), 2)
+    assert (
+        hashlib.sha256(str(batches).encode()).hexdigest()
+        == "5b3a7058625c4c6648180c3bc9362d8d047195d43c93bc6beb1b0bd0162ab124"
+    )

@@ -241,7 +241,7 @@ def test_fused_layers_train_the_same_adapter_as_the_models_own(make_module, tmp_
         module = make_module(fused_layers=fused_layers)
         trainer = make_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=2)
         trainer.fit(module, make_loader(rows, 2), make_loader(rows, 3))
-        assert (module._fused is not None) == (fused_layers == "always")
+        assert (module.packs_rows) == (fused_layers == "always")
         weights.append(adapter_weights(module))
         losses.append({k: v for k, v in trainer.callback_metrics.items() if k.startswith(("train", "val"))})
     for name, weight in weights[0].items():
