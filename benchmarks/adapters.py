@@ -30,6 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "qlora, 4 bits": ("qlora", {}, 4),
     "qlora, 8 bits": ("qlora", {}, 8),
     "adalora": ("adalora", {}, None),
+    # Neither type has an alpha; other values than the default are refused.
+    "miss": ("miss", {"alpha": 32}, None),
+    "shira": ("shira", {"alpha": 32, "dropout": 0.05}, None),
 }
 # Result: (column of the table, number format)
 COLUMNS = {

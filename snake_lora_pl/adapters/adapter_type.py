@@ -5,7 +5,8 @@ Other packages call these hooks; they never test an adapter type by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from snake_lora_pl.adapters.config import LoRAConfig
@@ -36,6 +37,8 @@ class AdapterType:
 
     ignored_settings: ClassVar[tuple[str, ...]] = ()
     """Fields of ``LoRAConfig`` without effect on this type; setting one is an error."""
+    integer_tensors: ClassVar[tuple[str, ...]] = ()
+    """Last parts of the names of saved tensors that hold integers; all others must be floating-point."""
     peft_setting_types: ClassVar[Mapping[str, Any]] = {
         "peft_type": str | None,
         "r": int | None,
@@ -128,6 +131,16 @@ class AdapterType:
             The PEFT config and the weights to save, whose shapes may differ from those in memory.
         """
         return as_plain_lora(model, weights)
+
+    def load_config(self, adapter_dir: Path) -> PeftConfig:
+        """Read the PEFT config of a verified adapter directory."""
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(str(adapter_dir))
+
+    def problems(self, model: PeftModel, adapter_name: str) -> Iterable[str]:
+        """Return what is invalid in a loaded adapter, other than keys, shapes and values that are not finite."""
+        return ()
 
     def saved_rank(self, peft_config: Mapping[str, Any]) -> int | None:
         """Return the largest rank of any layer of a saved adapter; None if it has no rank.

@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 from snake_lora_pl.adapters.adalora import AdaLoRA
 from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.lora import LoRA
+from snake_lora_pl.adapters.miss import MiSS
 from snake_lora_pl.adapters.qlora import QLoRA
+from snake_lora_pl.adapters.shira import SHiRA
 from snake_lora_pl.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from snake_lora_pl.adapters.adapter_type import AdapterBuilder
 
-_ADAPTER_TYPES: dict[str, AdapterType] = {"lora": LoRA(), "qlora": QLoRA(), "adalora": AdaLoRA()}
+_ADAPTER_TYPES: dict[str, AdapterType] = {
+    "lora": LoRA(),
+    "qlora": QLoRA(),
+    "adalora": AdaLoRA(),
+    "miss": MiSS(),
+    "shira": SHiRA(),
+}
 
 
 def register(name: str, adapter_type: AdapterType | AdapterBuilder) -> None:

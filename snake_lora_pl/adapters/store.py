@@ -214,6 +214,7 @@ def load(
             str(directory),
             adapter_name=adapter_name,
             is_trainable=is_trainable,
+            config=get_adapter_type(metadata.adapter_type).load_config(directory),
             ignore_mismatched_sizes=True,
         )
     try:

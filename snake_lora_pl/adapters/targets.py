@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS
 from snake_lora_pl.adapters.patterns import problem_with_pattern
@@ -85,13 +85,8 @@ def check_targets(model: PeftModel, target_modules: list[str] | str) -> None:
     adapted = {name for name, module in base.named_modules() if is_adapter_layer(module)}
     skipped = []
     for name, module in base.named_modules():
-        is_selected = (
-            target_modules == ALL_LINEAR
-            or (isinstance(target_modules, str) and re.fullmatch(target_modules, name))
-            or (isinstance(target_modules, list) and any(_matches(target, [name]) for target in target_modules))
-        )
         in_adapter = any(name.startswith(f"{layer}.") for layer in adapted)
-        if is_selected and not in_adapter and name not in adapted and _is_linear(base, module):
+        if _is_selected(name, target_modules) and not in_adapter and name not in adapted and _is_linear(base, module):
             skipped.append(name)
     if skipped:
         logger.warning(
@@ -100,6 +95,33 @@ def check_targets(model: PeftModel, target_modules: list[str] | str) -> None:
             type(base).__name__,
             skipped[0],
         )
+
+
+def selected_layers(base_model: PreTrainedModel, target_modules: list[str] | str) -> dict[str, Any]:
+    """Return the layers that PEFT will adapt, by name.
+
+    Args:
+        base_model: The model to adapt.
+        target_modules: The result of ``resolve_target_modules``.
+    """
+    modules = base_model.named_modules()
+    return {name: m for name, m in modules if _is_linear(base_model, m) and _is_selected(name, target_modules)}
+
+
+def check_are_linear(adapter_type: str, layers: Mapping[str, object]) -> None:
+    """Check that no layer is a ``Conv1D``, which not every adapter type supports.
+
+    Raises:
+        UserError: If one is.
+    """
+    from torch import nn
+
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"model.adapter_type: '{adapter_type}' adapts linear layers only, but {name} is a "
+                f"{type(layer).__name__}. Use lora, or select other layers with model.lora.target_modules."
+            )
 
 
 def check_has_no_adapter(base_model: PreTrainedModel) -> None:
@@ -131,6 +153,12 @@ def check_layer_patterns(model: PeftModel, setting: str, pattern: Mapping[str, o
                 f"model.lora.{setting}: '{key}' matches no adapted layer. Full names are of the form {names[0]}, "
                 f"with the suffixes {', '.join(_suffixes(names))}."
             )
+
+
+def _is_selected(name: str, target_modules: list[str] | str) -> bool:
+    if isinstance(target_modules, list):
+        return any(_matches(target, [name]) for target in target_modules)
+    return target_modules == ALL_LINEAR or re.fullmatch(target_modules, name) is not None
 
 
 def _is_linear(base_model: PreTrainedModel, module: nn.Module) -> bool:

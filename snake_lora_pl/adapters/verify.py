@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from snake_lora_pl.adapters.metadata import AdapterMetadata, parse_metadata
 from snake_lora_pl.adapters.patterns import problem_with_pattern
-from snake_lora_pl.adapters.registry import registered
+from snake_lora_pl.adapters.registry import get_adapter_type, registered
 from snake_lora_pl.durable import file_sha256, recover_directory
 from snake_lora_pl.errors import UserError, one_line
 from snake_lora_pl.models.base_model import BaseModelSpec, resolve_base_model
@@ -170,14 +170,15 @@ def check_weights(model: PeftModel, adapter_dir: str | os.PathLike[str], adapter
         adapter_name: Name of the adapter in the model.
 
     Raises:
-        UserError: If a key is missing, unknown or has a different shape, or a tensor is not floating-point or not
-            finite; the message names the keys.
+        UserError: If a key is missing, unknown or has a different shape, or a tensor has another dtype or invalid
+            values; the message names the keys.
     """
     from peft import get_peft_model_state_dict
 
     path = Path(adapter_dir) / WEIGHTS_FILE
+    hooks = get_adapter_type(read_metadata(adapter_dir).adapter_type)
     saved = _saved_shapes(path)
-    if damaged := list(_damaged_values(path)):
+    if damaged := [*_damaged_values(path, hooks.integer_tensors), *hooks.problems(model, adapter_name)]:
         raise UserError(f"{path}: damaged ({_first_few(damaged)}). Copy it again, or train again.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mismatches are reported below
@@ -297,14 +298,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}). Copy the file again, or train again.") from error
 
 
-def _damaged_values(path: Path) -> Iterator[str]:
-    """Yield a description of each tensor that is not floating-point or not finite; PEFT would use it anyway."""
+def _damaged_values(path: Path, integer_tensors: tuple[str, ...]) -> Iterator[str]:
+    """Yield a description of each tensor with a wrong dtype or values that are not finite; PEFT would use it anyway."""
+    import torch
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         for key in file.keys():
             tensor = file.get_tensor(key)
-            if not tensor.is_floating_point():
+            if key.rsplit(".", 1)[-1] in integer_tensors:
+                if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                    yield f"{key} has dtype {str(tensor.dtype).removeprefix('torch.')}, not an integer dtype"
+            elif not tensor.is_floating_point():
                 yield f"{key} has dtype {str(tensor.dtype).removeprefix('torch.')}, not a floating-point dtype"
             elif not tensor.float().isfinite().all():
                 yield f"{key} contains values that are not finite"

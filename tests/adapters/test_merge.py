@@ -95,6 +95,28 @@ def test_adapter_that_peft_cannot_merge_is_reported_and_leaves_no_files(tiny_lla
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("adapter_type", "settings"),
+    [("miss", {}), ("miss", {"rank": 5}), ("miss", {"target_modules": "all-linear"}), ("shira", {})],
+    ids=str,
+)
+def test_miss_and_shira_are_merged(
+    adapter_type: str, settings: dict[str, Any], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    lora = LoRAConfig(**{"rank": 4, **settings})
+    model = AdapterFactory.create(adapter_type, str(tiny_llama_dir), lora, dtype="float32")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        expected = model.eval()(IDS).logits
+    adapter_dir = save_adapter(model, tmp_path / "adapter", tiny_llama_dir, adapter_type)
+    merge(adapter_dir, tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(tiny_llama_dir), expected, atol=0.1)
+
+
 def test_adalora_is_merged(tiny_llama_dir: Path, tmp_path: Path) -> None:
     config = AdaLoraConfig(
         init_r=4, target_r=2, tinit=1, tfinal=1, total_step=10, target_modules=ATTENTION, task_type="CAUSAL_LM"

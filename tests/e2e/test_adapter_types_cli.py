@@ -33,7 +33,7 @@ class Run(NamedTuple):
     flags: list[str]
 
 
-@pytest.fixture(scope="module", params=["lora", "qlora", "adalora"])
+@pytest.fixture(scope="module", params=["lora", "qlora", "adalora", "miss", "shira"])
 def run(
     request: pytest.FixtureRequest,
     tiny_llama_dir: Path,
@@ -86,11 +86,13 @@ def test_metadata_and_card_describe_the_run(run: Run, capsys: pytest.CaptureFixt
     assert card.data.tags == ["snake", run.adapter_type]
     facts = {"data_hash": data["data_hash"], "split_hash": data["split_hash"], "prompt_format": "bfs-512"}
     facts |= {"template": "instruction", "num_rows": "354", "num_games": "4", "board": "10x10"}
-    facts |= {"layers": "k_proj, o_proj, q_proj, v_proj", "alpha": "16.0", "dropout": "0.1"}
+    facts |= {"layers": "k_proj, o_proj, q_proj, v_proj"}
+    facts |= {"alpha": "16.0"} if run.adapter_type not in ("miss", "shira") else {}
+    facts |= {"dropout": "0.1"} if run.adapter_type != "shira" else {}
     facts |= {"val/loss": f"{content['metrics']['val/loss']:.4g}"}
     for name, value in facts.items():
         assert f"| {name} | {value} |" in card.text
-    assert ("merge it first" in card.text) == (run.adapter_type == "adalora")
+    assert ("merge it first" in card.text) == (run.adapter_type in ("adalora", "miss", "shira"))
 
     (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     names: dict[str, Any] = {}
@@ -109,7 +111,8 @@ def test_metadata_and_card_describe_the_run(run: Run, capsys: pytest.CaptureFixt
 def test_checkpoint_holds_no_base_weights(run: Run, tiny_llama_dir: Path) -> None:
     content = torch.load(run.paths.last_checkpoint_path, weights_only=True)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    assert all("lora_" in name or "ranknum" in name for name in content["state_dict"])
+    adapter_parts = ("lora_", "ranknum", "miss_", "shira_")
+    assert all(any(part in name for part in adapter_parts) for name in content["state_dict"])
     assert sum(t.numel() for t in content["state_dict"].values()) < base.num_parameters()
 
 

@@ -113,7 +113,7 @@ def test_large_file_is_sampled_and_its_epoch_is_extrapolated(
     assert num_steps == pytest.approx(3 * 354 * 0.9 / 4, rel=0.4)
 
 
-@pytest.mark.parametrize("adapter_type", ["qlora", "adalora"])
+@pytest.mark.parametrize("adapter_type", ["qlora", "adalora", "miss", "shira"])
 def test_every_adapter_type_makes_a_step(
     dry_run: Callable[..., dict[str, str]], flags: list[str], adapter_type: str
 ) -> None:

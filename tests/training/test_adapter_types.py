@@ -55,6 +55,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora pissa": ("qlora", {"init_lora_weights": "pissa"}),
     "qlora olora": ("qlora", {"init_lora_weights": "olora"}),
     "adalora": ("adalora", {"adalora": ADALORA}),
+    "miss": ("miss", {"alpha": LoRAConfig().alpha}),
+    "miss rank that divides no layer": ("miss", {"alpha": LoRAConfig().alpha, "rank": 5, "dropout": 0.1}),
+    "shira": ("shira", {"alpha": LoRAConfig().alpha, "dropout": LoRAConfig().dropout}),
     "adalora loraplus": ("adalora", {"adalora": ADALORA, "loraplus_lr_ratio": 4.0}),
 }
 
@@ -122,7 +125,19 @@ def test_adapter_starts_at_the_base_model_learns_and_loads_with_equal_logits(
 
 
 @pytest.mark.parametrize(
-    "variant", ["loraplus", "dora", "pissa_niter", "olora", "qlora", "qlora 8 bits", "adalora", "adalora loraplus"]
+    "variant",
+    [
+        "loraplus",
+        "dora",
+        "pissa_niter",
+        "olora",
+        "qlora",
+        "qlora 8 bits",
+        "adalora",
+        "adalora loraplus",
+        "miss",
+        "shira",
+    ],
 )
 def test_checkpoint_holds_only_the_adapter_and_a_resumed_run_is_bit_equal(make, variant: str, tmp_path: Path) -> None:
     uninterrupted = make(variant)
@@ -136,7 +151,7 @@ def test_checkpoint_holds_only_the_adapter_and_a_resumed_run_is_bit_equal(make, 
     last = tmp_path / "stopped" / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
     assert content["global_step"] == 6
-    num_base = sum(p.numel() for name, p in uninterrupted.named_parameters() if "lora_" not in name)
+    num_base = sum(p.numel() for p in uninterrupted.parameters() if not p.requires_grad)
     assert sum(t.numel() for t in content["state_dict"].values()) < 0.5 * num_base
     assert not any("base_layer" in name or "embed" in name or "norm" in name for name in content["state_dict"])
 
@@ -210,7 +225,7 @@ def test_qlora_logs_the_size_of_the_base_before_and_after_quantization(make, cap
 
 
 def test_saved_adapter_replaces_the_one_in_memory(make, tmp_path: Path) -> None:
-    for variant in ("adalora", "pissa", "qlora"):
+    for variant in ("adalora", "pissa", "qlora", "miss", "shira"):
         module = make(variant)
         checkpoint = fit(module, tmp_path / variant)
         assert checkpoint.adapter_dir is not None
@@ -230,6 +245,10 @@ def test_saved_adapter_replaces_the_one_in_memory(make, tmp_path: Path) -> None:
         ("qlora", {"adalora": ADALORA}, "model.lora.adalora"),
         ("adalora", {"use_rslora": True, "init_lora_weights": "pissa"}, "model.lora.use_rslora, model.lora.init_lora"),
         ("adalora", {"rank_pattern": {"q_proj": 2}}, "model.lora.rank_pattern"),
+        ("miss", {"alpha": 8.0, "use_dora": True}, "model.lora.alpha, model.lora.use_dora"),
+        ("miss", {"loraplus_lr_ratio": 4.0}, "model.lora.loraplus_lr_ratio"),
+        ("shira", {"dropout": 0.1, "init_lora_weights": "pissa"}, "model.lora.dropout, model.lora.init_lora_weights"),
+        ("shira", {"quantization": QuantizationConfig(bits=8)}, "model.lora.quantization"),
     ],
 )
 def test_setting_without_effect_on_the_adapter_type_is_refused(

@@ -187,6 +187,8 @@ class _FakeStep(TorchDispatchMode):
         self.peak_bytes = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages: set[int] = set()
+        # Of the last sparse tensor of each shape.
+        self._num_entries: dict[torch.Size, int] = {}
 
     def replace_parameters(self, module: nn.Module) -> None:
         """Replace a module's parameters and buffers by fake ones, and give the trained ones gradients."""
@@ -216,7 +218,15 @@ class _FakeStep(TorchDispatchMode):
         """Run an operator on fake tensors if its inputs or outputs are floating-point, else on real ones."""
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(isinstance(tensor, FakeTensor) for tensor in inputs):
+        if func is torch.ops.aten.sparse_mask.default:
+            # A copy of a fake sparse tensor has no entries; that of a real one has as many.
+            dense, mask = args
+            num_entries = self._num_entries[mask.shape]
+            with self._fake:
+                indices = torch.empty((mask.ndim, num_entries), dtype=torch.int64)
+                values = torch.empty(num_entries, dtype=dense.dtype)
+                out = torch.sparse_coo_tensor(indices, values, mask.shape, is_coalesced=True)
+        elif any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = func(*_masks_to_indices(args), **kwargs)
         elif inputs:
             out = tree_map_only(Tensor, self._fake_if_floating, func(*args, **kwargs))
@@ -226,6 +236,8 @@ class _FakeStep(TorchDispatchMode):
             # An uninitialized tensor has no content. It is filled later, with random numbers for a dropout mask.
             if func not in _EMPTY and not any(tensor.is_floating_point() for tensor in tree_leaves(out)):
                 out = func(*args, **kwargs)
+        if func is torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default:
+            self._num_entries[out.shape] = len(args[4])
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
@@ -237,6 +249,8 @@ class _FakeStep(TorchDispatchMode):
         return self._fake.from_tensor(tensor) if tensor.is_floating_point() else tensor
 
     def _count(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:  # its indices and values are counted as tensors
+            return
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._storages:

@@ -14,6 +14,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.models.quantization import QuantizationConfig, weight_bytes
 from snake_lora_pl.training.memory.estimate import _CPU_FRAGMENTATION, blank_batch, estimate_memory, unconfigured_copy
 from snake_lora_pl.training.module import LoRALightningModule
+from tests.adapters.conftest import save_adapter
 
 
 def allocated_peak(module: LoRALightningModule, batch: dict[str, Any], trace_path: Path) -> int:
@@ -100,11 +101,13 @@ def test_estimate_needs_no_weights(make_module, tiny_llama_dir: Path, tmp_path: 
     "settings",
     [
         {"adapter_type": "adalora"},
+        {"adapter_type": "miss", "lora": LoRAConfig(rank=4)},
+        {"adapter_type": "shira", "lora": LoRAConfig(rank=4)},
         {"lora": LoRAConfig(rank=4, use_dora=True)},
         {"lora": LoRAConfig(rank=4, init_lora_weights="pissa")},
         {"lora": LoRAConfig(rank=4, init_lora_weights="olora")},
     ],
-    ids=["adalora", "dora", "pissa", "olora"],
+    ids=["adalora", "miss", "shira", "dora", "pissa", "olora"],
 )
 def test_every_adapter_type_can_be_estimated(make_module, tmp_path: Path, settings: dict[str, Any]) -> None:
     module = make_module(**settings)
@@ -113,6 +116,18 @@ def test_every_adapter_type_can_be_estimated(make_module, tmp_path: Path, settin
     assert estimate.activations == pytest.approx(allocated_peak(module, batch, tmp_path / "trace.json"), rel=0.05)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert estimate.adapter == 4 * trained
+
+
+@pytest.mark.parametrize("adapter_type", ["lora", "miss", "shira"])
+def test_estimate_of_a_saved_adapter_is_that_of_a_new_one(
+    make_module, adapter_type: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    module = make_module(adapter_type=adapter_type, lora=LoRAConfig(rank=4))
+    module.configure_model()
+    adapter_dir = save_adapter(module.peft_model, tmp_path / "adapter", tiny_llama_dir, adapter_type)
+    loaded = make_module(adapter_path=str(adapter_dir))
+    batch = blank_batch(4, 32, 8)
+    assert estimate_memory(loaded, batch) == estimate_memory(module, batch)
 
 
 @pytest.mark.parametrize("quantization", [QuantizationConfig(), QuantizationConfig(double_quant=False)])
