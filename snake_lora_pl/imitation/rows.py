@@ -108,7 +108,7 @@ def content_hash(content: bytes) -> str:
 def as_data_rows(rows: Sequence[RoundRow], path: Path) -> list[Row]:
     """Return rows as the data module reads them."""
     return [
-        Row(row["prompt"], row["completion"], f"{row['seed']}/{row['game']}", str(path), line)
+        Row(row["prompt"], row["completion"], f"{row['seed']}/{row['game']}", str(path), line, row["weight"])
         for line, row in enumerate(rows, start=1)
     ]
 
