@@ -226,6 +226,8 @@ class _FakeStep(TorchDispatchMode):
                 indices = torch.empty((mask.ndim, num_entries), dtype=torch.int64)
                 values = torch.empty(num_entries, dtype=dense.dtype)
                 out = torch.sparse_coo_tensor(indices, values, mask.shape, is_coalesced=True)
+        elif func.name() == "aten::_grouped_mm":
+            out = _grouped_product(*args[:2], *args[2:3], **kwargs)
         elif any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = func(*_masks_to_indices(args), **kwargs)
         elif inputs:
@@ -263,6 +265,17 @@ class _FakeStep(TorchDispatchMode):
     def _uncount(self, key: int, num_bytes: int) -> None:
         self._storages.discard(key)
         self.live_bytes -= num_bytes
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    """Return a tensor with the shape of ``torch._grouped_mm``, the product of experts.
+
+    On fake tensors torch computes it in bfloat16 only. Either the rows of ``a`` are grouped, shapes (T, K) and
+    (E, K, N), or the inner dimension, shapes (M, T) and (T, N).
+    """
+    if b.ndim == 3:
+        return a.new_empty((a.shape[0], b.shape[2]))
+    return a.new_empty((offs.numel(), a.shape[0], b.shape[1]))
 
 
 def _masks_to_indices(args: Any) -> Any:

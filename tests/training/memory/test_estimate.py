@@ -15,6 +15,7 @@ from snake_lora_pl.models.quantization import QuantizationConfig, weight_bytes
 from snake_lora_pl.training.memory.estimate import _CPU_FRAGMENTATION, blank_batch, estimate_memory, unconfigured_copy
 from snake_lora_pl.training.module import LoRALightningModule
 from tests.adapters.conftest import save_adapter
+from tests.architectures import save_model
 
 
 def allocated_peak(module: LoRALightningModule, batch: dict[str, Any], trace_path: Path) -> int:
@@ -51,6 +52,19 @@ def test_activations_equal_the_allocations_of_a_real_step(
     batch = blank_batch(8, 96, 40)
     estimate = estimate_memory(module, batch)
     assert estimate.activations == pytest.approx(allocated_peak(module, batch, tmp_path / "trace.json"), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "lora", [LoRAConfig(), LoRAConfig(target_modules="all-linear", dropout=0.0)], ids=["attention", "experts"]
+)
+def test_activations_of_experts_equal_the_allocations_of_a_real_step(
+    lora: LoRAConfig, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    base_dir = save_model("mixtral", tmp_path / "base", tiny_llama_dir)
+    module = LoRALightningModule(str(base_dir), lora=lora, dtype="float32")
+    batch = blank_batch(8, 96, 40)
+    estimate = estimate_memory(module, batch)
+    assert estimate.activations == pytest.approx(allocated_peak(module, batch, tmp_path / "trace.json"), rel=0.15)
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2)])
