@@ -117,7 +117,7 @@ def test_large_file_is_sampled_and_its_epoch_is_extrapolated(
 def test_every_adapter_type_makes_a_step(
     dry_run: Callable[..., dict[str, str]], flags: list[str], adapter_type: str
 ) -> None:
-    sections = dry_run(*flags, f"--model.adapter_type={adapter_type}")
+    sections = dry_run(*flags, f"--model.adapter_type={adapter_type}", "--model.lora.rank=4")
     assert "parameters trained" in sections["one step"]
     assert "error" not in sections["errors"]
 
