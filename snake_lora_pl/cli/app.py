@@ -32,7 +32,7 @@ from snake_lora_pl.evaluation.callbacks.prediction_writer import PredictionWrite
 from snake_lora_pl.evaluation.callbacks.sample_rows import SampleRows
 from snake_lora_pl.evaluation.dashboard import RunLogger, require_package
 from snake_lora_pl.evaluation.match import Contestant, Match
-from snake_lora_pl.evaluation.player_factory import find_style
+from snake_lora_pl.evaluation.player_factory import GamePromptCheck, find_style
 from snake_lora_pl.evaluation.settings import PlaySettings
 from snake_lora_pl.imitation.callback import Imitation
 from snake_lora_pl.imitation.settings import ImitationSettings
@@ -294,6 +294,8 @@ class SnakeCLI(LightningCLIInternals):
             SampleRows(config.num_sample_rows),
             RunRecord(self.run_paths),
         ]
+        if config.play.val_games or config.play.final_games:
+            callbacks.append(GamePromptCheck(config.play))
         if config.play.val_games:
             callbacks.append(PlayEvaluation(config.play))
         if config.imitate.every_n_steps:

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +21,7 @@ from snake_lora_pl.data.audit_checks import audit_rows
 from snake_lora_pl.data.audit_text import format_audit
 from snake_lora_pl.data.batching import Batch
 from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModule
+from snake_lora_pl.data.encoding import Example
 from snake_lora_pl.data.jsonl import count_lines
 from snake_lora_pl.paths import RunPaths, cache_dir, display_path, temporary_row_cache
 from snake_lora_pl.training.callbacks.token_throughput import count_tokens, peak_memory_gib
@@ -105,14 +106,16 @@ def _sections(
 
         num_batches = math.ceil(len(data.train_dataloader()) / share)
         steps_per_epoch = math.ceil(num_batches / accumulate_grad_batches)
-        step = _take_step(trainer, module, batch, num_batches)
+        step = _take_step(trainer, module, data, batch, num_batches)
         per_step = f" of {accumulate_grad_batches} such batches" if accumulate_grad_batches > 1 else ""
         yield ("one step", f"{step}\n  an epoch has {steps_per_epoch:,} steps{per_step}")
     yield ("files", _describe_files(paths))
 
 
-def _take_step(trainer: pl.Trainer, module: LoRALightningModule, batch: Batch, num_batches: int) -> str:
-    timer = _OneStep()
+def _take_step(
+    trainer: pl.Trainer, module: LoRALightningModule, data: SnakeJSONLDataModule, batch: Batch, num_batches: int
+) -> str:
+    timer = _OneStep(data.extreme_rows())
     trainer.callbacks.append(timer)  # type: ignore[attr-defined]
     # As many batches as an epoch of the run, because schedules span all of its steps.
     loader = DataLoader(_Repeated(batch, num_batches), batch_size=None, collate_fn=_identity)
@@ -132,10 +135,14 @@ def _take_step(trainer: pl.Trainer, module: LoRALightningModule, batch: Batch, n
 
 
 class _OneStep(pl.Callback):
-    """Stops training after the first batch and measures its duration."""
+    """Checks the rows, stops training after the first batch and measures its duration."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: list[Example]) -> None:
         self.duration_s = 0.0
+        self._rows = rows
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        cast(LoRALightningModule, pl_module).check_rows(self._rows)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -255,6 +255,14 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         longest = np.argsort(self._train_subset.lengths())[::-1][:num_rows]
         return self._collate(self._train_subset[longest.tolist()])
 
+    def extreme_rows(self) -> list[Example]:
+        """Return rows of which one has the most tokens and one the largest token id; empty if there are no rows."""
+        rows = []
+        for subset in (self._train, self._val):
+            if subset is not None and len(subset):
+                rows += [*subset[[int(subset.lengths().argmax())]], subset.examples.with_largest_id()]
+        return rows
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what determines the rows and their order; Lightning's loop stores the position (see ``resume``)."""

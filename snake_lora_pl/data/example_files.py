@@ -91,6 +91,11 @@ class ExampleFile:
         ids = self._tokens[self.offsets[index] : self.offsets[index + 1]]
         return Example(ids, int(self.num_prompt[index]), f"{self.path}:{self.line[index]}")
 
+    def with_largest_id(self) -> Example:
+        """Return an example that contains the largest token id of the file, which is not empty."""
+        position = int(self._tokens.argmax())
+        return self[int(np.searchsorted(self.offsets, position, side="right")) - 1]
+
     def __reduce__(self) -> tuple[type[ExampleFile], tuple[Path, Path]]:
         """Pickle the paths instead of the arrays: a worker process maps the same files."""
         return type(self), (self._directory, self.path)
@@ -129,6 +134,10 @@ class Examples:
     def lengths(self) -> npt.NDArray[np.int32]:
         """Return the number of tokens of each example."""
         return _concatenate([np.diff(file.offsets).astype(np.int32) for file in self._files], np.int32)
+
+    def with_largest_id(self) -> Example:
+        """Return an example that contains the largest token id of all; there is at least one example."""
+        return max((file.with_largest_id() for file in self._files if len(file)), key=lambda one: max(one.input_ids))
 
     def games(self) -> npt.NDArray[np.int32]:
         """Return the game of each example, numbered from 0 across files."""

@@ -8,6 +8,8 @@ games are played, the adapter is merged into its base model and the prefix that 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,9 +28,12 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.policy import Answer, reading_problems
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.text import Style, read_move
+from snake_lora_pl.models.limits import ModelLimits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # Number of boards whose target completions the drafter learns first; later it learns the model's completions.
 _NUM_DRAFTER_BOARDS = 16
@@ -88,6 +93,8 @@ class LanguageModelPolicy:
         self._compute_context = compute_context
         self._pad_id = int(tokenizer.pad_token_id)
         self._eos_id = int(tokenizer.eos_token_id)
+        self._limits = ModelLimits.of(model)
+        self._has_warned = False
         self._session: _Session | None = None
         self._ends_line: dict[int, bool] = {}
         self._shared_ids, self._move_ids = self._find_move_tokens() if self._uses_score else ([], {})
@@ -134,15 +141,54 @@ class LanguageModelPolicy:
             return [session.answers[board] for board in boards]
 
     def _answer_batch(self, boards: Sequence[Board], decoders: dict[int, Decoder]) -> list[Answer]:
+        if not boards:
+            return []
         grid_size = boards[0].size
         if grid_size not in decoders:
+            self.check_prompts(grid_size)
             decoders[grid_size] = self._make_decoder(boards)
         prompts = [ids + self._shared_ids for ids in self._encode(boards)]
+        fits = [self._fits(ids) for ids in prompts]
+        if not all(fits):
+            answers = iter(self._answer_batch([b for b, fit in zip(boards, fits, strict=True) if fit], decoders))
+            return [next(answers) if fit else Answer(None, "") for fit in fits]
         if self._uses_score:
             logits = decoders[grid_size].next_logits(prompts)
             return [self._best_move(row, board) for row, board in zip(logits, boards, strict=True)]
         texts = map(self._decode_completion, decoders[grid_size].complete(prompts))
         return [Answer(read_move(text), text) for text in texts]
+
+    def check_prompts(self, grid_size: int) -> None:
+        """Check that the model can read and complete the prompts of a game's first positions.
+
+        Raises:
+            UserError: If it cannot.
+        """
+        shortest, *others = self._encode(_sample_boards(grid_size))
+        source = f"games on {grid_size}x{grid_size} in style {self._style.name}"
+        self._limits.check_prompts({source: shortest + self._shared_ids}, self._num_new_tokens)
+        self._limits.check_ids({source: [*shortest, *itertools.chain(*others)]}, self._tokenizer)
+
+    @property
+    def _num_new_tokens(self) -> int:
+        return 0 if self._uses_score else self._max_new_tokens
+
+    def _fits(self, token_ids: Sequence[int]) -> bool:
+        """Return whether the model can read and complete a prompt, which grows with the snake."""
+        max_tokens = self._limits.max_tokens
+        if max_tokens is None or len(token_ids) + self._num_new_tokens <= max_tokens:
+            return True
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: a prompt of %d tokens and a completion of up to %d exceed the %d tokens that the model reads. In "
+                "such positions the model names no move, which ends the game.",
+                self.name,
+                len(token_ids),
+                self._num_new_tokens,
+                max_tokens,
+            )
+        return False
 
     def _encode(self, boards: Sequence[Board]) -> list[list[int]]:
         return self._encode_prompts([self._style.write_prompt(board) for board in boards])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
 from snake_lora_pl.evaluation.settings import PlaySettings
@@ -87,6 +88,31 @@ def make_player(
         max_new_tokens=module.max_new_tokens,
         compute_context=module.compute_context,
     )
+
+
+class GamePromptCheck(pl.Callback):
+    """Checks before training that the model can read the prompts of the games that follow.
+
+    Args:
+        settings: Settings of the games.
+    """
+
+    def __init__(self, settings: PlaySettings) -> None:
+        self.settings = settings
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the first prompts.
+
+        Raises:
+            UserError: If the model cannot read or complete them.
+        """
+        data: PlayData = trainer.datamodule  # type: ignore[attr-defined]
+        style = find_style(self.settings, data)
+        if style is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        player = make_player(cast(TrainedModule, pl_module), data.encoder, style, self.settings.reading, "adapter")
+        player.check_prompts(self.settings.grid_size or data.resolved_grid_size)
 
 
 @contextmanager

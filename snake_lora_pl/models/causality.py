@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from snake_lora_pl.models.context import context_length
+from snake_lora_pl.models.limits import context_length
 from snake_lora_pl.models.quantization import compute_dtype
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from snake_lora_pl.adapters.adapter_type import adapter_tensors
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.models.limits import ModelLimits
 from snake_lora_pl.models.quantization import quantization_of
 
 if TYPE_CHECKING:
@@ -100,20 +101,42 @@ def check_shardable(model: PeftModel, adapter_type: str, lora: LoRAConfig) -> No
         )
 
 
-def check_prompt_lengths(batch: dict[str, Any], model: PeftModel) -> None:
-    """Check that the model can read every prompt of a batch.
+def check_rows(rows: Sequence[Any], model: PeftModel, tokenizer: Any) -> None:
+    """Check that the model can read every row.
+
+    Args:
+        rows: Encoded rows (``input_ids``, ``source``), among them one with the most tokens and one with the largest id.
+        model: The model to train.
+        tokenizer: Its tokenizer.
 
     Raises:
-        UserError: If a prompt has more tokens than the model has positions; the message names its row.
+        UserError: If a row has more tokens than the model has positions, or a token without an embedding; the message
+            names the row.
     """
-    max_tokens = getattr(model.get_base_model().config, "max_position_embeddings", None)
-    lengths = [len(token_ids) for token_ids in batch["input_ids"]]
-    if max_tokens is not None and max(lengths) > max_tokens:
-        source = batch["sources"][lengths.index(max(lengths))]
-        raise UserError(
-            f"{source}: the prompt has {max(lengths):,} tokens, but the model reads at most {max_tokens:,}. Shorten "
-            "the prompt or drop the row."
-        )
+    if not rows:
+        return
+    limits = ModelLimits.of(model)
+    longest = max(rows, key=lambda row: len(row.input_ids))
+    limits.check_row(longest.source, len(longest.input_ids))
+    limits.check_ids({row.source: row.input_ids for row in rows}, tokenizer)
+
+
+def check_prompts(prompts: Mapping[str, Sequence[int]], model: PeftModel, tokenizer: Any, max_new_tokens: int) -> None:
+    """Check that the model can read every prompt and complete it.
+
+    Args:
+        prompts: Token ids of prompts by source.
+        model: The model.
+        tokenizer: Its tokenizer.
+        max_new_tokens: Maximum length of a completion.
+
+    Raises:
+        UserError: If the longest prompt and a completion have more tokens than the model has positions, or a token has
+            no embedding; the message names the prompt.
+    """
+    limits = ModelLimits.of(model)
+    limits.check_prompts(prompts, max_new_tokens)
+    limits.check_ids(prompts, tokenizer)
 
 
 def check_checkpoint_tensors(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

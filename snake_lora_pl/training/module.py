@@ -29,6 +29,7 @@ from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.decoding.generate_decoder import GenerateDecoder
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import BaseModelSpec, choose_dtype, load_tokenizer, repeated_layers, resolve_base_model
+from snake_lora_pl.models.limits import ModelLimits, context_length
 from snake_lora_pl.models.quantization import compute_dtype, quantization_of
 from snake_lora_pl.models.text_decoder import text_decoder
 from snake_lora_pl.models.transformers_internals import commit_hash, enable_activation_checkpointing
@@ -59,7 +60,7 @@ from snake_lora_pl.training.sharding import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from peft import PeftModel
 
@@ -213,6 +214,9 @@ class LoRALightningModule(pl.LightningModule):
             self.model = AdapterFactory.create(self.adapter_type, self.base_spec, self.lora, **options)
         self.prepare_for_training()
         self._check_model()
+        data: Any = getattr(trainer, "datamodule", None)
+        if trainer is not None and trainer.state.fn in ("fit", "validate") and hasattr(data, "extreme_rows"):
+            self.check_rows(data.extreme_rows())
         if self._sharded_strategy is not None:
             checks.check_shardable(self.model, self.adapter_type, self.lora)
             shard(self.model, self._sharded_strategy)
@@ -320,7 +324,9 @@ class LoRALightningModule(pl.LightningModule):
     def _target_states(self, batch: dict[str, Any], targets: Targets) -> Tensor:
         """Return the hidden state that predicts each target; shape (num_targets, hidden_size)."""
         if self._fused is None:
-            return self._hidden(batch["input_ids"])[:, :-1][targets.mask]
+            # Padding to a multiple can exceed the number of positions; rows do not.
+            hidden = self._hidden(batch["input_ids"][:, : context_length(self.peft_model.config)])[:, :-1]
+            return hidden[targets.mask[:, : hidden.shape[1]]]
         packed = batch["packed"] if "packed" in batch else pack(batch["input_ids"], batch["labels"])
         if packed is None:  # no target on this rank; the exchange of gradients still needs a graph
             zero = sum(
@@ -540,6 +546,36 @@ class LoRALightningModule(pl.LightningModule):
         for metric in metrics:
             metric.reset()
 
+    def check_prompts(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Check that the model can read and complete prompts, given as token ids by source.
+
+        Raises:
+            UserError: If it cannot; the message names a prompt.
+        """
+        checks.check_prompts(prompts, self.peft_model, self.tokenizer, self.max_new_tokens)
+
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        """Check that the model can read encoded rows, of which one has the most tokens and one the largest id.
+
+        Raises:
+            UserError: If it cannot; the message names a row.
+        """
+        checks.check_rows(rows, self.peft_model, self.tokenizer)
+
+    @override
+    def on_predict_start(self) -> None:
+        """Check all prompts before the first is completed.
+
+        Raises:
+            UserError: If the model cannot read or complete one; the message names the longest.
+        """
+        longest: tuple[str, Sequence[int]] = ("", [])
+        for batch in self.trainer.predict_dataloaders or ():
+            prompts = dict(zip(batch["sources"], batch["input_ids"], strict=True))
+            ModelLimits.of(self.peft_model).check_ids(prompts, self.tokenizer)
+            longest = max(longest, *prompts.items(), key=lambda item: len(item[1]))
+        self.check_prompts(dict([longest]))
+
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Generate greedy completions for a batch of prompts.
@@ -551,7 +587,7 @@ class LoRALightningModule(pl.LightningModule):
         Returns:
             A dict with ``prompt``, ``completion`` and ``source`` for each row.
         """
-        checks.check_prompt_lengths(batch, self.peft_model)
+        self.check_prompts(dict(zip(batch["sources"], batch["input_ids"], strict=True)))
         with torch.no_grad(), self.compute_context():
             completions = self._generator.complete(batch["input_ids"])
         return [

@@ -435,3 +435,15 @@ def test_auto_groups_by_length_unless_the_module_packs_rows(make, rows_path, pac
     datamodule.trainer = trainer
     assert datamodule.train_dataloader().sampler.group_by_length is is_grouped
     assert ("group_by_length" in datamodule.state_dict()) is not is_grouped
+
+
+def test_extreme_rows_are_the_longest_and_one_with_the_largest_id(make, rows_path):
+    datamodule = make(train_path=str(rows_path))
+    datamodule.prepare_data()
+    assert datamodule.extreme_rows() == []
+    datamodule.setup("fit")
+    examples = [one for s in (datamodule._train, datamodule._val) for one in s[range(len(s))]]
+    extreme = datamodule.extreme_rows()
+    assert max(len(row.input_ids) for row in extreme) == max(len(row.input_ids) for row in examples)
+    assert max(max(row.input_ids) for row in extreme) == max(max(row.input_ids) for row in examples)
+    assert {row.source for row in extreme} <= {row.source for row in examples}

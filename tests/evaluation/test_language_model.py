@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from snake_lora_pl.data.encoding import Encoder
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
+from snake_lora_pl.evaluation.policy import Answer
 from snake_lora_pl.game import Board, Game, Move
 from snake_lora_pl.game.teachers import get_teacher
 from snake_lora_pl.game.text import get_style, read_move
@@ -296,3 +297,23 @@ def test_score_rejects_a_style_whose_moves_do_not_differ_at_one_token(
     monkeypatch.setattr(type(style), "write_completion", lambda self, board, move: "UP" if move is Move.UP else "no")
     with pytest.raises(UserError, match=r"play\.reading=score.*'compact'"):
         make_policy(model, encoder, "compact", reading="score")
+
+
+def test_position_whose_prompt_exceeds_the_model_names_no_move(encoder: Encoder) -> None:
+    positions = boards(6)
+    lengths = [len(encoder.encode_prompt(get_style("bfs-512").write_prompt(board))) for board in positions]
+    assert min(lengths) < lengths[-1] == max(lengths)
+    model = build_model("gpt2", n_positions=max(lengths) + 4 - 1)
+    policy = make_policy(model, encoder, "bfs-512", max_new_tokens=4)
+    *fitting, longest = policy.answer(positions, [0] * len(positions))
+    assert longest == Answer(None, "")
+    assert [bool(answer.completion) for answer in fitting] == [length < max(lengths) for length in lengths[:-1]]
+
+
+def test_model_that_cannot_read_the_first_prompt_is_refused(encoder: Encoder) -> None:
+    policy = make_policy(build_model("gpt2", n_positions=64), encoder, "bfs-512", max_new_tokens=4)
+    with pytest.raises(UserError, match=r"bfs-512.*\b64\b"):
+        policy.answer(boards(2), [0, 0])
+    short = make_policy(build_model("gpt2", vocab_size=300), encoder, "bfs-512", max_new_tokens=4)
+    with pytest.raises(UserError, match=r"bfs-512: token .*\b300\b"):
+        short.answer(boards(2), [0, 0])

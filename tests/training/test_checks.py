@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
 
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import QuantizationConfig
 from snake_lora_pl.training import checks
+from tests.architectures import save_model
 
 
 def test_all_invalid_settings_are_reported_at_once(make_module) -> None:
@@ -59,10 +63,44 @@ def test_tokenizer_with_more_tokens_than_embeddings_is_refused(make_module) -> N
         checks.check_vocabulary(module.peft_model, module.tokenizer, "NAME")
 
 
-def test_prompt_longer_than_the_model_reads_names_its_row(make_module) -> None:
+class Row(NamedTuple):
+    input_ids: list[int]
+    source: str
+
+
+def test_row_longer_than_the_model_reads_is_named(make_module) -> None:
     module = make_module()
     module.configure_model()
-    batch = {"input_ids": [[5] * 2048, [5] * 2049], "sources": ["f:1", "f:2"]}
-    with pytest.raises(UserError, match=r"^f:2: .*2,049.*2,048"):
-        checks.check_prompt_lengths(batch, module.peft_model)
-    checks.check_prompt_lengths({"input_ids": [[5] * 2048], "sources": ["f:1"]}, module.peft_model)
+    module.check_rows([Row([5] * 2048, "f:1")])
+    with pytest.raises(UserError, match=r"^f:2: .*2,049.*2,048.*data\.max_length=2048"):
+        module.check_rows([Row([5] * 2048, "f:1"), Row([5] * 2049, "f:2")])
+
+
+def test_token_without_an_embedding_is_named(make_module) -> None:
+    module = make_module()
+    module.configure_model()
+    module.tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    module.check_rows([Row([383], "f:1")])
+    with pytest.raises(UserError, match=r"^f:2: .*<\|user\|>.* 384"):
+        module.check_rows([Row([5, 5], "f:1"), Row([384], "f:2")])
+    with pytest.raises(UserError, match=r"^f:2: .*<\|user\|>.* 384"):
+        module.check_prompts({"f:1": [5, 5], "f:2": [384]})
+
+
+def test_longest_prompt_and_its_completion_must_fit(make_module) -> None:
+    module = make_module(max_new_tokens=48)
+    module.configure_model()
+    module.check_prompts({"f:1": [5] * 2000})
+    with pytest.raises(UserError, match=r"^f:2: .*2,001.*model\.max_new_tokens.*2,048.*at most 47"):
+        module.check_prompts({"f:1": [5], "f:2": [5] * 2001})
+
+
+def test_padding_beyond_the_last_position_is_ignored(make_module, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    directory = save_model("gpt2", tmp_path / "model", tiny_llama_dir, n_positions=13)
+    module = make_module(base_model=str(directory))
+    module.configure_model()
+    module.peft_model.eval()  # without dropout
+    ids = torch.arange(3, 16)[None]
+    whole = {"input_ids": ids, "labels": ids, "sources": ["f:1"]}
+    padded = {"input_ids": F.pad(ids, (0, 3), value=2), "labels": F.pad(ids, (0, 3), value=-100), "sources": ["f:1"]}
+    torch.testing.assert_close(module.training_step(padded, 0), module.training_step(whole, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -20,6 +21,9 @@ class CompletingModule(Protocol):
     """LightningModule that completes prompts."""
 
     text_metrics: Any
+
+    def check_prompts(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Raise a UserError if the model cannot complete one of the prompts, given as token ids by source."""
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Return the completions of a batch of prompts."""
@@ -45,6 +49,13 @@ class SampleRows(pl.Callback):
         self._rows: list[Any] | None = None
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before training, because an error during the first validation would lose the steps before it.
+        if not trainer.fast_dev_run and (batch := self._prompts(trainer)):  # type: ignore[attr-defined]
+            prompts = dict(zip(batch["sources"], batch["input_ids"], strict=True))
+            cast(CompletingModule, pl_module).check_prompts(prompts)
+
+    @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # This hook runs before the module resets its metrics.
         if trainer.state.fn != "fit" or trainer.sanity_checking or bool(trainer.fast_dev_run):  # type: ignore[attr-defined]
@@ -63,23 +74,29 @@ class SampleRows(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: CompletingModule
     ) -> list[JudgedRow]:
         """Complete the rows, on every rank: if the ranks hold shards of one model, a forward pass needs all of them."""
-        data: PlayData = trainer.datamodule  # type: ignore[attr-defined]
-        if self._rows is None:
-            self._rows = data.sample_rows(self.num_rows) if self.num_rows else []
-        if not self._rows:
+        batch = self._prompts(trainer)
+        if not batch or self._rows is None:
             return []
-        prompts = [row.prompt for row in self._rows]
-        batch = {
-            "input_ids": data.encoder.encode_prompts(prompts),
-            "prompts": prompts,
-            "sources": [row.source for row in self._rows],
-        }
         with in_eval_mode(pl_module), isolate_rng():
             answers = module.predict_step(batch, 0)
         return [
             JudgedRow.of(row.source, row.prompt, row.completion, answer["completion"])
             for row, answer in zip(self._rows, answers, strict=True)
         ]
+
+    def _prompts(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return the prompts as a batch; an empty dict without rows."""
+        data: PlayData = trainer.datamodule  # type: ignore[attr-defined]
+        if self._rows is None:
+            self._rows = data.sample_rows(self.num_rows) if self.num_rows else []
+        if not self._rows:
+            return {}
+        prompts = [row.prompt for row in self._rows]
+        return {
+            "input_ids": data.encoder.encode_prompts(prompts),
+            "prompts": prompts,
+            "sources": [row.source for row in self._rows],
+        }
 
 
 def _confusion_matrix(metrics: Any) -> list[list[int]] | None:

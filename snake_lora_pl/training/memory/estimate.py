@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.constants import IGNORE_INDEX
 from snake_lora_pl.models import choose_dtype
+from snake_lora_pl.models.limits import ModelLimits
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -85,12 +86,15 @@ def estimate_memory(module: LoRALightningModule, batch: dict[str, Any], device_t
         device_type: ``cpu`` or ``cuda``: the device to train on.
 
     Raises:
-        UserError: If the base model or the adapter cannot be loaded.
+        UserError: If the base model or the adapter cannot be loaded, or the model cannot read the longest row.
     """
     # Fake tensors cannot pass through compiled layers. Compiled layers are never the fused ones.
     changes = {"compile_layers": False, "fused_layers": "never"} if module.compile_layers else {}
     twin = unconfigured_copy(module, **changes)
     twin.model = _empty_model(twin, device_type)
+    # A row ends with its last target. Fake tensors cannot tell that a row has more tokens than the model has positions.
+    row, position = max((batch["labels"] != IGNORE_INDEX).nonzero().tolist(), key=lambda index: index[1])
+    ModelLimits.of(twin.model).check_row(batch["sources"][row], position + 1)
     adapter = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad)
     with _only_warnings("snake_lora_pl"), _FakeStep() as step:
         step.replace_parameters(twin.model)
