@@ -95,14 +95,15 @@ def test_fit_writes_the_files_of_a_run(run_dir: Path) -> None:
 
 
 def test_fit_ends_with_the_run_directory_and_the_next_command(
-    finished_run: tuple[Path, str], run_dir: Path, adapter_dir: Path
+    finished_run: tuple[Path, str], run_dir: Path, adapter_dir: Path, tiny_llama_dir: Path
 ) -> None:
     directory, printed = finished_run
     last = printed.strip().splitlines()[-1]
     adapter = adapter_dir.relative_to(directory)
     assert str(run_dir.relative_to(directory)) in last
     assert last.endswith(
-        f"python -m snake_lora_pl test --config balanced.yaml --config quickstart.yaml --adapter {adapter}"
+        "python -m snake_lora_pl test --config balanced.yaml --config quickstart.yaml "
+        f"--model.base_model {tiny_llama_dir} --adapter {adapter}"
     )
 
 
