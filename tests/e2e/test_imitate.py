@@ -122,6 +122,22 @@ def test_run_resumes_exactly_from_each_checkpoint(
         assert read_rounds(resumed) == read_rounds(straight)
 
 
+def test_run_with_accumulated_batches_resumes_exactly(fit: Fit, tmp_path: Path) -> None:
+    # Epochs of 9 batches, so that rounds follow full and partial steps of several epochs.
+    flags = ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=9", "--trainer.val_check_interval=9"]
+    straight = fit(tmp_path / "straight", *flags)
+    for path in straight.checkpoints_dir.iterdir():
+        root = tmp_path / path.name
+        shutil.copytree(tmp_path / "straight", root)
+        (run_dir,) = root.glob(RUN_PATTERN)
+        resumed = fit(root, *flags, f"--ckpt_path={run_dir / 'checkpoints' / path.name}")
+        # Lightning's counts within an epoch, which nothing reads, restart if a run resumes at the end of an epoch.
+        found = differences(straight.run_dir, resumed.run_dir)
+        assert [difference for difference in found if " > current > " not in difference] == []
+        assert read_rounds(resumed) == read_rounds(straight)
+    assert len(read_rounds(straight)) == 2
+
+
 class Killed(BaseException):
     """Simulates that the process is killed."""
 
