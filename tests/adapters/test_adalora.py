@@ -153,6 +153,7 @@ def test_ranks_decrease_from_the_initial_to_the_target_budget_in_optimizer_steps
 
 # Before, during and after pruning.
 @pytest.mark.parametrize("stop_at", [3, 6, 9])
+@pytest.mark.e2e
 def test_resumed_run_is_bit_identical_in_every_phase(make, tmp_path: Path, stop_at: int) -> None:
     schedule = {"initial_steps": 4, "final_steps": 4, "allocate_every_n_steps": 2}
     straight = make(**schedule)
@@ -255,6 +256,7 @@ def test_further_training_of_a_finished_adapter_keeps_its_ranks(
     assert torch.equal(logits(loaded), logits(second.peft_model))
 
 
+@pytest.mark.e2e
 def test_resumed_run_with_final_ranks_is_bit_identical(make, tmp_path: Path) -> None:
     first_dir = fit(make(), tmp_path / "first").adapter_dir
     straight = make(adapter_path=str(first_dir))

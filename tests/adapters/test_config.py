@@ -59,6 +59,7 @@ def test_invalid_setting_is_rejected(settings: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("overlay", ["qlora", "adalora"])
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.e2e
 def test_overlay_changes_only_the_adapter_type_of_a_preset(
     preset: str, overlay: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,8 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+# Each test trains whole runs.
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 @pytest.fixture(scope="module")

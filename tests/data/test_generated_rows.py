@@ -160,6 +160,7 @@ def num_into_traps(rows: list[GeneratedRow]) -> int:
     return num_traps
 
 
+@pytest.mark.e2e
 def test_safe_noise_moves_keep_the_tail_reachable():
     def played(**settings) -> list[GeneratedRow]:
         return list(generate_rows(6, 6, "safe_greedy", seed=3, noise=0.3, **settings))
@@ -258,6 +259,7 @@ def test_every_position_under_upstream_rules_has_a_path_to_the_apple():
 
 
 @pytest.mark.parametrize("options", [{"teacher": "random_legal"}, {"noise": 0.2, "augment": True, "style": "compact"}])
+@pytest.mark.e2e
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, options):
     paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
     calls = []

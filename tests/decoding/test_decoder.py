@@ -63,6 +63,7 @@ def complete(decoder: Decoder | GenerateDecoder, prompts: list[list[int]]) -> li
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 @torch.no_grad()
+@pytest.mark.e2e
 def test_completions_and_logits_equal_those_of_the_plain_model(
     model_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:

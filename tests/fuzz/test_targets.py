@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,9 @@ from snake_lora_pl.game.text import STYLES
 from snake_lora_pl.paths import shipped_configs
 from tests.fuzz import targets
 from tests.game.board_strategies import boards
+
+# Untrusted input: thousands of generated examples.
+pytestmark = pytest.mark.e2e
 
 often = settings(max_examples=1000)
 anything = st.recursive(

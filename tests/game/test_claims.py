@@ -33,6 +33,8 @@ CLAIMS_BY_STYLE = {
     "bfs-4096": METRICS | {"conclusion", "path_length", "distance", "free_cells"},
     "bfs-safe-greedy-4096": METRICS | {"conclusion", "path_length", "distance", "free_cells"},
     "compact": set(),
+    "features": set(),
+    "cycle": set(),
 }
 
 

@@ -139,6 +139,7 @@ def test_adapter_starts_at_the_base_model_learns_and_loads_with_equal_logits(
         "shira",
     ],
 )
+@pytest.mark.e2e
 def test_checkpoint_holds_only_the_adapter_and_a_resumed_run_is_bit_equal(make, variant: str, tmp_path: Path) -> None:
     uninterrupted = make(variant)
     fit(uninterrupted, tmp_path / "uninterrupted")

@@ -133,7 +133,7 @@ def test_unregistered_adapter_type_is_reported(
     ):
         main(arguments)
         output = "".join(capsys.readouterr())
-        assert re.search(r"'loha'.*adalora, lora, qlora", output)
+        assert re.search(r"'loha'.*adalora, lora, miss, qlora, shira", output)
 
 
 @pytest.mark.parametrize(

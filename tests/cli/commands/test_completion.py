@@ -66,6 +66,7 @@ def test_choices_configs_and_files_are_completed(script: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.e2e
 def test_printed_script_is_valid_in_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     printed = capsys.readouterr().out

@@ -33,6 +33,7 @@ def estimate(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Callab
     return run
 
 
+@pytest.mark.e2e
 def test_estimate_follows_the_options_of_fit_and_writes_nothing(
     estimate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,6 +49,7 @@ def test_estimate_follows_the_options_of_fit_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("free_bytes", "fits"), [(2**40, True), (2**20, False)])
+@pytest.mark.e2e
 def test_estimate_is_compared_with_free_memory(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_bytes: int,
     fits: bool,

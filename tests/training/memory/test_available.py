@@ -77,6 +77,7 @@ def test_used_memory_grows_with_an_allocation() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+@pytest.mark.e2e
 def test_allocation_beyond_the_limit_fails_until_the_limit_is_lifted() -> None:
     # In a new process, because the limit applies to the whole process.
     script = (

@@ -101,6 +101,7 @@ def test_memory_grows_with_the_batch_and_gpu_estimate_counts_tensors_only(make_m
     assert on_gpu.activations == large.activations
 
 
+@pytest.mark.e2e
 def test_estimate_needs_no_weights(make_module, tiny_llama_dir: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_llama_dir / "config.json").read_text())
     config |= {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "num_attention_heads": 32}
