@@ -25,6 +25,20 @@ if TYPE_CHECKING:
     AdapterBuilder = Callable[[PreTrainedModel, LoRAConfig], PeftModel]
 
 
+LORA_ONLY_SETTINGS = (
+    "alpha",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "rank_pattern",
+    "alpha_pattern",
+    "loraplus_lr_ratio",
+    "quantization",
+    "adalora",
+)
+"""Fields of ``LoRAConfig`` that only LoRA and its variants use: ``ignored_settings`` of other methods."""
+
+
 class AdapterType:
     """An adapter type. The default hooks are those of LoRA.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from snake_lora_pl.adapters.adapter_type import AdapterType
+from snake_lora_pl.adapters.adapter_type import LORA_ONLY_SETTINGS, AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.targets import check_are_linear, resolve_target_modules, selected_layers
 from snake_lora_pl.errors import UserError
@@ -43,17 +43,7 @@ def build_miss(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
 class MiSS(AdapterType):
     """One trained matrix per adapted layer, shared by all shards of its weight."""
 
-    ignored_settings = (
-        "alpha",
-        "use_rslora",
-        "use_dora",
-        "init_lora_weights",
-        "rank_pattern",
-        "alpha_pattern",
-        "loraplus_lr_ratio",
-        "quantization",
-        "adalora",
-    )
+    ignored_settings = LORA_ONLY_SETTINGS
     peft_setting_types: ClassVar[Mapping[str, Any]] = {**AdapterType.peft_setting_types, "peft_type": Literal["MISS"]}
     card_settings: ClassVar[Mapping[str, str]] = {"r": "rank", "miss_dropout": "dropout"}
 

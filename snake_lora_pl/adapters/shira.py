@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from snake_lora_pl.adapters.adapter_type import AdapterType
+from snake_lora_pl.adapters.adapter_type import LORA_ONLY_SETTINGS, AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.targets import check_are_linear, resolve_target_modules, selected_layers
 from snake_lora_pl.errors import UserError
@@ -68,18 +68,7 @@ def random_mask(base_layer: nn.Linear, r: int, random_seed: int | None = None, *
 class SHiRA(AdapterType):
     """Trained values at fixed random entries of each adapted weight."""
 
-    ignored_settings = (
-        "alpha",
-        "dropout",
-        "use_rslora",
-        "use_dora",
-        "init_lora_weights",
-        "rank_pattern",
-        "alpha_pattern",
-        "loraplus_lr_ratio",
-        "quantization",
-        "adalora",
-    )
+    ignored_settings = (*LORA_ONLY_SETTINGS, "dropout")
     integer_tensors = ("shira_indices",)
     peft_setting_types: ClassVar[Mapping[str, Any]] = {**AdapterType.peft_setting_types, "peft_type": Literal["SHIRA"]}
     card_settings: ClassVar[Mapping[str, str]] = {"r": "rank"}
