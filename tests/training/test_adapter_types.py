@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -241,22 +242,31 @@ def test_saved_adapter_replaces_the_one_in_memory(make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter_type", "options", "keys"),
     [
-        ("lora", {"quantization": QuantizationConfig(bits=8)}, "model.lora.quantization"),
-        ("lora", {"adalora": ADALORA}, "model.lora.adalora"),
-        ("qlora", {"adalora": ADALORA}, "model.lora.adalora"),
-        ("adalora", {"use_rslora": True, "init_lora_weights": "pissa"}, "model.lora.use_rslora, model.lora.init_lora"),
-        ("adalora", {"rank_pattern": {"q_proj": 2}}, "model.lora.rank_pattern"),
-        ("miss", {"alpha": 8.0, "use_dora": True}, "model.lora.alpha, model.lora.use_dora"),
-        ("miss", {"loraplus_lr_ratio": 4.0}, "model.lora.loraplus_lr_ratio"),
-        ("shira", {"dropout": 0.1, "init_lora_weights": "pissa"}, "model.lora.dropout, model.lora.init_lora_weights"),
-        ("shira", {"quantization": QuantizationConfig(bits=8)}, "model.lora.quantization"),
+        ("lora", {"quantization": QuantizationConfig(bits=8)}, {"model.lora.quantization"}),
+        ("lora", {"adalora": ADALORA}, {"model.lora.adalora"}),
+        ("qlora", {"adalora": ADALORA}, {"model.lora.adalora"}),
+        (
+            "adalora",
+            {"use_rslora": True, "init_lora_weights": "pissa"},
+            {"model.lora.use_rslora", "model.lora.init_lora_weights"},
+        ),
+        ("adalora", {"rank_pattern": {"q_proj": 2}}, {"model.lora.rank_pattern"}),
+        ("miss", {"alpha": 8.0, "use_dora": True}, {"model.lora.alpha", "model.lora.use_dora"}),
+        ("miss", {"loraplus_lr_ratio": 4.0}, {"model.lora.loraplus_lr_ratio"}),
+        (
+            "shira",
+            {"dropout": 0.1, "init_lora_weights": "pissa"},
+            {"model.lora.dropout", "model.lora.init_lora_weights"},
+        ),
+        ("shira", {"quantization": QuantizationConfig(bits=8)}, {"model.lora.quantization"}),
     ],
 )
 def test_setting_without_effect_on_the_adapter_type_is_refused(
-    make_module, adapter_type: str, options: dict[str, Any], keys: str
+    make_module, adapter_type: str, options: dict[str, Any], keys: set[str]
 ) -> None:
-    with pytest.raises(UserError, match=rf"{keys}.*'{adapter_type}'"):
+    with pytest.raises(UserError, match=rf"'{adapter_type}'") as error:
         make_module(adapter_type=adapter_type, lora=LoRAConfig(**options))
+    assert set(re.findall(r"model\.lora\.\w+", str(error.value))) == keys
 
 
 @pytest.mark.gpu
