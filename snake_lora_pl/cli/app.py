@@ -48,6 +48,7 @@ from snake_lora_pl.training.callbacks.run_config import ResolvedConfig, config_t
 from snake_lora_pl.training.callbacks.supported import check_supported
 from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
 from snake_lora_pl.training.callbacks.untrained_layers import UntrainedLayers
+from snake_lora_pl.training.checks import check_precision
 from snake_lora_pl.training.lightning_internals import LightningCLIInternals, forks_or_spawns
 from snake_lora_pl.training.memory.out_of_memory import explain_out_of_memory
 from snake_lora_pl.training.metrics_csv import MetricsCSVLogger
@@ -248,6 +249,7 @@ class SnakeCLI(LightningCLIInternals):
         """Create the trainer with the logger and the callbacks of the command."""
         config = self.config_init[self.subcommand]
         trainer_config = {**config.trainer, **kwargs, "enable_model_summary": False}
+        check_precision(trainer_config["precision"])
         # Lightning checks these in the first step, after the model is loaded.
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if (found := trainer_config[name]) is not None and found < 1:

@@ -62,6 +62,25 @@ def check_settings(
     AdapterFactory.get_adapter_type(adapter_type).check(adapter_type, lora)
 
 
+def check_precision(precision: str | int | None) -> None:
+    """Check that a trainer leaves data types to the module: the adapter and its optimizer are float32.
+
+    Args:
+        precision: ``trainer.precision``, as Lightning accepts it.
+
+    Raises:
+        UserError: If it is not 32-true, Lightning's default; the message names the key that chooses the data type.
+    """
+    if str(precision) in ("None", "32", "32-true"):
+        return
+    name = str(precision)
+    base_dtype = "bfloat16" if name.startswith("bf16") else "float16" if name.startswith("16") else "auto"
+    raise UserError(
+        f"trainer.precision={name}: only 32-true is supported, because the adapter and its optimizer stay in float32. "
+        f"Remove it; the frozen base computes in model.dtype, so set model.dtype={base_dtype}."
+    )
+
+
 def check_vocabulary(model: PeftModel, tokenizer: Any, base_model: str) -> None:
     """Check that the model has an embedding for every token of its tokenizer.
 

@@ -185,6 +185,7 @@ class LoRALightningModule(pl.LightningModule):
         trainer = self._attached_trainer
         if trainer is not None:
             check_strategy(trainer.strategy)
+            checks.check_precision(trainer.precision)
         device = trainer.strategy.root_device if trainer is not None else None
         options: dict[str, Any] = {
             "dtype": choose_dtype(self.dtype_name, None if device is None else device.type),

@@ -12,6 +12,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import QuantizationConfig
 from snake_lora_pl.training import checks
 from tests.architectures import save_model
+from tests.training.conftest import make_loader, make_rows, make_trainer
 
 
 def test_all_invalid_settings_are_reported_at_once(make_module) -> None:
@@ -53,6 +54,34 @@ def test_models_that_cannot_be_sharded_are_refused(
         return
     with pytest.raises(UserError, match=rf"trainer\.strategy: .*{expected}"):
         checks.check_shardable(module.peft_model, adapter_type, module.lora)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16-mixed", "bfloat16"),
+        ("bf16-true", "bfloat16"),
+        ("16-mixed", "float16"),
+        (16, "float16"),
+        ("64-true", "auto"),
+    ],
+)
+def test_precision_other_than_float32_is_refused_and_the_dtype_of_the_base_named(
+    precision: str | int, dtype: str
+) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.precision={precision}: .*model\.dtype={dtype}\."):
+        checks.check_precision(precision)
+
+
+@pytest.mark.parametrize("precision", [None, 32, "32", "32-true"])
+def test_default_precision_is_accepted(precision: str | int | None) -> None:
+    checks.check_precision(precision)
+
+
+def test_module_refuses_a_trainer_of_another_precision(make_module, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, precision="bf16-true")
+    with pytest.raises(UserError, match=r"trainer\.precision=bf16-true"):
+        trainer.fit(make_module(), make_loader(make_rows(2), 2))
 
 
 def test_tokenizer_with_more_tokens_than_embeddings_is_refused(make_module) -> None:

@@ -292,6 +292,7 @@ FLAGS = [
     _flag("--trainer.accelerator=quantum", "accelerator", "quantum"),
     _flag("--trainer.devices=0", "devices=0"),
     _flag("--trainer.precision=3", "trainer.precision"),
+    _flag("--trainer.precision=bf16-mixed", "trainer.precision=bf16-mixed", "model.dtype=bfloat16"),
     _flag("--trainer.strategy=nonsense", "strategy", "nonsense"),
     _flag("--trainer.max_time=soon", "soon", "DD:HH:MM:SS"),
     _flag("--play.final_games=-1", "play.final_games", "-1"),
