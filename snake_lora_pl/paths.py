@@ -328,11 +328,19 @@ def base_model_cache_dir(short_name: str) -> Path:
 
 
 def generated_data_path(
-    grid_size: int, teacher: str, style: str, num_games: int, noise: float, seed: int, noise_moves: str = "legal"
+    grid_size: int,
+    teacher: str,
+    style: str,
+    num_games: int,
+    noise: float,
+    seed: int,
+    noise_moves: str = "legal",
+    augment: str = "none",
 ) -> Path:
     """Return the path of a generated data set, which contains the settings that generate it."""
     moves = "" if noise_moves == "legal" else f"-{noise_moves}"
-    name = f"{teacher}_games-{num_games}_noise-{noise:g}{moves}_seed-{seed}.jsonl"
+    symmetries = "" if augment == "none" else f"_symmetries-{augment}"
+    name = f"{teacher}_games-{num_games}_noise-{noise:g}{moves}{symmetries}_seed-{seed}.jsonl"
     return _row_cache_dir() / "datasets" / f"grid-size-{grid_size}" / style / name
 
 

@@ -23,7 +23,7 @@ from snake_lora_pl.data.draw_weights import UNKNOWN, Balance, balanced_levels, d
 from snake_lora_pl.data.encoding import Encoder, Example, OnOverflow, TemplateName, check_choice
 from snake_lora_pl.data.example_cache import open_examples, report_cache_errors
 from snake_lora_pl.data.example_files import Examples, hash_prompt
-from snake_lora_pl.data.generated_rows import NoiseMoves, write_dataset
+from snake_lora_pl.data.generated_rows import Augmentation, NoiseMoves, write_dataset
 from snake_lora_pl.data.jsonl import OnBadRow, Row, peek_row, read_rows, read_rows_at
 from snake_lora_pl.data.loaders import ExampleSubset, LazyDataLoader, PromptBatches, max_processes
 from snake_lora_pl.data.resume import restore_data_position, warn_if_order_changed
@@ -72,6 +72,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_noise: Probability of a random move in generated games; rows still contain the teacher's move.
         generated_noise_moves: Set that random moves are drawn from: legal, safe (those after which the tail is
             reachable) or mixed (one of the two, with equal probability).
+        generated_augment: Symmetries of the board that positions of generated games are written in: none, all, or
+            random (each position in one of them).
         balance: Draw training rows evenly over the snake's length, over whether the prompt offers both a trap and a
             safe move (decisive), or over both (length+decisive): evenly over lengths and, within each, over decisive or
             not. Default: as often as they occur.
@@ -107,8 +109,9 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_style: str = "bfs-512",
         generated_noise: float = 0.0,
         generated_noise_moves: NoiseMoves = "legal",
+        generated_augment: Augmentation = "none",
         balance: Balance | None = None,
-        group_by_length: bool | Literal["auto"] = True,
+        group_by_length: bool | Literal["auto"] = "auto",
         seed: int = 0,
         pad_to_multiple_of: int = 8,
         trust_remote_code: bool = False,
@@ -136,6 +139,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         self.generated_style = generated_style
         self.generated_noise = generated_noise
         self.generated_noise_moves: NoiseMoves = generated_noise_moves
+        self.generated_augment: Augmentation = generated_augment
         self.balance = balance
         self.group_by_length = group_by_length
         self.seed = seed
@@ -219,6 +223,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
                     self.seed,
                     noise=self.generated_noise,
                     noise_moves=self.generated_noise_moves,
+                    augment=self.generated_augment,
                 )
             logger.info("generated %d games, %d rows on a %dx%d grid", self.generated_games, num_rows, size, size)
         return [path]
@@ -467,6 +472,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
             self.generated_noise,
             self.seed,
             self.generated_noise_moves,
+            self.generated_augment,
         )
 
     def _generated_grid_size(self) -> int:
@@ -485,6 +491,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     def _check_settings(self) -> None:
         check_choice("data.on_bad_row", self.on_bad_row, OnBadRow)
         check_choice("data.generated_noise_moves", self.generated_noise_moves, NoiseMoves)
+        check_choice("data.generated_augment", self.generated_augment, Augmentation)
         if self.balance is not None:
             check_choice("data.balance", self.balance, Balance)
         if self.group_by_length not in (True, False, "auto"):

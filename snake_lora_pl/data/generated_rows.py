@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,9 +28,11 @@ from snake_lora_pl.game import (
     End,
     Game,
     Move,
+    OrientedStyle,
     PromptMoves,
     SeededTeacher,
     Style,
+    Teacher,
     get_seeded_teacher,
     get_style,
 )
@@ -38,6 +41,9 @@ from snake_lora_pl.game.seeds import GAMES_PER_SEED, NUM_DATA_SEEDS, data_seed
 
 NoiseMoves: TypeAlias = Literal["legal", "safe", "mixed"]
 """Set that a random move is drawn from: legal moves, those after which the tail is reachable, or one of both sets."""
+
+Augmentation: TypeAlias = Literal["none", "all", "random"]
+"""Symmetries of the board that positions are written in: none, all, or for each position a random one."""
 
 # Games per task of a worker: a few tenths of a second of work.
 _GAMES_PER_TASK = 8
@@ -55,7 +61,7 @@ class GeneratedRow(_Row, total=False):
     """A position of a game.
 
     ``game`` and ``step`` count from 0; ``seed`` is the game's seed, so that ``Game(grid_size, seed)`` repeats the game.
-    ``symmetry``, in augmented data only, is the index in ``game.SYMMETRIES`` of the board's transformation. All
+    ``symmetry``, in augmented data only, is the index in ``game.SYMMETRIES`` of the position's transformation. All
     symmetries of a game have the same number, because a split by game would otherwise validate on transformed copies of
     training positions.
     """
@@ -76,8 +82,9 @@ class Recipe:
             rows for positions that the teacher alone would not reach.
         noise_moves: Set that random moves are drawn from; ``mixed`` chooses between the two with equal probability for
             each random move. Where no move is safe, the teacher's move is played.
-        augment: Whether to write each game in all symmetries of the board. The teacher chooses a move in each of them,
-            because its choice between equally good moves is not symmetric.
+        augment: Symmetries that positions are written in: none, all, or random (each position in one). The teacher
+            chooses a move on the transformed board, because its choice between equally good moves is not symmetric. A
+            style that depends on the board's orientation transforms prompt and move instead.
         upstream_rules: Whether to follow the rules of the program that wrote the ``heuristics-v0.04`` files, and to
             drop the last move of each game as it does.
 
@@ -90,7 +97,7 @@ class Recipe:
     style: Style
     seed: int
     noise: float = 0.0
-    augment: bool = False
+    augment: Augmentation = "none"
     upstream_rules: bool = False
     noise_moves: NoiseMoves = "legal"
 
@@ -103,36 +110,48 @@ class Recipe:
         if self.noise_moves not in get_args(NoiseMoves):
             known = ", ".join(get_args(NoiseMoves))
             raise UserError(f"noise_moves must be one of {known} (found: {self.noise_moves!r}).")
+        if self.augment not in get_args(Augmentation):
+            known = ", ".join(get_args(Augmentation))
+            raise UserError(f"augment must be one of {known} (found: {self.augment!r}).")
         try:
             Game(self.grid_size)
         except ValueError as error:
             raise UserError(str(error)) from error
 
     def rows(self, game: int) -> list[GeneratedRow]:
-        """Return the rows of one game, one symmetry after the other."""
+        """Return the rows of one game; with all symmetries, one after the other."""
         seed = data_seed(self.seed, game)
         positions = self._play(seed)
-        if not self.augment:
-            return [self._row(board, move, game, step, seed) for step, (board, move) in enumerate(positions)]
-        rows = []
-        for number, symmetry in enumerate(SYMMETRIES):
-            teacher = self.teacher(seed)
-            for step, (board, _) in enumerate(positions):
-                transformed = symmetry.board(board)
-                move = teacher(transformed)
-                if move is None:
-                    raise ValueError(f"the teacher has no move for {transformed}, but has one for {board}")
-                rows.append(self._row(transformed, move, game, step, seed) | {"symmetry": number})
+        steps: list[tuple[int | None, int]]
+        if self.augment == "none":
+            steps = [(None, step) for step in range(len(positions))]
+        elif self.augment == "all":
+            steps = [(number, step) for number in range(len(SYMMETRIES)) for step in range(len(positions))]
+        else:
+            rng = random.Random(f"symmetries {seed}")
+            steps = [(rng.randrange(len(SYMMETRIES)), step) for step in range(len(positions))]
+        rows: list[GeneratedRow] = []
+        teacher = self.teacher(seed)
+        for number, step in steps:
+            if step == 0:
+                teacher = self.teacher(seed)
+            prompt, completion = self._text(*positions[step], number, teacher)
+            row: GeneratedRow = {"prompt": prompt, "completion": completion, "game": game, "step": step, "seed": seed}
+            rows.append(row if number is None else row | {"symmetry": number})
         return rows
 
-    def _row(self, board: Board, move: Move, game: int, step: int, seed: int) -> GeneratedRow:
-        return {
-            "prompt": self.style.write_prompt(board),
-            "completion": self.style.write_completion(board, move),
-            "game": game,
-            "step": step,
-            "seed": seed,
-        }
+    def _text(self, board: Board, move: Move, number: int | None, teacher: Teacher) -> tuple[str, str]:
+        """Return prompt and completion of a position in a symmetry."""
+        if number is None:
+            return self.style.write_prompt(board), self.style.write_completion(board, move)
+        symmetry = SYMMETRIES[number]
+        if isinstance(self.style, OrientedStyle):
+            return self.style.write_transformed(board, move, symmetry)
+        transformed = symmetry.board(board)
+        choice = teacher(transformed)
+        if choice is None:
+            raise ValueError(f"the teacher has no move for {transformed}, but has one for {board}")
+        return self.style.write_prompt(transformed), self.style.write_completion(transformed, choice)
 
     def _play(self, seed: int) -> list[tuple[Board, Move]]:
         """Return each position of a game and the teacher's move, until the game ends or there is no legal move."""
@@ -177,7 +196,7 @@ def generate_rows(
     *,
     noise: float = 0.0,
     noise_moves: NoiseMoves = "legal",
-    augment: bool = False,
+    augment: Augmentation = "none",
     upstream_rules: bool = False,
 ) -> Iterator[GeneratedRow]:
     """Yield rows of seeded games, one for each position in which the teacher has a legal move.
@@ -211,7 +230,7 @@ def write_dataset(
     *,
     noise: float = 0.0,
     noise_moves: NoiseMoves = "legal",
-    augment: bool = False,
+    augment: Augmentation = "none",
     upstream_rules: bool = False,
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -274,7 +293,7 @@ def _make_recipe(
     style: str,
     seed: int,
     noise: float,
-    augment: bool,
+    augment: Augmentation,
     upstream_rules: bool,
     noise_moves: NoiseMoves,
 ) -> Recipe:

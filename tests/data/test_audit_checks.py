@@ -46,7 +46,7 @@ def test_drawn_boards_are_derived_from_previous_rows(bfs512_sample_path):
 
 def test_symmetries_of_a_game_count_as_one_game(tmp_path):
     path = tmp_path / "rows.jsonl"
-    write_dataset(path, 3, 5, augment=True)
+    write_dataset(path, 3, 5, augment="all")
     assert audit_rows(str(path)).num_games == 3
 
 

@@ -194,7 +194,7 @@ def test_noise_of_0_is_the_default_and_noise_of_1_is_random_play():
 
 def test_augmentation_writes_each_game_in_all_symmetries():
     plain = list(generate_rows(num_games=2, grid_size=5, seed=1))
-    rows = list(generate_rows(num_games=2, grid_size=5, seed=1, augment=True))
+    rows = list(generate_rows(num_games=2, grid_size=5, seed=1, augment="all"))
     assert len(rows) == 8 * len(plain)
     assert [{key: row[key] for key in plain[0]} for row in rows if row["symmetry"] == 0] == plain
     bfs = get_teacher("bfs")
@@ -207,8 +207,31 @@ def test_augmentation_writes_each_game_in_all_symmetries():
         assert moves_of(transformed) == [bfs(board) for board in boards_of(transformed)]
 
 
+def test_random_augmentation_writes_each_position_in_one_symmetry():
+    everything = {
+        (row["game"], row["step"], row["symmetry"]): row
+        for row in generate_rows(num_games=2, grid_size=5, style="compact", augment="all")
+    }
+    rows = list(generate_rows(num_games=2, grid_size=5, style="compact", augment="random"))
+    assert 8 * len(rows) == len(everything)
+    assert rows == [everything[row["game"], row["step"], row["symmetry"]] for row in rows]
+    assert {row["symmetry"] for row in rows} == set(range(8))
+
+
+def test_style_of_a_fixed_cycle_is_transformed_with_its_cycle():
+    settings = {"num_games": 1, "grid_size": 6, "teacher": "hamiltonian_shortcuts", "style": "cycle"}
+    plain = list(generate_rows(**settings))
+    transformed = list(generate_rows(**settings, augment="random"))
+    for before, after in zip(plain, transformed, strict=True):
+        symmetry = SYMMETRIES[after["symmetry"]]
+        first, *lines = before["prompt"].splitlines()
+        descriptions = {symmetry.move(Move[name]): text for name, text in (line.split(" ", 1) for line in lines)}
+        assert after["prompt"].splitlines() == [first, *(f"{move.name} {descriptions[move]}" for move in Move)]
+        assert after["completion"] == symmetry.move(Move[before["completion"]]).name
+
+
 def test_teacher_chooses_again_in_each_symmetry():
-    rows = list(generate_rows(num_games=3, augment=True))
+    rows = list(generate_rows(num_games=3, augment="all"))
     by_position = {}
     for row in rows:
         by_position.setdefault((row["game"], row["step"]), []).append(row)
@@ -225,7 +248,7 @@ def test_teacher_chooses_again_in_each_symmetry():
 def test_game_counter_counts_all_symmetries_as_one_game():
     counter = GameCounter()
     games = {}
-    for row in generate_rows(num_games=3, grid_size=4, augment=True):
+    for row in generate_rows(num_games=3, grid_size=4, augment="all"):
         named = Row(row["prompt"], row["completion"], f"{row['seed']}/{row['game']}", "a.jsonl", 1)
         games.setdefault(row["game"], set()).add(counter.game_of(named))
     assert [len(found) for found in games.values()] == [1, 1, 1]
@@ -258,7 +281,7 @@ def test_every_position_under_upstream_rules_has_a_path_to_the_apple():
     assert all(apple_distance(board) is not None for board in boards_of(upstream_rows()))
 
 
-@pytest.mark.parametrize("options", [{"teacher": "random_legal"}, {"noise": 0.2, "augment": True, "style": "compact"}])
+@pytest.mark.parametrize("options", [{"teacher": "random_legal"}, {"noise": 0.2, "augment": "all", "style": "compact"}])
 @pytest.mark.e2e
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, options):
     paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]

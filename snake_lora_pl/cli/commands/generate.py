@@ -83,8 +83,12 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--augment",
-        action="store_true",
-        help="write each game in the 8 symmetries of the board, with a move of the teacher for each",
+        nargs="?",
+        const="all",
+        default="none",
+        metavar="SET",
+        help="write positions in symmetries of the board, each with the teacher's move: all (the default with this "
+        "option: each game in all 8), random (each position in one of them), none",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that play")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")

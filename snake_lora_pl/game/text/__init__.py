@@ -23,6 +23,7 @@ from snake_lora_pl.game.text.parsing import (
 from snake_lora_pl.game.text.style import (
     STYLES,
     MoveStatingStyle,
+    OrientedStyle,
     PromptMoves,
     PromptState,
     Style,
@@ -40,6 +41,7 @@ __all__ = [
     "Compact",
     "MoveLines",
     "MoveStatingStyle",
+    "OrientedStyle",
     "PromptMoves",
     "PromptState",
     "Style",

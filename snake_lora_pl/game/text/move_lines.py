@@ -14,6 +14,7 @@ from functools import lru_cache
 from snake_lora_pl.game.board import Board, Move
 from snake_lora_pl.game.features import MoveFeatures, move_features
 from snake_lora_pl.game.search import tail_distances
+from snake_lora_pl.game.symmetry import Symmetry
 from snake_lora_pl.game.teachers.hamiltonian import cycle_advances, cycle_of
 from snake_lora_pl.game.text.style import NUMBER, PromptMoves, PromptState, apple_line, apple_of
 
@@ -47,11 +48,16 @@ class MoveLines:
             ValueError: If the board has no apple.
         """
         apple_of(board)
-        lines = [f"Snake{board.size} length {board.length}"]
-        lines += [f"{move.name} {description}" for move, description in self.describe(board).items()]
+        lines = self._lines(board, self.describe(board))
         if self.has_apple_line:
             lines.append(apple_line(board))
         return "\n".join(lines)
+
+    def _lines(self, board: Board, descriptions: dict[Move, str]) -> list[str]:
+        return [
+            f"Snake{board.size} length {board.length}",
+            *(f"{move.name} {descriptions[move]}" for move in Move),
+        ]
 
     def write_completion(self, board: Board, move: Move) -> str:
         """Return the name of the move."""
@@ -80,6 +86,16 @@ class MoveLines:
             frozenset(move for move, word in words.items() if word not in _OBSTACLES),
             frozenset(move for move, word in words.items() if word == _TRAP),
         )
+
+
+@dataclass(frozen=True)
+class OrientedMoveLines(MoveLines):
+    """The same with descriptions that depend on the orientation of the board, and without an apple line."""
+
+    def write_transformed(self, board: Board, move: Move, symmetry: Symmetry) -> tuple[str, str]:
+        """Return the prompt in which each description belongs to the transformed move, and the transformed move."""
+        descriptions = {symmetry.move(own): text for own, text in self.describe(board).items()}
+        return "\n".join(self._lines(board, descriptions)), symmetry.move(move).name
 
 
 @lru_cache
@@ -156,5 +172,5 @@ MOVE_LINES_STYLES = (
         rf"{_TRAP} {NUMBER}|(?:apple|bait) {NUMBER} tail {NUMBER}|tail {NUMBER}",
         has_apple_line=True,
     ),
-    MoveLines("cycle", describe_cycle, rf"{_TRAP}|past|(?:next|skip) {NUMBER}", has_apple_line=False),
+    OrientedMoveLines("cycle", describe_cycle, rf"{_TRAP}|past|(?:next|skip) {NUMBER}", has_apple_line=False),
 )

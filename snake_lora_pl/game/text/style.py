@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from snake_lora_pl.game import registry
 from snake_lora_pl.game.board import Board, Cell, Move
 from snake_lora_pl.game.search import tail_distances
+from snake_lora_pl.game.symmetry import Symmetry
 
 # Pattern of a number in a text. Bounded, because ``int`` rejects thousands of digits and prompts are untrusted input.
 NUMBER = r"\d{1,6}"
@@ -83,6 +84,14 @@ class MoveStatingStyle(Style, Protocol):
 
     def read_moves(self, text: str) -> PromptMoves | None:
         """Return the moves in a prompt of this style, anywhere in the text; None if there is no such prompt."""
+
+
+@runtime_checkable
+class OrientedStyle(Style, Protocol):
+    """A style whose prompts refer to something that does not turn with the board, such as a fixed cycle."""
+
+    def write_transformed(self, board: Board, move: Move, symmetry: Symmetry) -> tuple[str, str]:
+        """Return prompt and completion of a position and a move, as if all that they refer to were transformed."""
 
 
 STYLES: dict[str, Style] = {}

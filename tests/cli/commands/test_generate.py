@@ -35,7 +35,7 @@ def test_options_are_passed_to_the_library(tmp_path, capsys):
     options += ["--noise", "0.1", "--noise_moves", "safe", "--augment", "--upstream_rules"]
     assert main(["generate", "--out", str(path), *options]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    settings = {"noise": 0.1, "noise_moves": "safe", "augment": True, "upstream_rules": True}
+    settings = {"noise": 0.1, "noise_moves": "safe", "augment": "all", "upstream_rules": True}
     assert rows == list(generate_rows(2, 6, "safe_greedy", "compact", 5, **settings))
     assert capsys.readouterr().out.startswith(f"{path}: {len(rows):,} rows of 2 games in ")
 
