@@ -56,6 +56,16 @@ from snake_lora_pl.training.module import LoRALightningModule
 
 logger = logging.getLogger(__name__)
 
+# Arguments of the trainer's methods that are not options. Checkpoints are always read without pickle, so `weights_only`
+# is not one; --adapter names an adapter.
+_OF_EVALUATION = {"model", "dataloaders", "datamodule", "ckpt_path", "verbose", "weights_only"}
+_SKIPPED_ARGUMENTS = {
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+    "validate": _OF_EVALUATION,
+    "test": _OF_EVALUATION,
+    "predict": _OF_EVALUATION | {"return_predictions"},
+}
+
 
 class SnakeCLI(LightningCLIInternals):
     """The commands fit, validate, test and predict over one module and one data module.
@@ -68,9 +78,11 @@ class SnakeCLI(LightningCLIInternals):
         resources: Receives what must be released when the command ends.
 
     Attributes:
+        commands: The commands to build parsers for: all of the class, or the one in ``args``.
         match: The games at the end of ``fit`` or of ``test``, if any were played.
     """
 
+    commands: tuple[str, ...] = tuple(_SKIPPED_ARGUMENTS)
     match: Match | None = None
 
     def __init__(
@@ -81,6 +93,9 @@ class SnakeCLI(LightningCLIInternals):
         self._resources = resources or contextlib.ExitStack()
         self._run_paths: RunPaths | None = None
         self._contestants: Sequence[Contestant] = ()
+        if args is not None:
+            # Building the parser of a command takes longer than parsing.
+            self.commands = (next(iter(args)),)
         super().__init__(
             LoRALightningModule,
             SnakeJSONLDataModule,
@@ -95,8 +110,7 @@ class SnakeCLI(LightningCLIInternals):
             parser_kwargs=self.parser_settings(),
         )
 
-    @classmethod
-    def parser_settings(cls) -> dict[str, Any]:
+    def parser_settings(self) -> dict[str, Any]:
         """Return the constructor arguments of the parser of all commands, and by command those of its parser."""
         return {"prog": PROG, "description": "Train a language model to play Snake from written heuristics."} | {
             command: {
@@ -104,20 +118,13 @@ class SnakeCLI(LightningCLIInternals):
                 "description": LIGHTNING_COMMANDS[command],
                 "usage": f"{PROG} {command} [options]",
             }
-            for command in cls.subcommands()
+            for command in self.commands
         }
 
-    @staticmethod
     @override
-    def subcommands() -> dict[str, set[str]]:
-        # Checkpoints are always read without pickle, so `weights_only` is not an option; --adapter names an adapter.
-        evaluation = {"model", "dataloaders", "datamodule", "ckpt_path", "verbose", "weights_only"}
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": evaluation,
-            "test": evaluation,
-            "predict": evaluation | {"return_predictions"},
-        }
+    # Lightning calls this static method of its class on the instance.
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {command: _SKIPPED_ARGUMENTS[command] for command in self.commands}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -174,7 +181,7 @@ class SnakeCLI(LightningCLIInternals):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if args is None:
-            raise _ParsersBuilt({command: self.command_parser(command) for command in self.subcommands()})
+            raise _ParsersBuilt({command: self.command_parser(command) for command in self.commands})
         if isinstance(args, Mapping):
             self.config = _parse_settings(parser, args)
         else:

@@ -44,17 +44,13 @@ def training_parsers() -> dict[str, LightningArgumentParser]:
 class MemoryCLI(SnakeCLI):
     """A ``fit`` that prints an estimate of its memory instead of training."""
 
-    @classmethod
+    commands = ("fit",)
+
     @override
-    def parser_settings(cls) -> dict[str, Any]:
+    def parser_settings(self) -> dict[str, Any]:
         settings = super().parser_settings()
         settings["fit"] |= {"description": LIGHTNING_COMMANDS["memory"], "usage": f"{PROG} memory [options]"}
         return settings
-
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": SnakeCLI.subcommands()["fit"]}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
