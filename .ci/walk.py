@@ -1,13 +1,15 @@
 """Run README's commands in order, in a copy of the project with a fresh virtual environment and an empty cache.
 
-    python3 .ci/walk.py DIRECTORY
+    python3 .ci/walk.py DIRECTORY [SECTION...]
 
+Given sections, only those run; a directory of earlier sections is continued.
 Trains the real base model with few steps and games; the log shows each command as it was run. Continues after a command
 that fails, and ends with the list of failed commands.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -37,9 +39,14 @@ def copy_project(target: Path) -> None:
 
 
 def adapters(project: Path) -> list[Path]:
-    """Return the adapter directories of all runs so far, the newest first."""
+    """Return the newest adapter directory, then those on the same base: others cannot play against it."""
     found = project.glob("logs/extensions/models/*/*/*/lora_adapters/model_artifacts")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    newest_first = sorted(found, key=lambda path: (path / "adapter_model.safetensors").stat().st_mtime, reverse=True)
+    bases = {}
+    for path in newest_first:
+        metadata = json.loads((path / "adapter_metadata.json").read_text())
+        bases[path] = metadata["base_model"], metadata["quantization"]
+    return [path for path in newest_first if bases[path] == bases[newest_first[0]]]
 
 
 def filled_in(command: list[str], project: Path, cache: Path) -> list[str]:
@@ -53,15 +60,16 @@ def main() -> int:
     """Run the commands; return the exit code."""
     directory = Path(sys.argv[1]).absolute()
     project, cache = directory / "snake_lora_pl", directory / "cache"
-    copy_project(project)
-    venv.create(directory / "venv", with_pip=True)
+    if not directory.exists():
+        copy_project(project)
+        venv.create(directory / "venv", with_pip=True)
     hub = FakeHub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))},
         "PATH": f"{directory / 'venv' / 'bin'}:{os.environ['PATH']}",
         "SNAKE_LORA_PL_CACHE": str(cache),
-        "PIP_QUIET": "1",
+        "PIP_QUIET": "2",
         # A local hub that implements LFS uploads only, for `push`.
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
@@ -70,7 +78,8 @@ def main() -> int:
     }
 
     failed = []
-    examples = [e for e in documented.examples(documented.README) if e.section in SECTIONS and e.language == "bash"]
+    sections = sys.argv[2:] or SECTIONS
+    examples = [e for e in documented.examples(documented.README) if e.section in sections and e.language == "bash"]
     for example in examples:
         for command in documented.commands(example):
             words = filled_in(documented.shortened(command), project, cache)

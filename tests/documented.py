@@ -74,6 +74,7 @@ SMALL_RUN = {
     "--play.max_steps": "3",
     "--data.generated_games": "4",
     "--data.batch_size": "2",
+    "--model.max_new_tokens": "4",
 }
 """Options that make a run short; of two equal options the last one wins."""
 
@@ -101,6 +102,8 @@ def shortened(command: list[str]) -> list[str]:
         extra["--trainer.max_steps"] = "3" if "--ckpt_path" in given else "2"
         extra["--trainer.val_check_interval"] = "2"
         extra["--trainer.check_val_every_n_epoch"] = "null"
+        extra["--num_sample_rows"] = "1"
+        extra["--play.final_games"] = "2"
     if "shira.yaml" in given:
         # The tiny model of the tests has fewer weights per layer than the preset's rank trains.
         extra["--model.lora.rank"] = "4"

@@ -121,7 +121,7 @@ def filled_in(command: tuple[str, ...], adapter_dir: Path) -> list[str]:
     words = [values.get(word, word) for word in command]
     name = (documented.arguments(words) or [""])[0]
     if name in LIGHTNING_COMMANDS and "--help" not in words:
-        words += ["--trainer.accelerator=cpu", "--model.dtype=float32", "--model.max_new_tokens=4"]
+        words += ["--trainer.accelerator=cpu", "--model.dtype=float32"]
     return words
 
 
