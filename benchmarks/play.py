@@ -134,7 +134,7 @@ def open_policy(adapter: str, dtype: str) -> Iterator[LanguageModelPolicy]:
     """Load this project's player."""
     import torch
 
-    from snake_lora_pl.api.player import load_player
+    from snake_lora_pl.player import load_player
 
     player = load_player(adapter, dtype=dtype, device="cpu", max_new_tokens=MAX_NEW_TOKENS)
     with torch.no_grad():

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snake_lora_pl.adapters.config import LoRAConfig
     from snake_lora_pl.adapters.factory import AdapterFactory
-    from snake_lora_pl.api.player import Player, load_player
     from snake_lora_pl.api.training import TrainingResult, train_on_heuristic_data
     from snake_lora_pl.data.datamodule import SnakeJSONLDataModule
     from snake_lora_pl.evaluation.callbacks.play_evaluation import PlayEvaluation
     from snake_lora_pl.evaluation.settings import PlaySettings
+    from snake_lora_pl.player import Player, load_player
     from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
@@ -24,10 +24,10 @@ _EXPORTS = {
     "LoRALightningModule": "snake_lora_pl.training.module",
     "PlayEvaluation": "snake_lora_pl.evaluation.callbacks.play_evaluation",
     "PlaySettings": "snake_lora_pl.evaluation.settings",
-    "Player": "snake_lora_pl.api.player",
+    "Player": "snake_lora_pl.player",
     "SnakeJSONLDataModule": "snake_lora_pl.data.datamodule",
     "TrainingResult": "snake_lora_pl.api.training",
-    "load_player": "snake_lora_pl.api.player",
+    "load_player": "snake_lora_pl.player",
     "train_on_heuristic_data": "snake_lora_pl.api.training",
 }
 

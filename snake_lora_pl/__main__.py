@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": "snake_lora_pl.cli.commands.generate",
     "audit": "snake_lora_pl.cli.commands.audit",
     "adapters": "snake_lora_pl.cli.commands.adapters",
+    "watch": "snake_lora_pl.cli.commands.watch",
     "report": "snake_lora_pl.cli.commands.report",
     "merge": "snake_lora_pl.cli.commands.merge",
     "export": "snake_lora_pl.cli.commands.export",

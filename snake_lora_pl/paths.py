@@ -113,6 +113,13 @@ class RunPaths:
         return max(runs, key=lambda run: run.run_dir.parent.name, default=None)
 
     @classmethod
+    def with_adapters(cls, root: str | os.PathLike[str]) -> list[RunPaths]:
+        """Return the runs below ``root`` that have saved an adapter, the newest first."""
+        found = Path(root).glob("logs/extensions/models/grid-size-*/*/*/lora_adapters/model_artifacts")
+        runs = [cls(path.parent.parent) for path in found]
+        return sorted(runs, key=lambda run: run.run_dir.parts[-2:], reverse=True)
+
+    @classmethod
     def of_checkpoint(cls, checkpoint_path: str | os.PathLike[str]) -> RunPaths | None:
         """Return the run of a checkpoint file, or None if the file is not in the ``checkpoints/`` of a run."""
         directory = Path(checkpoint_path).absolute().parent

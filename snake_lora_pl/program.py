@@ -24,6 +24,7 @@ LIGHT_COMMANDS = {
     "generate": "write seeded games of a teacher as training rows",
     "audit": "describe a data set before training on it",
     "adapters": "list the adapters under a directory",
+    "watch": "serve a local web page on which an adapter plays live",
     "report": "write the HTML report of a run: curves, games, moves, completions, config",
     "merge": "write an adapter and its base as one plain Hugging Face model directory",
     "export": "write an adapter and its base as a GGUF file for llama.cpp and Ollama",

@@ -40,6 +40,7 @@ class Tab:
         self._id = 0
         self._session: str | None = None
         self._events: list[dict[str, Any]] = []
+        self._url = "about:blank"
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -74,14 +75,15 @@ class Tab:
             self._events.append(message)
         return message
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Open a file in a window of the given size and color scheme, and wait until it is drawn."""
+    def open(self, page: Path | str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """Open a file or an address in a window of the given size and color scheme, and wait until it is drawn."""
         self._events.clear()
+        self._url = page if isinstance(page, str) else page.as_uri()
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=self._url)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._read()
         self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -92,6 +94,18 @@ class Tab:
         if "exceptionDetails" in result:
             raise RuntimeError(json.dumps(result["exceptionDetails"]))
         return result["result"].get("value")
+
+    def wait_for(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true.
+
+        Raises:
+            TimeoutError: If it does not become true.
+        """
+        end = time.monotonic() + _TIMEOUT_S
+        while not self.run(f"Boolean({condition})"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"not true within {_TIMEOUT_S:.0f} s: {condition}")
+            time.sleep(0.02)
 
     def press(self, key: str) -> None:
         """Press a key."""
@@ -105,7 +119,7 @@ class Tab:
 
     @property
     def problems(self) -> list[str]:
-        """Console errors and warnings, exceptions, and requests other than for the document itself."""
+        """Console errors and warnings, exceptions, and requests other than for the document and to its own server."""
         self.run("0")  # wait for pending events
         found = []
         for event in self._events:
@@ -117,6 +131,8 @@ class Tab:
             elif event["method"] == "Log.entryAdded":
                 found.append(f"log: {params['entry']['text']}")
             elif event["method"] == "Network.requestWillBeSent" and params["type"] != "Document":
+                if self._url.startswith("http") and params["request"]["url"].startswith(self._url):
+                    continue
                 found.append(f"request: {params['request']['url']}")
         return found
 

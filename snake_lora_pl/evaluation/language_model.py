@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from snake_lora_pl.decoding.lockstep_decoder import common_prefix_length
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.evaluation.policy import Answer, reading_problems
 from snake_lora_pl.game.board import Board, Move
-from snake_lora_pl.game.text import Style, read_move
+from snake_lora_pl.game.text import Style, find_move, read_move
 from snake_lora_pl.models.limits import ModelLimits
 
 if TYPE_CHECKING:
@@ -157,6 +158,47 @@ class LanguageModelPolicy:
             return [self._best_move(row, board) for row, board in zip(logits, boards, strict=True)]
         texts = map(self._decode_completion, decoders[grid_size].complete(prompts))
         return [Answer(read_move(text), text) for text in texts]
+
+    def prompt_text(self, board: Board) -> str:
+        """Return the text that the model reads for a board: the prompt in its template, with special tokens."""
+        return self._decode(self._encode([board])[0], skip_special_tokens=False)
+
+    def move_probabilities(self, board: Board) -> dict[Move, float] | None:
+        """Return the probability that the model gives to each move's name where its completion names the move.
+
+        The context is the prompt and the completion up to the name of the move, which in styles with bare moves is the
+        prompt alone. A name of several tokens has the product of their probabilities. The probabilities are shares of
+        all possible texts, so they sum to 1 minus the probability of other text.
+
+        Returns:
+            The probabilities; None if the completion has no conclusion, or the model cannot read the prompt.
+        """
+        answer = self.answer([board], [0])[0]
+        prompt = self._encode([board])[0]
+        if self._uses_score:
+            start, names = self._shared_ids, {move: [token] for move, token in self._move_ids.items()}
+        else:
+            found = find_move(answer.completion)
+            if found is None and self._style.write_completion(board, Move.UP) != Move.UP.name:
+                return None
+            start, names = self._tokenize_moves(answer.completion[: found[1]] if found else "")
+        if not self._fits(prompt + self._shared_ids):
+            return None
+        contexts = dict.fromkeys(tuple(names[move][:end]) for move in Move for end in range(len(names[move])))
+        with self._open_session() as session, self._inference():
+            logits = session.decoders[board.size].next_logits([[*prompt, *start, *context] for context in contexts])
+            rows = dict(zip(contexts, logits.float().log_softmax(-1), strict=True))
+            scores = {
+                move: sum(float(rows[tuple(ids[:end])][token]) for end, token in enumerate(ids))
+                for move, ids in names.items()
+            }
+        return {move: math.exp(score) for move, score in scores.items()}
+
+    def _tokenize_moves(self, text: str) -> tuple[list[int], dict[Move, list[int]]]:
+        """Return the tokens that a text followed by each move's name begins with, and the other tokens of each."""
+        encoded = [cast(list[int], self._tokenizer(text + m.name, add_special_tokens=False)["input_ids"]) for m in Move]
+        num_shared = common_prefix_length(*encoded)
+        return encoded[0][:num_shared], {move: ids[num_shared:] for move, ids in zip(Move, encoded, strict=True)}
 
     def check_prompts(self, grid_size: int) -> None:
         """Check that the model can read and complete the prompts of a game's first positions.

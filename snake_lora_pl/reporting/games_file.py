@@ -32,24 +32,28 @@ def write_games(path: str | os.PathLike[str], results: Sequence[PlayerResult]) -
     with open_durably(path, "w", encoding="utf-8") as file:
         for result in results:
             for game in result.games:
-                line = {
-                    "player": result.name,
-                    "reading": result.reading,
-                    "seed": game.seed,
-                    "grid_size": game.recording.size,
-                    "end": game.end.value,
-                    "apples": game.num_apples,
-                    "steps": game.num_steps,
-                    "frames": list(_frames(game)),
-                }
-                file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+                file.write(game_line(result.name, result.reading, game.seed, game.recording, game.judgments))
 
 
-def _frames(game: PlayedGame) -> Iterator[dict[str, Any]]:
-    for index, frame in enumerate(game.recording.frames):
+def game_line(player: str, reading: str, seed: int, recording: Recording, judgments: Sequence[Judgment]) -> str:
+    """Return the line of a game in the file; ``end`` is null in a game that was interrupted."""
+    game = {
+        "player": player,
+        "reading": reading,
+        "seed": seed,
+        "grid_size": recording.size,
+        "end": None if recording.end is None else recording.end.value,
+        "apples": recording.num_apples(-1),
+        "steps": len(recording.frames) - 1,
+        "frames": list(_frames(recording, judgments)),
+    }
+    return json.dumps(game, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _frames(recording: Recording, judgments: Sequence[Judgment]) -> Iterator[dict[str, Any]]:
+    for index, frame in enumerate(recording.frames):
         position = {"head": frame.board.head, "trail": frame.board.trail, "apple": frame.board.apple}
-        has_move = index < len(game.judgments)
-        yield position | _decision(frame, game.judgments[index]) if has_move else position
+        yield position | _decision(frame, judgments[index]) if index < len(judgments) else position
 
 
 def _decision(frame: Frame, judgment: Judgment) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def read_games(path: str | os.PathLike[str]) -> Iterator[SavedGame]:
         for line in map(json.loads, file):
             frames = tuple(_read_frame(line["grid_size"], frame) for frame in line["frames"])
             title = f"{line['player']}, game {line['seed']}"
-            yield SavedGame(line["player"], line["seed"], Recording(frames, End(line["end"]), title))
+            end = None if line["end"] is None else End(line["end"])
+            yield SavedGame(line["player"], line["seed"], Recording(frames, end, title))
 
 
 def _read_frame(size: int, frame: dict[str, Any]) -> Frame:

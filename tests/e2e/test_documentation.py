@@ -46,6 +46,7 @@ NOT_RUN = {
     "eval": "tests/cli/commands/test_completion.py",
 }
 OTHER_TESTS = dict.fromkeys(["ddp.yaml", "fsdp.yaml"], "tests/e2e/test_processes.py")
+OTHER_TESTS |= dict.fromkeys(["watch", "scripts/record_gif"], "tests/e2e/test_watch.py")
 
 
 def _commands() -> dict[tuple[str, ...], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,46 @@ def test_score_chooses_the_most_likely_move_at_the_first_different_token(
             parting = next(i for i in range(len(ids)) if len({tuple(t[: i + 1]) for t in _all_moves(encoder)}) > 1)
             scores[move] = logits[len(prompt) + parting - 1, ids[parting]].item()
         assert answer.move == max(scores, key=scores.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("style", "completion", "context"),
+    [
+        ("compact", "UP", ""),
+        ("compact", "42", ""),
+        ("bfs-512", "Moving UP\n\nConclusion: The move is: UP", "Moving UP\n\nConclusion: The move is: "),
+    ],
+)
+def test_probabilities_of_moves_are_those_at_the_place_of_the_conclusion(
+    model: LlamaForCausalLM,
+    encoder: Encoder,
+    style: str,
+    completion: str,
+    context: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, board = make_policy(model, encoder, style, max_new_tokens=4), boards(2)[1]
+    with policy.playing():
+        policy.answer([board], [0])
+        monkeypatch.setattr(policy, "answer", lambda boards, seeds: [Answer(Move.UP, completion)])
+        probabilities = policy.move_probabilities(board)
+    prompt = encoder.encode_prompt(get_style(style).write_prompt(board))
+    start = len(encoder.tokenizer(context, add_special_tokens=False)["input_ids"]) if context else 0
+    assert probabilities is not None
+    assert 0 < sum(probabilities.values()) < 1
+    for move in Move:
+        ids = encoder.tokenizer(context + move.name, add_special_tokens=False)["input_ids"]
+        # The blank before the name may belong to the token of the name.
+        first = next(i for i in range(len(ids)) if len(encoder.tokenizer.decode(ids[: i + 1])) > len(context))
+        assert first <= start
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        score = sum(logits[len(prompt) + i - 1, ids[i]].item() for i in range(first, len(ids)))
+        assert probabilities[move] == pytest.approx(math.exp(score), rel=1e-3)
+
+
+def test_completion_without_conclusion_has_no_probabilities(model: LlamaForCausalLM, encoder: Encoder) -> None:
+    assert make_policy(model, encoder, "bfs-512", max_new_tokens=2).move_probabilities(boards(1)[0]) is None
 
 
 def _all_moves(encoder: Encoder) -> list[list[int]]:

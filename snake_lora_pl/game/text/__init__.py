@@ -11,6 +11,7 @@ from snake_lora_pl.game.text.compact import Compact
 from snake_lora_pl.game.text.move_lines import MOVE_LINES_STYLES, MoveLines
 from snake_lora_pl.game.text.parsing import (
     BoardReader,
+    find_move,
     find_style,
     read_announced_move,
     read_board,
@@ -47,6 +48,7 @@ __all__ = [
     "Style",
     "check_claims",
     "check_completion",
+    "find_move",
     "find_style",
     "get_style",
     "read_announced_move",

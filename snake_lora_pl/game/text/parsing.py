@@ -22,13 +22,20 @@ def read_move(completion: str) -> Move | None:
     This is the move of the last line of the form ``Conclusion: The move is: X`` or ``Conclusion: X``, or a completion
     that consists of a move's name. Any other completion has no move: None.
     """
+    found = find_move(completion)
+    return None if found is None else found[0]
+
+
+def find_move(completion: str) -> tuple[Move, int] | None:
+    """Return the move that a completion concludes with, and the index of its name; None if it has no move."""
     start = completion.rfind(_CONCLUSION)
     while start >= 0:
         match = _CONCLUSION_PATTERN.match(completion, start)
         if match is not None and (start == 0 or completion[start - 1] == "\n"):
-            return Move[match[1]]
+            return Move[match[1]], match.start(1)
         start = completion.rfind(_CONCLUSION, 0, start)
-    return Move.__members__.get(completion.strip(" \t\r\n"))
+    name = completion.strip(" \t\r\n")
+    return (Move[name], completion.index(name)) if name in Move.__members__ else None
 
 
 def read_announced_move(completion: str) -> Move | None:
