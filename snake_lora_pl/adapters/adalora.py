@@ -37,7 +37,7 @@ def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     from peft import AdaLoraConfig, get_peft_model
 
     adalora = config.adalora
-    targets = resolve_target_modules(base_model, config.target_modules)
+    targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     peft_config = AdaLoraConfig(
         target_r=config.rank,
         init_r=adalora.initial_rank or math.ceil(1.5 * config.rank),

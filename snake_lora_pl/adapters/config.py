@@ -12,6 +12,8 @@ from snake_lora_pl.models.quantization import QuantizationConfig
 
 ALL_LINEAR = "all-linear"
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+UPPER_HALF = "upper_half"
+_LAYERS_PATTERN = re.compile(rf"\d{{1,4}}-\d{{1,4}}|{UPPER_HALF}")
 
 # PEFT names its default initialization `true`.
 _INITS = "true, gaussian, orthogonal, olora, pissa, pissa_niter_N (N iterations)"
@@ -81,6 +83,8 @@ class LoRAConfig:
         target_modules: Names of the layers to adapt; each must exist. ``all-linear`` selects every linear layer except
             the LM head; any other string is a regular expression over full module names. The default, the attention
             projections, is replaced by the equivalent of other architectures (GPT-2: ``c_attn``).
+        layers: Transformer layers to adapt, from 0 at the embeddings: a list of indices, a range ``FIRST-LAST``, or
+            ``upper_half``; all if None. Layers below the first adapted one need no backward pass.
         use_rslora: Scale by ``alpha / sqrt(rank)``, for high ranks (https://arxiv.org/abs/2312.03732).
         use_dora: Train magnitude and direction of each weight separately; slower (https://arxiv.org/abs/2402.09353).
         init_lora_weights: Initialization of A and B: ``true`` (A uniform, B zero), ``gaussian`` (A normal, B zero),
@@ -101,6 +105,7 @@ class LoRAConfig:
     alpha: float = 32
     dropout: float = 0.05
     target_modules: list[str] | str = field(default_factory=lambda: list(ATTENTION_PROJECTIONS))
+    layers: list[int] | str | None = None
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
@@ -121,6 +126,14 @@ class LoRAConfig:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.target_modules:
             problems.append(f"target_modules is empty: name layers, or '{ALL_LINEAR}'")
+        if self.layers is not None and not (
+            _LAYERS_PATTERN.fullmatch(self.layers)
+            if isinstance(self.layers, str)
+            else self.layers and all(index >= 0 for index in self.layers)
+        ):
+            problems.append(
+                f"layers must be a list of indices from 0, a range such as 15-29, or {UPPER_HALF}, not {self.layers!r}"
+            )
         if self.init_lora_weights is not True and not _INIT_PATTERN.fullmatch(str(self.init_lora_weights)):
             problems.append(f"init_lora_weights must be one of {_INITS}, not '{self.init_lora_weights}'")
         elif self.use_dora and self.starts_from_base:

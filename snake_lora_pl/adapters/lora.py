@@ -24,7 +24,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = resolve_target_modules(base_model, config.target_modules)
+    targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

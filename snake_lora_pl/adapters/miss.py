@@ -27,7 +27,7 @@ def build_miss(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     """
     from peft import MissConfig, get_peft_model
 
-    targets = resolve_target_modules(base_model, config.target_modules)
+    targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     layers = selected_layers(base_model, targets)
     check_are_linear("miss", layers)
     for name, layer in layers.items():

@@ -35,7 +35,7 @@ def build_shira(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     """
     from peft import ShiraConfig, get_peft_model
 
-    targets = resolve_target_modules(base_model, config.target_modules)
+    targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     layers = selected_layers(base_model, targets)
     check_are_linear("shira", layers)
     for name, layer in layers.items():

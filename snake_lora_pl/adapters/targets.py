@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS
+from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS, UPPER_HALF
 from snake_lora_pl.adapters.patterns import problem_with_pattern
 from snake_lora_pl.adapters.peft_internals import default_target_modules, is_adapter_layer, matches_layer_pattern
 from snake_lora_pl.errors import UserError, did_you_mean
@@ -33,16 +33,64 @@ _MIXERS = {
 _HEAD_GATES = {"a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 
 
-def resolve_target_modules(base_model: PreTrainedModel, target_modules: list[str] | str) -> list[str] | str:
+def resolve_target_modules(
+    base_model: PreTrainedModel, target_modules: list[str] | str, layers: list[int] | str | None = None
+) -> list[str] | str:
     """Return the ``target_modules`` to pass to PEFT: each matches a layer that can be trained, and no other layer.
 
     Args:
         base_model: The model to adapt.
         target_modules: As in ``LoRAConfig.target_modules``.
+        layers: As in ``LoRAConfig.layers``.
 
     Raises:
-        UserError: If a name or the pattern matches no layer that can be trained; the message lists those.
+        UserError: If a name or the pattern matches no layer that can be trained, or a layer does not exist; the message
+            lists those that do.
     """
+    targets = _resolve_in_all_layers(base_model, target_modules)
+    if layers is None:
+        return targets
+    # Full names, because PEFT's `layers_to_transform` does not work with patterns, nor in all adapter types.
+    names = list(selected_layers(base_model, targets))
+    wanted = _layer_indices(base_model, layers, names)
+    selected = [name for name in names if _layer_index(name) in wanted]
+    # A name can match in other layers only, in models that alternate two kinds of layers.
+    is_default = tuple(target_modules) == ATTENTION_PROJECTIONS
+    named = [] if is_default or isinstance(target_modules, str) else target_modules
+    missing = [target for target in named if not _matches(target, selected)]
+    if missing or not selected:
+        unmatched = ", ".join(missing) or "model.lora.target_modules"
+        raise UserError(
+            f"model.lora.layers: {unmatched} matches nothing in layers {layers}. Select other layers, or other modules "
+            "with model.lora.target_modules."
+        )
+    return selected
+
+
+def _layer_index(name: str) -> int | None:
+    """Return the index in the name of a module: the first part that is a number, as in PEFT."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _layer_indices(base_model: PreTrainedModel, layers: list[int] | str, names: list[str]) -> set[int]:
+    known = [index for name in names if (index := _layer_index(name)) is not None]
+    num_layers = getattr(text_config(base_model), "num_hidden_layers", None) or max(known, default=-1) + 1
+    if layers == UPPER_HALF:
+        return set(range(num_layers // 2, num_layers))
+    if isinstance(layers, str):
+        first, last = (int(part) for part in layers.split("-"))
+        wanted = set(range(first, last + 1))
+    else:
+        first, last = min(layers), max(layers)
+        wanted = set(layers)
+    if not wanted or last >= num_layers:
+        raise UserError(
+            f"model.lora.layers: {layers} is not within the layers of {type(base_model).__name__}, 0-{num_layers - 1}."
+        )
+    return wanted
+
+
+def _resolve_in_all_layers(base_model: PreTrainedModel, target_modules: list[str] | str) -> list[str] | str:
     decoder = text_decoder(base_model)
     linear_names = [name for name, module in base_model.named_modules() if _is_linear(base_model, module)]
     names = [name for name in linear_names if _is_trainable(base_model, decoder, name)]

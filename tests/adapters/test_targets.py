@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +109,53 @@ def test_adapters_of_a_multimodal_model_are_on_its_text_decoder_only(model_type:
     assert names
     assert all(name.startswith("model.language_model.") for name in names)
     assert without_gradient(model) == []
+
+
+def layer_numbers(model: PeftModel) -> set[int]:
+    return {int(re.search(r"\.(\d+)\.", name)[1]) for name in adapted_names(model)}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(None, {0, 1}), ([1], {1}), ([0], {0}), ("0-1", {0, 1}), ("1-1", {1}), ("upper_half", {1})]
+)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", r".*\.mlp\.\w+"])
+def test_adapter_is_on_the_selected_layers_only(layers: Any, expected: set[int], targets: Any) -> None:
+    model = AdapterFactory.create(
+        "lora", build_model("llama"), LoRAConfig(rank=2, layers=layers, target_modules=targets)
+    )
+    assert layer_numbers(model) == expected
+    everywhere = AdapterFactory.create("lora", build_model("llama"), LoRAConfig(rank=2, target_modules=targets))
+    assert last_parts(model) == last_parts(everywhere)
+
+
+@pytest.mark.parametrize("adapter_type", ["adalora", "miss", "shira"])
+def test_every_adapter_type_can_select_layers(adapter_type: str) -> None:
+    config = LoRAConfig(rank=2, layers=[1])
+    model = AdapterFactory.create(adapter_type, build_model("llama"), _without_scale(adapter_type, config))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".1." in name for name in trained)
+
+
+def _without_scale(adapter_type: str, config: LoRAConfig) -> LoRAConfig:
+    dropout = {"shira": {"dropout": LoRAConfig().dropout}}.get(adapter_type, {})
+    return dataclasses.replace(config, alpha=LoRAConfig().alpha, **dropout)
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 7], "1-2", "1-0"])
+def test_layers_that_do_not_exist_are_refused_with_those_that_do(layers: Any) -> None:
+    with pytest.raises(UserError, match=r"^model\.lora\.layers: .*0-1") as caught:
+        AdapterFactory.create("lora", build_model("llama"), LoRAConfig(rank=2, layers=layers))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_match_in_other_layers_only_are_refused() -> None:
+    config = LoRAConfig(rank=2, layers=[0], target_modules=["model.layers.1.self_attn.q_proj"])
+    with pytest.raises(UserError, match=r"^model\.lora\.layers: model\.layers\.1\.self_attn\.q_proj"):
+        AdapterFactory.create("lora", build_model("llama"), config)
+
+
+@pytest.mark.parametrize("layers", [[], [-1], "", "3", "1-", "upper", "5:"])
+def test_other_syntax_of_layers_is_refused(layers: Any) -> None:
+    with pytest.raises(UserError, match=r"^model\.lora: layers .*upper_half"):
+        LoRAConfig(layers=layers)

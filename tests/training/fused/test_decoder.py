@@ -250,3 +250,25 @@ def test_fusion_obstacles_are_named() -> None:
         obstacle = fusion_obstacle(model)
         assert obstacle is not None, expected
         assert expected in obstacle
+
+
+def test_layers_below_the_lowest_adapter_have_no_graph() -> None:
+    model, batch = (
+        make_model("llama", [".".join(["model.layers.1.self_attn", name]) for name in ATTENTION]),
+        make_batch(),
+    )
+    packed = pack(*batch)
+    assert packed is not None
+    decoder = FusedDecoder(model)
+    requires_grad = []
+    run = decoder._run
+
+    def record(layer: Any, x: Tensor, *args: Any) -> Tensor:
+        requires_grad.append(x.requires_grad)
+        return run(layer, x, *args)
+
+    decoder._run = record  # type: ignore[method-assign]
+    states = decoder.target_states(packed)
+    assert requires_grad == [False, False]  # the inputs of both layers
+    assert states.requires_grad
+    assert_same(model, fused_loss(model, *batch), plain_loss(model, *batch), 1e-5)
