@@ -25,6 +25,7 @@ from snake_lora_pl.adapters.adapter_type import AdapterType, adapter_tensors
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.metadata import AdapterMetadata
+from snake_lora_pl.collectives import gather_objects
 from snake_lora_pl.constants import DEFAULT_BASE_MODEL
 from snake_lora_pl.decoding.generate_decoder import GenerateDecoder
 from snake_lora_pl.errors import UserError
@@ -35,6 +36,7 @@ from snake_lora_pl.models.text_decoder import text_decoder
 from snake_lora_pl.models.transformers_internals import commit_hash, enable_activation_checkpointing
 from snake_lora_pl.training import checks
 from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_memory
+from snake_lora_pl.training.base_compute import MIN_SPEEDUP, BaseCompute, int8_obstacle, measure_speedup
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, fusion_obstacle
 from snake_lora_pl.training.logit_transform import IDENTITY, candidate_transforms
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FLOAT_USES = "The adapter is validated, played and saved for the float base."
 # Fields of the PEFT config that scale the adapter's output, by their names in LoRAConfig.
 _SCALE_FIELDS = {"alpha": "lora_alpha", "use_rslora": "use_rslora", "alpha_pattern": "alpha_pattern"}
 
@@ -98,6 +101,9 @@ class LoRALightningModule(pl.LightningModule):
         fused_layers: Whether packed rows run through layers with hand-written forward and backward passes for a frozen
             base. ``auto`` uses them if architecture and adapter allow it (the log gives the reason if not), ``always``
             fails if they do not, ``never`` uses the model's own layers.
+        base_compute: Type of products with the frozen base in training: ``float`` (that of ``dtype``), ``int8`` (on
+            CPUs with AVX512-VNNI, in fused layers; gradients become approximate), or ``auto``: int8 if a product
+            measured at the start is faster in it. Validation, play and the saved adapter use the float base.
         compile_layers: Compile the model's own layers with ``torch.compile``, which takes minutes at the start and pays
             off in long runs on a GPU. Set ``data.pad_to_multiple_of`` to ``data.max_length`` so that all batches have
             one shape. Excludes fused layers.
@@ -127,6 +133,7 @@ class LoRALightningModule(pl.LightningModule):
         max_new_tokens: int = 192,
         loss_chunk_tokens: int = 512,
         fused_layers: Literal["auto", "always", "never"] = "auto",
+        base_compute: BaseCompute = "float",
         compile_layers: bool = False,
         on_nonfinite: OnNonfinite = "error",
         text_metrics: Metric | None = None,
@@ -160,11 +167,13 @@ class LoRALightningModule(pl.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.loss_chunk_tokens = loss_chunk_tokens
         self.fused_layers = fused_layers
+        self.base_compute = base_compute
         self.compile_layers = compile_layers
         self.on_nonfinite = on_nonfinite
         self.text_metrics = text_metrics
 
         self._fused: FusedDecoder | None = None
+        self._trains_in_int8 = False
         self._logit_transform = IDENTITY
         self.model: PeftModel | None = None
         self.tokenizer: Any = None
@@ -213,6 +222,8 @@ class LoRALightningModule(pl.LightningModule):
                 )
         else:
             self.model = AdapterFactory.create(self.adapter_type, self.base_spec, self.lora, **options)
+        if trainer is not None and is_fit:
+            self.choose_base_compute(trainer.strategy.root_device.type)
         self.prepare_for_training()
         self._check_model()
         data: Any = getattr(trainer, "datamodule", None)
@@ -279,12 +290,84 @@ class LoRALightningModule(pl.LightningModule):
         if self._fused is None:
             self._prepare_own_layers()
 
+    def choose_base_compute(self, device_type: str) -> None:
+        """Choose float or int8 for products with the base; needs the model but not its weights.
+
+        Args:
+            device_type: Device that trains.
+
+        Raises:
+            UserError: If int8 is set and impossible.
+        """
+        if self.base_compute == "float":
+            return
+        obstacle = self._int8_obstacle(device_type)
+        if obstacle is not None:
+            if self.base_compute == "int8":
+                raise UserError(f"model.base_compute is 'int8', but {obstacle}. Set 'auto' or 'float'.")
+            logger.info("Products with the base are computed in float: %s.", obstacle)
+            return
+        if self.base_compute == "int8":
+            self._trains_in_int8 = True
+            logger.info("Products with the base are computed in int8 (model.base_compute). %s", _FLOAT_USES)
+            return
+        speedup = measure_speedup(self.peft_model.get_base_model().config, self._compute_dtype)
+        trainer = self._attached_trainer
+        if trainer is not None:  # ranks must agree
+            speedup = min(gather_objects(trainer, speedup))
+        self._trains_in_int8 = speedup >= MIN_SPEEDUP
+        logger.info(
+            "Products with the base are computed in %s: int8 is %.2f times as fast as %s (at least %.1f is needed). %s",
+            "int8" if self._trains_in_int8 else "float",
+            speedup,
+            str(self._compute_dtype).removeprefix("torch."),
+            MIN_SPEEDUP,
+            _FLOAT_USES if self._trains_in_int8 else "",
+        )
+
+    @property
+    def trains_in_int8(self) -> bool:
+        """True if products with the base are computed in int8."""
+        return self._trains_in_int8
+
+    def _int8_obstacle(self, device_type: str) -> str | None:
+        if self.fused_layers == "never" or self.compile_layers:
+            return "fused layers are off (model.fused_layers, model.compile_layers)"
+        obstacle = self._fusion_obstacle()
+        if obstacle is not None:
+            return f"the model cannot be fused: {obstacle}"
+        return int8_obstacle(device_type, self._compute_dtype)
+
+    def _fusion_obstacle(self) -> str | None:
+        return "its weights are sharded" if self._sharded_strategy else fusion_obstacle(self.peft_model)
+
+    def _restore_base_compute(self, was_int8: bool) -> None:
+        """Resume with the choice of the run that wrote the checkpoint, unless the setting is another one."""
+        if was_int8 == self._trains_in_int8:
+            return
+        obstacle = self._int8_obstacle(self.device.type) if was_int8 else None
+        if self.base_compute != "auto" or obstacle is not None:
+            logger.warning(
+                "The run that wrote the checkpoint computed products with the base in %s; it resumes in %s%s.",
+                "int8" if was_int8 else "float",
+                "int8" if self._trains_in_int8 else "float",
+                "" if obstacle is None else f": {obstacle}",
+            )
+            return
+        self._trains_in_int8 = was_int8
+        self._fused = self._fuse()
+        logger.info("Products with the base are computed in %s, as before the resume.", "int8" if was_int8 else "float")
+
     def _fuse(self) -> FusedDecoder | None:
         if self.fused_layers == "never" or self.compile_layers:
             return None
-        obstacle = "its weights are sharded" if self._sharded_strategy else fusion_obstacle(self.peft_model)
+        obstacle = self._fusion_obstacle()
         if obstacle is None:
-            return FusedDecoder(self.peft_model, gradient_checkpointing=self.gradient_checkpointing)
+            return FusedDecoder(
+                self.peft_model,
+                gradient_checkpointing=self.gradient_checkpointing,
+                trains_in_int8=self._trains_in_int8,
+            )
         if self.fused_layers == "always":
             raise UserError(f"model.fused_layers is 'always', but the model cannot be fused: {obstacle}. Set 'auto'.")
         logger.info("Training uses the model's own layers, not fused ones: %s.", obstacle)
@@ -640,6 +723,7 @@ class LoRALightningModule(pl.LightningModule):
         if self.trainer.is_global_zero:  # the only rank that writes
             checkpoint["adapter_identity"] = self._identity()
         checkpoint["nonfinite"] = self._nonfinite.state_dict()
+        checkpoint["trains_in_int8"] = self._trains_in_int8
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -653,6 +737,8 @@ class LoRALightningModule(pl.LightningModule):
             own = self.trainer.strategy.broadcast(self._identity() if self.trainer.is_global_zero else {})
             checks.check_checkpoint_identity(checkpoint["adapter_identity"], own)
         self._adapter_state = checkpoint.get("adapter_state")
+        if self.trainer.state.fn == "fit":
+            self._restore_base_compute(checkpoint.get("trains_in_int8", False))
         if "nonfinite" in checkpoint:
             self._nonfinite.load_state_dict(checkpoint["nonfinite"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from snake_lora_pl.training.fused.attention import HeadLayout, attend
 from snake_lora_pl.training.fused.functions import NormProjection, ProjectionResidual, SwiGLU
+from snake_lora_pl.training.fused.int8 import Int8Projection
 from snake_lora_pl.training.fused.projection import Projection
 from snake_lora_pl.training.packing import PackedBatch
 from snake_lora_pl.training.torch_internals import has_forward_hooks
@@ -69,6 +70,30 @@ class _Layer:
     gate_up: Projection
     down: Projection
 
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The projections by field, in the order in which they run."""
+        return {
+            "qkv": self.qkv,
+            "attention_output": self.attention_output,
+            "gate_up": self.gate_up,
+            "down": self.down,
+        }
+
+    @property
+    def is_trained(self) -> bool:
+        """True if an adapter changes this layer."""
+        return any(projection.factors for projection in self.projections.values())
+
+    def in_int8(self, input_has_gradient: bool) -> _Layer:
+        """Return this layer with products in int8."""
+        has_gradient = input_has_gradient
+        projections: dict[str, Any] = {}
+        for name, projection in self.projections.items():
+            projections[name] = Int8Projection(projection, needs_input_gradient=has_gradient)
+            has_gradient = has_gradient or bool(projection.factors)
+        return replace(self, **projections)
+
 
 class FusedDecoder:
     """Forward pass of a Llama-like decoder over a packed batch.
@@ -78,9 +103,10 @@ class FusedDecoder:
     Args:
         peft_model: A model for which ``fusion_obstacle`` returns None.
         gradient_checkpointing: Keep only the input of each layer and recompute the layer in the backward pass.
+        trains_in_int8: Multiply by the frozen weights in int8 where gradients are computed, and in float elsewhere.
     """
 
-    def __init__(self, peft_model: Any, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, peft_model: Any, *, gradient_checkpointing: bool = False, trains_in_int8: bool = False) -> None:
         self._decoder = peft_model.get_base_model().base_model
         self._gradient_checkpointing = gradient_checkpointing
         config = self._decoder.config
@@ -99,6 +125,12 @@ class FusedDecoder:
             )
             for layer in self._decoder.layers
         ]
+        self._training_layers = self._layers
+        if trains_in_int8:
+            self._training_layers, has_gradient = [], False
+            for layer in self._layers:
+                self._training_layers.append(layer.in_int8(has_gradient))
+                has_gradient = has_gradient or layer.is_trained
 
     def target_states(self, batch: PackedBatch) -> Tensor:
         """Return the hidden state, after the last norm, that predicts each target; (num_targets, hidden_size)."""
@@ -108,8 +140,9 @@ class FusedDecoder:
             x = decoder.embed_tokens(batch.token_ids)  # (T, hidden_size)
             cos, sin = decoder.rotary_emb(x[None], batch.position_ids[None])
             cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)  # (T, 1, head_size)
-            for index, layer in enumerate(self._layers):
-                is_last = index == len(self._layers) - 1
+            layers = self._training_layers if torch.is_grad_enabled() else self._layers
+            for index, layer in enumerate(layers):
+                is_last = index == len(layers) - 1
                 if self._gradient_checkpointing and torch.is_grad_enabled():
                     x = torch.utils.checkpoint.checkpoint(
                         self._run, layer, x, cos, sin, batch, is_last, use_reentrant=False

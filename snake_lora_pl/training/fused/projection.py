@@ -34,6 +34,7 @@ class Projection:
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
         self._linears: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
@@ -62,7 +63,7 @@ class Projection:
         layer, _ = self._lora[0]
         return float(getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0.0)) if layer.training else 0.0
 
-    def _base(self) -> tuple[Tensor, Tensor | None]:
+    def base(self) -> tuple[Tensor, Tensor | None]:
         """Return the layers' weights as one tensor of shape (out_features, in_features), and their biases."""
         if len(self._linears) == 1:
             return self._linears[0].weight, self._linears[0].bias
@@ -81,6 +82,18 @@ class Projection:
                 )
         return self._weight, self._bias
 
+    def _base_product(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the output of the frozen layers, plus ``residual``; shape (T, out_features)."""
+        weight, bias = self.base()
+        if residual is None:
+            return F.linear(x, weight, bias)
+        return torch.addmm(residual if bias is None else residual + bias, x, weight.t())
+
+    def _base_input_gradient(self, grad: Tensor) -> Tensor:
+        """Return the part of the input's gradient that passes through the frozen layers; shape (T, in_features)."""
+        weight, _ = self.base()
+        return grad @ weight
+
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], residual: Tensor | None = None
     ) -> tuple[Tensor, LowRank | None]:
@@ -94,11 +107,7 @@ class Projection:
         Returns:
             The output, (T, out_features), and the intermediates for ``backward``, or None without LoRA.
         """
-        weight, bias = self._base()
-        if residual is None:
-            output = F.linear(x, weight, bias)  # (T, out_features)
-        else:
-            output = torch.addmm(residual if bias is None else residual + bias, x, weight.t())
+        output = self._base_product(x, residual)
         if not factors:
             return output, None
         kept, kept_scale = None, 1.0
@@ -126,8 +135,7 @@ class Projection:
         Returns:
             The gradient of the input, (T, in_features), or None; and the gradients of the factors.
         """
-        weight, _ = self._base()
-        grad_x = grad @ weight if needs_input else None
+        grad_x = self._base_input_gradient(grad) if needs_input else None
         if low_rank is None or x is None:
             return grad_x, []
         grad_product = torch.empty_like(low_rank.product)  # (T, sum of ranks)

@@ -51,7 +51,7 @@ class MemoryEstimate:
     Attributes:
         device: ``cpu`` or ``cuda``.
         process: Interpreter, libraries and their buffers; 0 on a GPU, where only tensors are counted.
-        weights: Frozen base model.
+        weights: Frozen base model, and its copies in int8 if training multiplies in int8.
         adapter: Trained parameters.
         gradients: Gradients of the trained parameters.
         optimizer: Moments of the optimizer.
@@ -96,6 +96,8 @@ def estimate_memory(module: LoRALightningModule, batch: dict[str, Any], device_t
     row, position = max((batch["labels"] != IGNORE_INDEX).nonzero().tolist(), key=lambda index: index[1])
     ModelLimits.of(twin.model).check_row(batch["sources"][row], position + 1)
     adapter = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad)
+    with _only_warnings("snake_lora_pl"):
+        twin.choose_base_compute(device_type)
     with _only_warnings("snake_lora_pl"), _FakeStep() as step:
         step.replace_parameters(twin.model)
         twin.prepare_for_training()

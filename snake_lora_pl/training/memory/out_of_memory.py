@@ -71,6 +71,8 @@ def _suggest(trainer: pl.Trainer, module: Any, batch_size: int | str) -> Iterato
         yield f"set --data.batch_size={smaller} --trainer.accumulate_grad_batches={accumulate}"
     if not module.gradient_checkpointing:
         yield "set --model.gradient_checkpointing=true"
+    if module.trains_in_int8:  # the copies come in addition to the weights
+        yield "set --model.base_compute=float"
     if module.adapter_type == "lora" and module.adapter_path is None:
         yield "set --model.adapter_type=qlora"
     yield "reduce data.max_length, or choose a smaller model.base_model"

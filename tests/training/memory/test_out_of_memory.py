@@ -55,6 +55,18 @@ def test_other_errors_are_not_changed(make_module, tmp_path: Path) -> None:
         raise RuntimeError("shapes do not match")
 
 
+def test_message_suggests_float_if_copies_in_int8_take_memory(make_module, tmp_path: Path) -> None:
+    module = make_module()
+    for trains_in_int8 in (False, True):
+        module._trains_in_int8 = trains_in_int8
+        with (
+            pytest.raises(UserError) as caught,
+            explain_out_of_memory(make_trainer(tmp_path), module, SimpleNamespace(batch_size=8)),
+        ):
+            raise OUT_OF_MEMORY
+        assert ("--model.base_compute=float" in str(caught.value)) == trains_in_int8
+
+
 def test_message_has_available_memory_and_cause(message_of) -> None:
     message = message_of(7 * 2**30)
     assert "7.0 GiB" in message
