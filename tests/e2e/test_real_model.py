@@ -22,15 +22,24 @@ from snake_lora_pl.paths import RunPaths, base_model_cache_dir
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/heuristics_v0.04/grid-size-10/bfs-512/BFS-512_dataset.jsonl"
 
 
-def fetch_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetch the base model into a cache of the test's own, or skip where nothing can be fetched."""
-    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(tmp_path / "cache"))
-    try:
-        prepare_base_model("smollm2-135m")
-    except UserError as error:
-        if "cannot download" not in str(error):  # a wrong hash or a failed conversion is a failure
-            raise
-        pytest.skip(f"the base model cannot be fetched here: {error}")
+@pytest.fixture(scope="module")
+def fetched_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the base model; skips the test where it cannot be fetched."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SNAKE_LORA_PL_CACHE", str(cache))
+        try:
+            prepare_base_model("smollm2-135m")
+        except UserError as error:
+            if "cannot download" not in str(error):  # a wrong hash or a failed conversion is a failure
+                raise
+            pytest.skip(f"the base model cannot be fetched here: {error}")
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def _in_fetched_cache(fetched_cache: Path, _isolated_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNAKE_LORA_PL_CACHE", str(fetched_cache))
 
 
 @pytest.mark.slow
@@ -39,7 +48,6 @@ def test_the_real_model_learns_from_real_rows_and_its_adapter_loads_in_plain_pef
     bfs512_sample_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fetch_base_model(tmp_path, monkeypatch)
     rows = SHARED_ROWS if SHARED_ROWS.is_file() else bfs512_sample_path
 
     arguments = ["--config", "balanced.yaml", "--config", "quickstart.yaml", f"--data.train_path={rows}"]
@@ -75,12 +83,11 @@ def test_the_real_model_learns_from_real_rows_and_its_adapter_loads_in_plain_pef
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_llama_cpp_s_own_converter_writes_the_merged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_s_own_converter_writes_the_merged_weights(tmp_path: Path) -> None:
     try:
         find_converter()
     except UserError as error:
         pytest.skip(str(error))
-    fetch_base_model(tmp_path, monkeypatch)
     model = AdapterFactory.create("lora", "smollm2-135m", LoRAConfig(rank=4), dtype="float32")
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -100,8 +100,7 @@ def test_bad_input(case: Case, sandbox: Sandbox, runner: Runner, good_run: Path)
     assert snapshot(*protected, exclude=sandbox.root) == before
 
 
-SUBPROCESS_CASES = ["row: nested 100,000 deep", "file: an endless device", "config: not UTF-8",
-                    "flag: --data.batch_size=0"]  # fmt: skip
+SUBPROCESS_CASES = ["row: nested 100,000 deep", "file: an endless device", "config: not UTF-8"]
 
 
 @pytest.mark.parametrize("name", SUBPROCESS_CASES)

@@ -248,7 +248,7 @@ def test_resumed_run_continues_the_same_run_on_the_server(tmp_path: Path, wandb_
 def test_server_lost_during_a_run_is_a_warning(
     tmp_path: Path, wandb_home: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, finished_run: FinishedRun
 ) -> None:
-    wandb_home.setattr(wandb_logger, "_FINISH_TIMEOUT_S", 20.0)
+    wandb_home.setattr(wandb_logger, "_FINISH_TIMEOUT_S", 5.0)
     wandb_home.setattr(wandb_logger, "_GRAPHQL_RETRIES", 2)
     wandb_home.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)
     with serving() as server:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.models.quantization import QuantizationConfig, weight_bytes
 from snake_lora_pl.training.memory.estimate import _CPU_FRAGMENTATION, blank_batch, estimate_memory, unconfigured_copy
@@ -160,15 +159,6 @@ def test_quantized_base_is_counted_as_stored(
     assert estimate.activations == pytest.approx(allocated_peak(module, batch, tmp_path / "trace.json"), rel=0.1)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert estimate.weights == pytest.approx(weight_bytes(module.peft_model) - 4 * trained, rel=0.05)
-
-
-def test_saved_adapter_has_the_estimate_of_a_new_one(make_module, tmp_path: Path) -> None:
-    module = make_module(lora=LoRAConfig(rank=8))
-    module.configure_model()
-    store.save(module.peft_model, tmp_path / "adapter", module.adapter_metadata(), module.tokenizer)
-    batch = blank_batch(4, 32, 16)
-    saved = estimate_memory(make_module(adapter_path=str(tmp_path / "adapter")), batch)
-    assert saved == estimate_memory(module, batch)
 
 
 def test_unconfigured_copy_has_the_same_settings(make_module) -> None:
