@@ -7,6 +7,7 @@ have generated itself. A complete row leaves the batch, and the last row takes i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -145,7 +146,9 @@ class LockstepDecoder:
         drafts = []
         for row in rows:
             num_left = self._max_new_tokens - len(row.completion.tokens) - 1
-            drafts.append(self._drafter.draft(row.completion.tokens, min(max_tokens, num_left)))
+            draft = self._drafter.draft(row.completion.tokens, min(max_tokens, num_left))
+            # The token before EOS predicts EOS, so reading EOS would generate nothing.
+            drafts.append(list(itertools.takewhile(lambda draft_token: draft_token.token != self._eos_id, draft)))
         width = best_width(drafts, self._pass_cost_tokens)
         draft_ids = [[draft_token.token for draft_token in draft[: width - 1]] for draft in drafts]
         tokens = [[row.last_token, *ids] for row, ids in zip(rows, draft_ids, strict=True)]

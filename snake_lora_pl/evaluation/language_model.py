@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Number of boards whose target completions the drafter learns first; later it learns the model's completions.
 _NUM_DRAFTER_BOARDS = 16
+
+# Answers that are remembered: about 100 MB with a long prompt and completion each.
+_MAX_ANSWERS = 2**16
 
 
 class LanguageModelPolicy:
@@ -107,8 +110,11 @@ class LanguageModelPolicy:
         The adapter is merged, the model is in eval mode and the prefix of the prompts is cached, so the weights must
         not change meanwhile. Afterwards the weights are restored bit for bit.
         """
-        with self._open_session():
+        with self._open_session() as session:
             yield
+            if session.num_decoded < session.num_asked:
+                share = 1 - session.num_decoded / session.num_asked
+                logger.info("%s: %.0f%% of %d moves from equal prompts", self.name, 100 * share, session.num_asked)
 
     @contextlib.contextmanager
     def _open_session(self) -> Iterator[_Session]:
@@ -134,28 +140,38 @@ class LanguageModelPolicy:
     def answer(self, boards: Sequence[Board], seeds: Sequence[int]) -> list[Answer]:
         """Return the model's completion and move on each board; greedy decoding does not use the seeds."""
         with self._open_session() as session, self._inference():
-            # Equal boards have equal answers, so a snake that circles until it starves is decoded for one round only.
-            new = [board for board in dict.fromkeys(boards) if board not in session.answers]
+            # Greedy decoding is a function of the prompt. Prompts that do not contain the board repeat in other games,
+            # and a snake that circles until it starves is decoded for one round only.
+            questions = [self._ask(board) for board in boards]
+            answers = {question: session.answers[question] for question in questions if question in session.answers}
+            new = {q: board for q, board in zip(questions, boards, strict=True) if q not in answers}
             for start in range(0, len(new), self._max_batch):
-                batch = new[start : start + self._max_batch]
-                session.answers.update(zip(batch, self._answer_batch(batch, session.decoders), strict=True))
-            return [session.answers[board] for board in boards]
+                batch = dict(itertools.islice(new.items(), start, start + self._max_batch))
+                answers.update(zip(batch, self._answer_batch(batch, session.decoders), strict=True))
+            session.remember({question: answers[question] for question in new}, len(questions))
+            return [answers[question] for question in questions]
 
-    def _answer_batch(self, boards: Sequence[Board], decoders: dict[int, Decoder]) -> list[Answer]:
-        if not boards:
+    def _ask(self, board: Board) -> _Question:
+        legal_moves = tuple(board.legal_moves()) if self._legal_mask else None
+        return _Question(board.size, self._style.write_prompt(board), legal_moves)
+
+    def _answer_batch(self, questions: dict[_Question, Board], decoders: dict[int, Decoder]) -> list[Answer]:
+        if not questions:
             return []
-        grid_size = boards[0].size
+        grid_size = next(iter(questions)).grid_size
         if grid_size not in decoders:
             self.check_prompts(grid_size)
-            decoders[grid_size] = self._make_decoder(boards)
-        prompts = [ids + self._shared_ids for ids in self._encode(boards)]
+            decoders[grid_size] = self._make_decoder(list(questions.values()))
+        encoded = self._encode_prompts([question.prompt for question in questions])
+        prompts = [ids + self._shared_ids for ids in encoded]
         fits = [self._fits(ids) for ids in prompts]
         if not all(fits):
-            answers = iter(self._answer_batch([b for b, fit in zip(boards, fits, strict=True) if fit], decoders))
+            fitting = {q: board for (q, board), fit in zip(questions.items(), fits, strict=True) if fit}
+            answers = iter(self._answer_batch(fitting, decoders))
             return [next(answers) if fit else Answer(None, "") for fit in fits]
         if self._uses_score:
             logits = decoders[grid_size].next_logits(prompts)
-            return [self._best_move(row, board) for row, board in zip(logits, boards, strict=True)]
+            return [self._best_move(row, question.legal_moves) for row, question in zip(logits, questions, strict=True)]
         texts = map(self._decode_completion, decoders[grid_size].complete(prompts))
         return [Answer(read_move(text), text) for text in texts]
 
@@ -272,10 +288,9 @@ class LanguageModelPolicy:
             )
         return encoded[0][:num_shared], next_tokens
 
-    def _best_move(self, logits: Tensor, board: Board) -> Answer:
-        moves = board.legal_moves() if self._legal_mask else list(Move)
+    def _best_move(self, logits: Tensor, legal_moves: tuple[Move, ...] | None) -> Answer:
         # Without a legal move every move ends the game, so the mask does not apply.
-        best = max(moves or Move, key=lambda move: float(logits[self._move_ids[move]]))
+        best = max(legal_moves or Move, key=lambda move: float(logits[self._move_ids[move]]))
         return Answer(best, best.name)
 
     def _is_finished(self, tokens: list[int]) -> bool:
@@ -293,17 +308,43 @@ class LanguageModelPolicy:
         return text if completion.is_complete else text + "..."
 
 
+class _Question(NamedTuple):
+    """All that an answer depends on.
+
+    Attributes:
+        grid_size: Cells along one side of the board.
+        prompt: Text before the template.
+        legal_moves: Moves to choose from; None for all.
+    """
+
+    grid_size: int
+    prompt: str
+    legal_moves: tuple[Move, ...] | None
+
+
 @dataclass
 class _Session:
     """Cache while games are played.
 
     Attributes:
-        answers: Answers by board.
+        answers: The latest answers.
         decoders: Decoders by grid size.
+        num_asked: Number of boards.
+        num_decoded: Number of answers that the model gave; the others were remembered.
     """
 
-    answers: dict[Board, Answer] = field(default_factory=dict)
+    answers: dict[_Question, Answer] = field(default_factory=dict)
     decoders: dict[int, Decoder] = field(default_factory=dict)
+    num_asked: int = 0
+    num_decoded: int = 0
+
+    def remember(self, new: dict[_Question, Answer], num_asked: int) -> None:
+        """Add answers to a round of questions, and forget the oldest ones if there are too many."""
+        self.answers.update(new)
+        for question in list(itertools.islice(self.answers, max(0, len(self.answers) - _MAX_ANSWERS))):
+            del self.answers[question]
+        self.num_asked += num_asked
+        self.num_decoded += len(new)
 
 
 @contextlib.contextmanager

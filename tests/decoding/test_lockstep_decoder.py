@@ -153,6 +153,18 @@ def test_right_drafts_save_forward_passes(llama: PreTrainedModel, monkeypatch: p
         assert len(shapes) == num_passes  # the pass over the prompt generates the first token
 
 
+def test_eos_is_predicted_and_not_read(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompts()[0]
+    tokens, _ = generate(llama, prompt, 20)
+    eos = next(token for token in tokens[1:] if token != tokens[0])
+    expected = tokens[: tokens.index(eos)]
+    decoder = make_decoder(llama, Oracle([[*expected, eos]], 30))
+    monkeypatch.setattr(decoder, "_eos_id", eos)
+    shapes = count_passes(llama, monkeypatch)
+    assert complete(decoder, [prompt]) == [(expected, True)]
+    assert [width for _, width in shapes[1:]] == [len(expected)]
+
+
 def test_drafter_learns_completions(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(llama)
     shapes = count_passes(llama, monkeypatch)

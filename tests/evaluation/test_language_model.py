@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from snake_lora_pl.data.encoding import Encoder
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.evaluation import language_model
 from snake_lora_pl.evaluation.language_model import LanguageModelPolicy
 from snake_lora_pl.evaluation.policy import Answer
 from snake_lora_pl.game import Board, Game, Move
@@ -272,13 +274,63 @@ def test_changed_weights_are_used_in_the_next_games(adapted: PeftModel, encoder:
         weight.neg_()
 
 
+def count_decoded(policy: LanguageModelPolicy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that collects the number of prompts that are encoded and decoded together."""
+    nums: list[int] = []
+    encode = policy._encode_prompts
+    monkeypatch.setattr(policy, "_encode_prompts", lambda prompts: nums.append(len(prompts)) or encode(prompts))
+    return nums
+
+
+def test_different_boards_with_equal_prompts_are_decoded_once(
+    model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_prompt: dict[str, set[Board]] = {}
+    for cells in itertools.permutations(itertools.product(range(0, 10, 2), range(2)), 2):
+        board = Board(10, cells[:1], cells[1])
+        by_prompt.setdefault(get_style("cycle").write_prompt(board), set()).add(board)
+    same = list(max(by_prompt.values(), key=len))
+    assert len(same) > 1
+    policy = make_policy(model, encoder, "cycle", max_new_tokens=3)
+    num_decoded = count_decoded(policy, monkeypatch)
+    with policy.playing():
+        policy.check_prompts(10)
+        num_decoded.clear()
+        answers = policy.answer(same, range(len(same)))
+        assert policy.answer(same[::-1], range(len(same))) == answers
+    assert num_decoded[-1] == 1
+    expected = plain_completion(model, encoder, "cycle", same[0], 3)
+    assert {answer.completion for answer in answers} == {expected}
+
+
+def test_legal_mask_distinguishes_boards_with_equal_prompts(
+    model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, some = make_policy(model, encoder, "compact", reading="score", legal_mask=True), boards(6)
+    monkeypatch.setattr(policy._style, "write_prompt", lambda board: f"Snake{board.size}")
+    answers = policy.answer(some, range(6))
+    assert not set.intersection(*(set(board.legal_moves()) for board in some))
+    for board, answer in zip(some, answers, strict=True):
+        assert answer.move in board.legal_moves()
+
+
+def test_only_the_latest_answers_are_remembered(
+    model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "_MAX_ANSWERS", 2)
+    policy, some = make_policy(model, encoder, "compact", max_new_tokens=3), boards(3)
+    with policy.playing():
+        expected = policy.answer(some, range(3))
+        num_decoded = count_decoded(policy, monkeypatch)
+        assert policy.answer(some, range(3)) == expected
+    assert num_decoded == [1]
+
+
 def test_equal_boards_are_decoded_once_while_playing(
     model: LlamaForCausalLM, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, some = make_policy(model, encoder, "compact", max_new_tokens=3), boards(3)
-    num_decoded: list[int] = []
-    encode = policy._encode
-    monkeypatch.setattr(policy, "_encode", lambda boards: num_decoded.append(len(boards)) or encode(boards))
+    num_decoded = count_decoded(policy, monkeypatch)
     expected = policy.answer(some, range(3))
     with policy.playing():
         policy.answer(some[:1], [0])
