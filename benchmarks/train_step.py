@@ -14,7 +14,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -40,6 +40,7 @@ GROWTH_CHANGES: list[dict[str, int]] = [
     *({"rank": n} for n in (4, 64)),
 ]
 MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_"}
+"""Operators whose time counts as that of matrix products."""
 SQUARE_SIZE = 4096
 
 
@@ -52,7 +53,18 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="rows per step (default: 8)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each trainer (default: 5)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="dtype of the base of every trainer (default: bfloat16 if the machine computes it fast, else float32)",
+    )
+    parser.add_argument(
+        "--base_compute",
+        default="auto",
+        choices=["auto", "float", "int8"],
+        help="model.base_compute of this project in the comparison (default: auto)",
+    )
     parser.add_argument(
         "--against", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="trainers to compare with"
     )
@@ -69,12 +81,16 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    from snake_lora_pl.models import prepare_base_model
+    from snake_lora_pl.models import choose_dtype, prepare_base_model
 
+    options.dtype = str(choose_dtype(options.dtype, default_device().type)).removeprefix("torch.")
+    print(f"dtype of the base: {options.dtype}")
     prepare_base_model(options.base_model)
     results: dict[str, Any] = {"settings": settings_of(options)}
     if "comparison" in options.tables:
-        settings = TrainSettings(options.base_model, options.rows, options.batch_size, options.steps, options.dtype)
+        settings = TrainSettings(
+            options.base_model, options.rows, options.batch_size, options.steps, options.dtype, options.base_compute
+        )
         turns = run_interleaved(select_contenders(options.against), settings, options.rounds)
         results["contenders"] = print_comparison(turns, options.steps)
     if "growth" in options.tables:
@@ -187,6 +203,29 @@ def print_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def product_share(events: Iterable[Any], *, on_gpu: bool) -> float:
+    """Return the share of matrix products in the time of profiled events.
+
+    On a GPU, a kernel counts as a product if a matrix operator launched it. Its name does not say so: libraries name
+    their kernels differently for each generation of GPUs.
+
+    Args:
+        events: Averages by operator and, on a GPU, by kernel.
+        on_gpu: Whether to use times of the GPU.
+    """
+    from torch.autograd import DeviceType
+
+    products = total = 0.0
+    for event in events:
+        # An operator's time on the GPU is that of its kernels, which are events as well.
+        duration = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if (event.device_type != DeviceType.CPU) == on_gpu:
+            total += duration
+        if event.device_type == DeviceType.CPU and event.key in MATRIX_PRODUCTS:
+            products += duration
+    return products / total
+
+
 def print_share(options: argparse.Namespace) -> dict[str, float]:
     """Print the share of matrix products in the step, and its FLOP/s relative to a single large product."""
     import torch
@@ -215,17 +254,13 @@ def print_share(options: argparse.Namespace) -> dict[str, float]:
         product_durations.append(min_duration_s(multiply, square, num_repeats=2))
     with FlopCounterMode(display=False) as counter:
         step(batch)
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
         step(batch)
-    times = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profiler.key_averages()
-    }
-    product_time = sum(time for key, time in times.items() if key in MATRIX_PRODUCTS or "gemm" in key)
     seconds_per_step = statistics.median(step_durations)
     results = {
         "seconds_per_step": seconds_per_step,
-        "share_of_matrix_products": product_time / sum(times.values()),
+        "share_of_matrix_products": product_share(profiler.key_averages(), on_gpu=on_gpu),
         "flops_per_step": counter.get_total_flops(),
         "flops_per_second": counter.get_total_flops() / seconds_per_step,
         "plain_product_flops_per_second": 2 * SQUARE_SIZE**3 / statistics.median(product_durations),

@@ -22,6 +22,8 @@ from snake_lora_pl.constants import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
+    from snake_lora_pl.training.base_compute import BaseCompute
+
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
 LEARNING_RATE = 2e-4
 MAX_LENGTH = 512
@@ -38,6 +40,8 @@ class TrainSettings:
     batch_size: int
     steps_per_turn: int
     dtype: str
+    base_compute: BaseCompute = "auto"
+    """``model.base_compute`` of this project."""
 
     def read_rows(self, num_turns: int) -> list[dict[str, str]]:
         """Return the rows of a number of turns, in order."""
@@ -132,6 +136,7 @@ def run_ours(timer: TurnTimer, settings: TrainSettings, num_turns: int) -> None:
         learning_rate=LEARNING_RATE,
         warmup_steps=0,
         dtype=settings.dtype,
+        base_compute=settings.base_compute,
     )
     loader = DataLoader(
         examples,  # type: ignore[arg-type]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 from benchmarks.interleaved import Turn, TurnTimer, run_interleaved, speed_ratio
-from benchmarks.train_step import make_step, min_duration_s
+from benchmarks.train_step import make_step, min_duration_s, product_share
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,3 +57,18 @@ def exit_in_second_turn(timer: TurnTimer, first_units: int, num_turns: int) -> N
 def test_a_contender_that_exits_early_is_named() -> None:
     with pytest.raises(SystemExit, match="'b'"):
         run_interleaved({"a": count_turns, "b": exit_in_second_turn}, 10, num_rounds=3)
+
+
+def test_share_of_products_counts_kernels_by_the_operator_that_launched_them() -> None:
+    def event(key: str, duration: float, device: DeviceType = DeviceType.CPU) -> Any:
+        return SimpleNamespace(
+            key=key, self_cpu_time_total=duration, self_device_time_total=duration, device_type=device
+        )
+
+    kernels = [
+        event("nvjet_tst_128x256", 6, DeviceType.CUDA),
+        event("vectorized_elementwise_kernel", 2, DeviceType.CUDA),
+    ]
+    operators = [event("aten::addmm", 6), event("aten::mul", 2), event("aten::linear", 0)]
+    assert product_share([*kernels, *operators], on_gpu=True) == 0.75
+    assert product_share([event("aten::mm", 3), event("aten::mul", 1)], on_gpu=False) == 0.75
