@@ -1,6 +1,8 @@
-"""Moves per second of games in lockstep, compared with one game at a time by ``generate`` of transformers and PEFT.
+"""Moves per second of games in lockstep, compared with ``generate`` of transformers and PEFT.
 
     python -m benchmarks.play --adapter path/to/model_artifacts
+
+``generate`` plays one game at a time, games in batches, and games in batches whose common prefix is computed once.
 
 Without ``--adapter``, an adapter is trained for a few steps first: the speed depends only on the format of its
 completions. The contenders take turns (see ``interleaved``) on the CPU and play the same games, which start with snakes
@@ -97,7 +99,7 @@ class GameSlots:
 
 
 class PlainModel:
-    """The obvious implementation with transformers and PEFT: one prompt, one call of ``generate``."""
+    """Implementation with transformers and PEFT: prompts of one or more games in one call of ``generate``."""
 
     def __init__(self, adapter: str, dtype: str) -> None:
         from peft import PeftModel
@@ -115,18 +117,54 @@ class PlainModel:
 
     def complete(self, board: Board) -> str:
         """Return the model's completion for a board."""
+        return self.complete_batch([board])[0]
+
+    def complete_batch(self, boards: list[Board], *, cache_prefix: bool = False) -> list[str]:
+        """Return the model's completions, of prompts that are padded on the left.
+
+        Args:
+            boards: The boards.
+            cache_prefix: Whether to compute the tokens that all prompts begin with once, for all rows.
+        """
         import torch
 
-        ids = torch.tensor([self.encoder.encode_prompt(self.style.write_prompt(board))])
+        prompts = [self.encoder.encode_prompt(self.style.write_prompt(board)) for board in boards]
+        prefix = prompts[0][: common_prefix_length(prompts)] if cache_prefix else []
+        width = max(len(prompt) for prompt in prompts)
+        # Padding is between the prefix and the rest of a prompt, so that the prefix has the same positions in all rows.
+        gaps = [width - len(prompt) for prompt in prompts]
+        rows = [
+            prefix + [self.tokenizer.pad_token_id] * gap + p[len(prefix) :]
+            for p, gap in zip(prompts, gaps, strict=True)
+        ]
+        ids, mask = torch.tensor(rows), torch.ones((len(rows), width), dtype=torch.int64)
+        for row, gap in zip(mask, gaps, strict=True):
+            row[len(prefix) : len(prefix) + gap] = 0
         with torch.no_grad():
+            cache = {"past_key_values": self._cache_of(prefix, len(rows))} if prefix else {}
             output = self.model.generate(
                 input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
+                **cache,
             )
-        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return [self.tokenizer.decode(row[width:], skip_special_tokens=True) for row in output]
+
+    def _cache_of(self, prefix: list[int], num_rows: int) -> Any:
+        """Return the keys and values of a prefix for a number of equal rows."""
+        import torch
+
+        cache = self.model(input_ids=torch.tensor([prefix]), use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(num_rows)
+        return cache
+
+
+def common_prefix_length(prompts: list[list[int]]) -> int:
+    """Return how many tokens all prompts begin with, without the last token of the shortest."""
+    longest = min(len(prompt) for prompt in prompts) - 1
+    return next((i for i in range(longest) if len({prompt[i] for prompt in prompts}) > 1), longest)
 
 
 @contextlib.contextmanager
@@ -152,6 +190,22 @@ def run_generate(timer: TurnTimer, settings: PlaySettings, num_turns: int, *, nu
         for slot in range(num_games):
             for _ in range(settings.num_moves):
                 slots.play(slot, read_move(model.complete(slots.games[slot].board)))
+        _stop(timer, settings, slots)
+
+
+def run_batched_generate(
+    timer: TurnTimer, settings: PlaySettings, num_turns: int, *, num_games: int, cache_prefix: bool
+) -> None:
+    """Play games in batches with ``PlainModel``."""
+    from snake_lora_pl.game import read_move
+
+    model = PlainModel(settings.adapter, settings.dtype)
+    slots = GameSlots(num_games, settings.max_start_length)
+    for _ in range(num_turns):
+        timer.start()
+        for _ in range(settings.num_moves):
+            for slot, completion in enumerate(model.complete_batch(slots.boards, cache_prefix=cache_prefix)):
+                slots.play(slot, read_move(completion))
         _stop(timer, settings, slots)
 
 
@@ -263,6 +317,13 @@ def main() -> None:
         "--games", type=int, nargs="+", default=[1, 16, 64], help="numbers of games in lockstep (default: 1 16 64)"
     )
     parser.add_argument("--plain_games", type=int, default=4, help="games played by generate (default: 4)")
+    parser.add_argument(
+        "--batched_games",
+        type=int,
+        nargs="*",
+        default=[16],
+        help="numbers of games in a batch of generate, without and with a cached prefix (default: 16)",
+    )
     parser.add_argument("--moves", type=int, default=1, help="moves of each game in a turn (default: 1)")
     parser.add_argument("--longest", type=int, default=20, help="maximum initial length of a snake (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each contender (default: 5)")
@@ -274,7 +335,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         adapter = options.adapter or train_adapter(Path(directory), options.style, options.train_steps)
-        contenders = {GENERATE: partial(run_generate, num_games=options.plain_games)}
+        contenders: dict[str, Any] = {GENERATE: partial(run_generate, num_games=options.plain_games)}
+        for n in options.batched_games:
+            for suffix, cache_prefix in (("", False), (", cached prefix", True)):
+                contenders[f"generate, {n} games{suffix}"] = partial(
+                    run_batched_generate, num_games=n, cache_prefix=cache_prefix
+                )
         contenders |= {f"lockstep, {n} games": partial(run_lockstep, num_games=n) for n in options.games}
         settings = PlaySettings(adapter, options.moves, options.longest, options.dtype)
         results = report(run_interleaved(contenders, settings, options.rounds), options)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
+from benchmarks import play
 from benchmarks.interleaved import Turn, TurnTimer, run_interleaved, speed_ratio
+from benchmarks.play import GameSlots, PlainModel, common_prefix_length
 from benchmarks.train_step import make_step, min_duration_s, product_share
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,3 +74,25 @@ def test_share_of_products_counts_kernels_by_the_operator_that_launched_them() -
     operators = [event("aten::addmm", 6), event("aten::mul", 2), event("aten::linear", 0)]
     assert product_share([*kernels, *operators], on_gpu=True) == 0.75
     assert product_share([event("aten::mm", 3), event("aten::mul", 1)], on_gpu=False) == 0.75
+
+
+def test_batched_generate_completes_as_one_game_at_a_time_with_and_without_a_cached_prefix(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from snake_lora_pl.data.encoding import Encoder
+    from snake_lora_pl.game import get_style
+    from snake_lora_pl.models import load_base_model, load_tokenizer
+
+    monkeypatch.setattr(play, "MAX_NEW_TOKENS", 6)
+    model = PlainModel.__new__(PlainModel)  # without an adapter
+    model.tokenizer, model.style = load_tokenizer(str(tiny_llama_dir)), get_style("compact")
+    model.encoder = Encoder(model.tokenizer, "instruction")
+    model.model = load_base_model(str(tiny_llama_dir), dtype="float32").eval()
+    boards = GameSlots(4, 12).boards
+    prompts = [model.encoder.encode_prompt(model.style.write_prompt(board)) for board in boards]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    assert common_prefix_length(prompts) > 0
+    expected = [model.complete(board) for board in boards]
+    assert len(set(expected)) > 1
+    assert model.complete_batch(boards) == expected
+    assert model.complete_batch(boards, cache_prefix=True) == expected
