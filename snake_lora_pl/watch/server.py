@@ -8,6 +8,7 @@ that name. The ``Origin`` header, which browsers add to each POST, must be that 
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 from collections.abc import Awaitable, Callable
 from importlib import resources
@@ -151,13 +152,12 @@ async def _change(request: Request, change: Callable[[dict[str, Any]], dict[str,
         body += chunk
         if len(body) > _MAX_BODY_BYTES:
             return JSONResponse({"error": "the request is too long"}, 413)
-    request._body = body
     try:
-        values = await request.json()
+        values = json.loads(body)
         if not isinstance(values, dict):
             raise UserError("send a JSON object")
         return JSONResponse(await run_in_threadpool(change, values))
-    except ValueError as error:  # a UserError, or invalid JSON
+    except (ValueError, RecursionError) as error:  # a UserError, or invalid JSON
         return JSONResponse({"error": str(error)}, 400)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -51,13 +52,17 @@ def test_requests_change_the_session(client: TestClient, session: WatchSession) 
 def test_invalid_value_is_an_error_that_changes_nothing(
     client: TestClient, session: WatchSession, path: str, body: object
 ) -> None:
-    import json
-
     before = session.state
     response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]
     assert session.state == before
+
+
+@pytest.mark.parametrize("body", ["", "{", "[" * 4000, "\xff"])
+def test_body_that_is_not_json_is_refused(client: TestClient, body: str) -> None:
+    response = client.post("/api/move", content=body.encode("latin-1"), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
 
 
 @pytest.mark.parametrize(
