@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +18,11 @@ from snake_lora_pl.game import STYLES, read_move
 from snake_lora_pl.game.seeds import FIRST_PLAY_SEED, GAMES_PER_SEED
 from snake_lora_pl.imitation.callback import Imitation
 from snake_lora_pl.paths import RunPaths
-from tests.e2e.test_processes import RECORDER
+from tests.ranks import Prepare, record_collectives, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 RUN_PATTERN = "logs/extensions/models/grid-size-5/llm_finetune_v0.03_*/snake_reasoning"
-HANGS_S = 300
 
 # Rounds after steps 4 and 8; validations after steps 5 and 10; checkpoints after every third step.
 FLAGS = [
@@ -204,18 +201,6 @@ def test_rounds_have_the_style_of_the_training_rows(fit: Fit, tmp_path: Path, st
         assert read_move(row["completion"]) is not None
 
 
-def run_processes(root: Path, *flags: str, launcher: tuple[str, ...] = ("-m", "snake_lora_pl")) -> RunPaths:
-    """Run ``fit`` in new processes and return its only run."""
-    command = [sys.executable, *launcher, "fit", "--config=balanced.yaml", "--config=imitate.yaml", f"--root={root}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *FLAGS, *flags], capture_output=True, text=True, timeout=HANGS_S, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run_dir,) = root.glob(RUN_PATTERN)
-    return RunPaths(run_dir)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("num_games", [3, 1], ids=["unequal-shares", "a-rank-without-games"])
@@ -224,14 +209,18 @@ def test_two_ranks_equal_one_process_and_resume_exactly(
 ) -> None:
     flags = [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}", "--model.lora.dropout=0"]
     flags += ["--play.final_games=0", f"--imitate.num_games={num_games}"]
-    single = run_processes(tmp_path / "single", *flags)
+    two = ["--config=ddp.yaml", "--trainer.devices=2", "--data.batch_size=2"]
     records = tmp_path / "records"
     records.mkdir()
-    recorder = tmp_path / "recorder.py"
-    recorder.write_text(RECORDER.format(directory=str(records)))
-    flags += ["--config=ddp.yaml", "--trainer.devices=2", "--data.batch_size=2"]
-    pair = run_processes(tmp_path / "pair", *flags, launcher=(str(recorder),))
 
+    def run(root: Path, *more: str, num_ranks: int = 2, prepare: Prepare | None = None) -> RunPaths:
+        command = ["fit", "--config=balanced.yaml", "--config=imitate.yaml", f"--root={root}", *FLAGS, *flags, *more]
+        run_ranks(root, command, num_ranks, prepare)
+        (run_dir,) = root.glob(RUN_PATTERN)
+        return RunPaths(run_dir)
+
+    single = run(tmp_path / "single", num_ranks=1)
+    pair = run(tmp_path / "pair", *two, prepare=functools.partial(record_collectives, directory=records))
     assert read_rounds(pair) == read_rounds(single)
     for row, other in zip(read_metrics(pair), read_metrics(single), strict=True):
         for metric in row.keys() & other.keys():
@@ -243,6 +232,6 @@ def test_two_ranks_equal_one_process_and_resume_exactly(
     shutil.copytree(tmp_path / "pair", tmp_path / "resumed")
     (run_dir,) = (tmp_path / "resumed").glob(RUN_PATTERN)
     checkpoint = min((run_dir / "checkpoints").glob("epoch*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
-    resumed = run_processes(tmp_path / "resumed", *flags, f"--ckpt_path={checkpoint}")
+    resumed = run(tmp_path / "resumed", *two, f"--ckpt_path={checkpoint}")
     assert differences(pair.run_dir, resumed.run_dir) == []
     assert read_rounds(resumed) == read_rounds(pair)

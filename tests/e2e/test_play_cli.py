@@ -7,8 +7,6 @@ import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from snake_lora_pl.__main__ import main
 from snake_lora_pl.adapters import store
 from snake_lora_pl.paths import GamesPaths, RunPaths
 from snake_lora_pl.reporting.games_file import read_games
+from tests.ranks import run_ranks
 from tests.small_run import small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -273,8 +272,8 @@ def test_two_ranks_play_the_same_games_as_one(run: RunPaths, flags: list[str], t
     tables = []
     for num_devices in (1, 2):
         arguments = ["test", "--config", "balanced.yaml", *flags, "--adapter", str(run.artifacts_dir), "--games=3"]
-        arguments += [f"--trainer.devices={num_devices}", "--trainer.strategy=ddp"]
-        subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=120)
+        arguments += [f"--trainer.devices={num_devices}", f"--trainer.strategy={'ddp' if num_devices == 2 else 'auto'}"]
+        run_ranks(tmp_path, arguments) if num_devices == 2 else main(arguments)
         table = check_games(run.games, ["adapter", "base", "bfs", "random_legal"], 3)
         table.pop("moves_per_second")
         tables.append(table)
@@ -285,7 +284,7 @@ def test_two_ranks_play_the_same_games_as_one(run: RunPaths, flags: list[str], t
 def test_two_ranks_fit_and_play(flags: list[str], tmp_path: Path) -> None:
     arguments = ["fit", "--config", "balanced.yaml", *flags, "--trainer.max_steps=2", "--trainer.devices=2"]
     arguments += ["--trainer.strategy=ddp", "--play.val_games=3", "--play.final_games=3"]
-    subprocess.run([sys.executable, "-m", "snake_lora_pl", *arguments], check=True, cwd=tmp_path, timeout=120)
+    run_ranks(tmp_path, arguments)
     (run_dir,) = tmp_path.glob(RUN_PATTERN)
     check_games(RunPaths(run_dir).games, ["adapter", "base", "bfs", "random_legal"], 3)
     with open(RunPaths(run_dir).metrics_path, newline="") as file:

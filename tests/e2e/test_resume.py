@@ -29,6 +29,7 @@ from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths, sibling_lock_path
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from snake_lora_pl.training.module import LoRALightningModule
+from tests.ranks import run_ranks, started_ranks, wait_for_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -337,13 +338,6 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for a command and return its stderr."""
-    _, written = process.communicate(timeout=200)
-    assert process.returncode == code, written
-    return written
-
-
 @pytest.fixture(scope="module")
 def run_of_two(
     tiny_llama_dir: Path, rows_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -353,33 +347,31 @@ def run_of_two(
     arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
     arguments += ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=1.0"]
     root = tmp_path_factory.mktemp("run-of-two")
-    end(start(root, *arguments))
+    run_ranks(root, arguments)
     (run_dir,) = root.glob(RUN_PATTERN)
     return arguments, run_dir
 
 
+def wait_for_checkpoint(root: Path, is_running: Callable[[], bool]) -> None:
+    while not any(root.glob(f"{RUN_PATTERN}/checkpoints/last.ckpt")):
+        time.sleep(0.02)
+        assert is_running()
+
+
+# What two ranks do that are killed together is in test_resume_pairs.py.
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["rank 0", "rank 1", "kill"])
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("target", [0, 1])
 def test_two_ranks_stop_after_the_same_step_and_resume(
-    run_of_two: tuple[list[str], Path], tmp_path: Path, target: str
+    run_of_two: tuple[list[str], Path], tmp_path: Path, target: int
 ) -> None:
     arguments, straight = run_of_two
-    process = start(tmp_path, *arguments)
-    while not any(tmp_path.glob(f"{RUN_PATTERN}/checkpoints/last.ckpt")):
-        time.sleep(0.02)
-        assert process.poll() is None
-    (child,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout.split()
-    if target == "kill":
-        process.kill()
-        os.kill(int(child), signal.SIGKILL)
-        end(process, -signal.SIGKILL)
-        resume = [*arguments, "--ckpt_path=last"]
-    else:
-        os.kill(process.pid if target == "rank 0" else int(child), signal.SIGTERM)
-        written = end(process, 128 + signal.SIGTERM)
-        assert "Traceback" not in written
-        resume = resume_command(written, "SIGTERM")
-    end(start(tmp_path, *resume))
+    with started_ranks(tmp_path, arguments) as ranks:
+        wait_for_checkpoint(tmp_path, ranks[0].is_alive)
+        ranks[target].terminate()
+        written = wait_for_ranks(ranks, tmp_path, 128 + signal.SIGTERM)
+    assert "Traceback" not in written
+    run_ranks(tmp_path, resume_command(written, "SIGTERM"))
     (stopped,) = tmp_path.glob(RUN_PATTERN)
     assert differences(straight, stopped) == []
 
@@ -389,9 +381,7 @@ def test_rank_0_ends_with_a_message_if_another_rank_is_killed(
     run_of_two: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     process = start(tmp_path, *run_of_two[0], "--trainer.max_epochs=100")
-    while not any(tmp_path.glob(f"{RUN_PATTERN}/checkpoints/last.ckpt")):
-        time.sleep(0.02)
-        assert process.poll() is None
+    wait_for_checkpoint(tmp_path, lambda: process.poll() is None)
     (child,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout.split()
     os.kill(int(child), signal.SIGKILL)
     _, written = process.communicate(timeout=200)

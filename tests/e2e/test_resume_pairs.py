@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kill import PROCESSES, warm_up
 from benchmarks.run_comparison import differences
 from snake_lora_pl.data.generated_rows import write_dataset
 from snake_lora_pl.paths import RunPaths
 from tests.e2e.test_resume import BASE, RUN_PATTERN
+from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+# On a busy machine the start alone may take minutes; HANGS_S ends a deadlock.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
-def run_rank(
-    rank: int, port: int, arguments: Sequence[str], kill_at: int | None, root: Path, environment: dict[str, str]
-) -> None:
-    """Run one rank as a launcher starts it. It kills itself at a training batch, or saves its trained adapter."""
-    from snake_lora_pl.__main__ import main
+def kill_or_save(rank: int, kill_at: int | None, root: Path) -> None:
+    """Make this rank kill itself at a training batch, or save its trained adapter."""
     from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
     from snake_lora_pl.training.module import LoRALightningModule
 
-    launch = {
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.clear()
-    os.environ.update(environment | launch)
-    torch.set_num_threads(1)
-    with open(root / f"output-{rank}.txt", "ab") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
     num_batches = 0
     training_step = LoRALightningModule.training_step
     on_train_end = AdapterCheckpoint.on_train_end
@@ -65,29 +50,13 @@ def run_rank(
 
     LoRALightningModule.training_step = step_or_kill  # type: ignore[method-assign]
     AdapterCheckpoint.on_train_end = save_adapter  # type: ignore[method-assign]
-    sys.exit(main(list(arguments)))
 
 
 def run_two(root: Path, arguments: Sequence[str], kill_at: int | None = None) -> None:
     """Run two ranks until they end or kill themselves."""
-    root.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    locations = [f"--root={root}", "--ckpt_path=auto"]
-    processes = [
-        PROCESSES.Process(target=run_rank, args=(rank, port, [*arguments, *locations], kill_at, root, dict(os.environ)))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout=200)
-    finally:
-        for process in processes:
-            process.kill()
-    written = "\n".join(path.read_text() for path in sorted(root.glob("output-*.txt")))
-    assert [process.exitcode for process in processes] == [0 if kill_at is None else -signal.SIGKILL] * 2, written
+    prepare = functools.partial(kill_or_save, kill_at=kill_at, root=root)
+    code = 0 if kill_at is None else -signal.SIGKILL
+    run_ranks(root, [*arguments, f"--root={root}", "--ckpt_path=auto"], prepare=prepare, code=code)
 
 
 # There are 17 batches per epoch and rank. A step takes two batches, or the last one alone.
@@ -103,7 +72,6 @@ def test_two_ranks_killed_together_resume_exactly(
     arguments += [f"--model.base_model={tiny_llama_dir}", f"--data.train_path={rows_path}"]
     arguments += ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=1.0"]
     arguments += [f"--model.adapter_type={adapter_type}"]
-    warm_up()
     run_two(tmp_path / "straight", arguments)
     for batch in kill_batches:
         run_two(tmp_path / "killed", arguments, batch)
