@@ -95,6 +95,8 @@ def shortened(command: list[str]) -> list[str]:
         return command
     if command[1] == "examples/train_from_python.py":
         return [*command, "--max_steps", "2"]
+    if command[1] == "examples/train_with_grpo.py":
+        return [*command, "--max_steps", "2", "--num_generations", "2", "--max_completion_length", "16"]
     extra: dict[str, str] = {}
     if given[0] in ("fit", "validate", "test", "predict", "memory"):
         extra = dict(SMALL_RUN)
