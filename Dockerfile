@@ -11,34 +11,28 @@ WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip pip wheel --no-deps --wheel-dir /dist .
 
+FROM python:${PYTHON}-slim AS packages
+ARG DEVICE
 # PyTorch's own index has builds without CUDA; the default one has those with it.
-FROM python:${PYTHON}-slim AS packages-cpu
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-
-FROM python:${PYTHON}-slim AS packages-cuda
-
-# hadolint ignore=DL3006
-FROM packages-${DEVICE} AS packages
+ARG PYTORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PATH=/opt/venv/bin:$PATH
 RUN python3 -m venv /opt/venv
 COPY --from=wheel /dist /dist
-RUN --mount=type=cache,target=/root/.cache/pip pip install /dist/*.whl
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$DEVICE" = cpu ]; then export PIP_EXTRA_INDEX_URL="$PYTORCH_INDEX"; fi \
+    && pip install /dist/*.whl
 
-FROM python:${PYTHON}-slim AS runtime-cpu
-
-FROM python:${PYTHON}-slim AS runtime-cuda
+FROM python:${PYTHON}-slim AS runtime
+ARG DEVICE
 # Debian keeps no old versions to pin. Triton compiles the launchers of its kernels (model.compile_layers) with the system's compiler.
 # hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
-
-# hadolint ignore=DL3006
-FROM runtime-${DEVICE} AS runtime
+RUN if [ "$DEVICE" = cuda ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 LABEL org.opencontainers.image.title="snake_lora_pl" \
       org.opencontainers.image.description="LoRA fine-tuning of language models that play Snake" \
       org.opencontainers.image.licenses="MIT" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="0.2.0"
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     SNAKE_LORA_PL_CACHE=/cache
