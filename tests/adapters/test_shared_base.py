@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
+from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.shared_base import SharedBase
 from snake_lora_pl.durable import file_sha256
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.models import QuantizationConfig, load_base_model, resolve_base_model
 from snake_lora_pl.training.module import LoRALightningModule
+from tests.adapters.conftest import save_adapter as save_created
 
 IDS = torch.tensor([[5, 9, 30, 7, 41]])
 
@@ -264,3 +266,22 @@ def test_full_precision_base_is_shared_by_adapters_of_all_quantizations(
     shared.load("small", dirs["small"])
     assert torch.equal(logits_of(shared.use("four")), expected)
     assert torch.equal(logits_of(shared.use("small")), alone["small"])
+
+
+@pytest.mark.parametrize("adapter_type", ["miss", "shira"])
+def test_adapters_of_other_types_than_lora_share_one_base(
+    adapter_type: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    expected = {}
+    for name in ("first", "second"):
+        model = AdapterFactory.create(adapter_type, str(tiny_llama_dir), LoRAConfig(rank=4), dtype="float32")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+        expected[name] = logits_of(model)
+        save_created(model, tmp_path / name, tiny_llama_dir, adapter_type)
+    assert not torch.allclose(expected["first"], expected["second"])
+    shared = SharedBase.open("first", tmp_path / "first", dtype="float32")
+    shared.load("second", tmp_path / "second")
+    for name in ("second", "first", "second"):
+        torch.testing.assert_close(logits_of(shared.use(name)), expected[name])
