@@ -50,15 +50,10 @@ def prepare_quantized_base(base_model: PreTrainedModel, quantization: Quantizati
     """Freeze a quantized base, cast its other weights to float32 except for experts, and log its memory.
 
     An adapter reproduces the logits of its training only on a base that was prepared like this.
-
-    Raises:
-        UserError: If the architecture does not work with quantized weights.
     """
     import torch
     from bitsandbytes.nn import Params4bit
 
-    if base_model.config.model_type == "rwkv":  # it rescales its weights in place in the forward pass
-        raise UserError("model.base_model: rwkv cannot be quantized. Set model.adapter_type=lora.")
     dtype = compute_dtype(base_model)
     full_bytes = full_weight_bytes(base_model, dtype)
     make_trainable(base_model)

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from snake_lora_pl.decoding.completion import Completion
 from snake_lora_pl.decoding.drafter import Drafter
-from snake_lora_pl.decoding.exactness import Exactness, float32_weights, logits_agree
+from snake_lora_pl.decoding.exactness import (
+    MACHINE_ERRORS,
+    UNSUPPORTED_ERRORS,
+    Exactness,
+    float32_weights,
+    logits_agree,
+)
 from snake_lora_pl.decoding.generate_decoder import GenerateDecoder
 from snake_lora_pl.decoding.lockstep_decoder import LockstepDecoder
 
@@ -59,7 +65,7 @@ class Decoder:
         }
         self._drafter, self._prefix = drafter, prefix
         self._lockstep: LockstepDecoder | None = None
-        self._exactness = Exactness(self._base, self._is_lockstep_exact)
+        self._exactness = Exactness(model, "lockstep", self._is_lockstep_exact)
         self._generate = GenerateDecoder(model, **self._settings)
 
     def next_logits(self, prompts: Sequence[list[int]]) -> Tensor:
@@ -79,19 +85,6 @@ class Decoder:
 
     def _is_lockstep_exact(self, text: list[int]) -> bool:
         """Compare the logits of lockstep decoding after a short and a long prompt with those of a plain pass."""
-        reason = "its logits differ from those of a plain forward pass"
-        try:
-            if self._compare(text):
-                return True
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        # An architecture may fail in any way on masks, positions and caches that it does not expect.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        _log_fallback(type(self._base).__name__, reason)
-        return False
-
-    def _compare(self, text: list[int]) -> bool:
         # The continuation is a part of the text, because models with learned positions have none after its end.
         num = min(_NUM_FORCED, len(text) - 1)
         prompts, continuation = (text[: len(text) // 4 + 1], text[:-num]), text[-num:]
@@ -101,10 +94,20 @@ class Decoder:
                 ids = torch.tensor([prompt + continuation], device=self._base.device)
                 kept = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)
                 expected.append(self._model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0])
-            prefix = text[: len(text) // 2]
-            lockstep = LockstepDecoder(self._model, Drafter(), prefix, **self._settings, dtype=precision.dtype)
-            logits = lockstep.forced_logits(*prompts, continuation)
-        return logits_agree(logits, torch.stack(expected), precision.tolerance)
+            try:
+                prefix = text[: len(text) // 2]
+                lockstep = LockstepDecoder(self._model, Drafter(), prefix, **self._settings, dtype=precision.dtype)
+                logits = lockstep.forced_logits(*prompts, continuation)
+            except MACHINE_ERRORS:
+                raise
+            except UNSUPPORTED_ERRORS as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            else:
+                if logits_agree(logits, torch.stack(expected), precision.tolerance):
+                    return True
+                reason = "its logits differ from those of a plain forward pass"
+        _log_fallback(type(self._base).__name__, reason)
+        return False
 
 
 @functools.cache

@@ -11,9 +11,12 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from snake_lora_pl.decoding.transformers_internals import attention_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,19 +35,35 @@ _PROBE_MARGIN = 16
 # Weights converted at a time: 1 GiB in float32.
 _MAX_CONVERTED = 2**28
 
+# By base model, then by what may change while it is loaded.
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], dict[int, bool]]] = WeakKeyDictionary()
+
+UNSUPPORTED_ERRORS = (RuntimeError, TypeError, ValueError)
+"""Errors of architectures on masks, positions, caches and batches that they do not expect."""
+MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors with another cause, some of them subclasses of those above."""
+
 
 class Exactness:
     """Remembers whether a way of decoding is exact, for each range of lengths in which a model acts alike.
 
+    The results are shared by all decoders of a base model. Its weights are frozen, and adapters and their merged
+    weights act on each token by itself, so they change neither masks and positions nor the use of a cache.
+
     Args:
-        base: The model.
-        probe: Returns whether the way of decoding is exact for a text.
+        model: The model, with an adapter or without.
+        way: Name of the way of decoding.
+        probe: Returns whether it is exact for a text.
     """
 
-    def __init__(self, base: PreTrainedModel, probe: Callable[[list[int]], bool]) -> None:
+    def __init__(self, model: PreTrainedModel, way: str, probe: Callable[[list[int]], bool]) -> None:
+        base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
         self._lengths = sorted(set(_critical_lengths(base.config.to_dict())))
         self._probe = probe
-        self._verdicts: dict[int, bool] = {}
+        # Adapters of another type may act on the whole text.
+        adapter_types = frozenset(str(config.peft_type) for config in getattr(model, "peft_config", {}).values())
+        key = (way, adapter_types, base.device, base.dtype, attention_implementation(base))
+        self._verdicts = _VERDICTS.setdefault(base, {}).setdefault(key, {})
 
     def holds(self, prompt: list[int], num_new: int) -> bool:
         """Return whether the way of decoding is exact for texts up to a length.

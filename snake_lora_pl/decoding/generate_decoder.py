@@ -15,7 +15,13 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from typing_extensions import override
 
 from snake_lora_pl.decoding.completion import Completion
-from snake_lora_pl.decoding.exactness import Exactness, float32_weights, logits_agree
+from snake_lora_pl.decoding.exactness import (
+    MACHINE_ERRORS,
+    UNSUPPORTED_ERRORS,
+    Exactness,
+    float32_weights,
+    logits_agree,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,8 +60,8 @@ class GenerateDecoder:
         self._eos_id = eos_id
         self._max_new_tokens = max_new_tokens
         self._is_finished = is_finished
-        self._padding = Exactness(self._model, self._is_padding_exact)
-        self._batching = Exactness(self._model, self._is_batching_exact)
+        self._padding = Exactness(model, "padding", self._is_padding_exact)
+        self._batching = Exactness(model, "batches", self._is_batching_exact)
 
     def next_logits(self, prompts: Sequence[list[int]]) -> Tensor:
         """Return the logits of the token after each prompt, shape (prompts, vocab)."""
@@ -120,10 +126,9 @@ class GenerateDecoder:
             alone = [self._generate([prompt], _NUM_PROBED, output_logits=True) for prompt in prompts]
             try:
                 together = self._generate(prompts, _NUM_PROBED, output_logits=True)
-            except (MemoryError, torch.OutOfMemoryError):
+            except MACHINE_ERRORS:
                 raise
-            # An architecture without support for padding or batches may fail in any way.
-            except Exception:
+            except UNSUPPORTED_ERRORS:
                 return False
         for row, expected in enumerate(alone):
             for step in range(_NUM_PROBED):

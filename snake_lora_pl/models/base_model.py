@@ -25,6 +25,7 @@ from snake_lora_pl.models.model_files import check_is_model_dir, check_weights, 
 from snake_lora_pl.models.quantization import (
     QuantizationConfig,
     bitsandbytes_config,
+    check_quantizable,
     check_stored_quantization,
     make_trainable,
     quantization_of,
@@ -202,7 +203,7 @@ def load_base_model(
 
     Raises:
         UserError: If the model cannot be obtained or read, its files lack weights of the architecture or are stored
-            with another quantization, or it is not causal.
+            with another quantization, it cannot be quantized, or it is not causal.
     """
     from transformers import AutoModelForCausalLM
 
@@ -214,15 +215,17 @@ def load_base_model(
     if stored is not None:
         check_stored_quantization(stored, stored if quantization is None else quantization)
         quantization = stored
+    config = _read_config(source, spec.trust_remote_code)
+    if quantization is not None:
+        check_quantizable(config.get_text_config().model_type)
     if is_empty:
-        empty = _load_empty(source, chosen_dtype, spec.trust_remote_code, attn_implementation, quantization)
+        empty = _load_empty(source, config, chosen_dtype, spec.trust_remote_code, attn_implementation, quantization)
         return _set_identity(empty, source)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if quantization is not None:
         settings = bitsandbytes_config(quantization, chosen_dtype)
         options["quantization_config"] = settings if stored is None else None
         options["device_map"] = {"": str(device)} if device is not None else None
-    _read_config(source, spec.trust_remote_code)
     with _load_errors(source, "model", needed_file="config.json"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path_or_id,
@@ -287,6 +290,7 @@ def _set_identity(model: PreTrainedModel, source: BaseModelSource) -> PreTrained
 
 def _load_empty(
     source: BaseModelSource,
+    config: Any,
     dtype: torch.dtype,
     trust_remote_code: bool,
     attn_implementation: str | None,
@@ -297,7 +301,6 @@ def _load_empty(
     from transformers import AutoModelForCausalLM
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    config = _read_config(source, trust_remote_code)
     with _load_errors(source, "model", needed_file="config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         if quantization is not None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 _STORAGE_DTYPES = ("uint8", "bfloat16", "float16", "float32")
+# RWKV scales its weights in place, and Mamba multiplies by those of `dt_proj` without calling the layer.
+_UNSUPPORTED_TYPES = ("mamba", "rwkv")
 
 
 @dataclass
@@ -100,6 +102,16 @@ def stored_quantization(model_dir: Path) -> QuantizationConfig | None:
     if not isinstance(settings, dict) or settings.get("quant_method") not in _METHODS:
         return None
     return _from_settings(settings)
+
+
+def check_quantizable(model_type: str) -> None:
+    """Check that an architecture works with quantized weights.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if model_type in _UNSUPPORTED_TYPES:
+        raise UserError(f"model.base_model: {model_type} cannot be quantized. Set model.adapter_type=lora.")
 
 
 def check_stored_quantization(stored: QuantizationConfig, requested: QuantizationConfig) -> None:

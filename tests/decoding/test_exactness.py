@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from snake_lora_pl.decoding import exactness
 from snake_lora_pl.decoding.exactness import Exactness, float32_weights, logits_agree
@@ -80,7 +82,7 @@ def test_each_range_of_lengths_is_probed_once_with_a_text_beyond_its_beginning()
         probed.append(len(text))
         return len(text) < 100
 
-    exact = Exactness(model, probe)
+    exact = Exactness(model, "lockstep", probe)
     assert exact.holds([1] * 50, 10)
     assert exact.holds([1] * 90, 10)
     assert not exact.holds([1] * 50, 60)
@@ -88,12 +90,35 @@ def test_each_range_of_lengths_is_probed_once_with_a_text_beyond_its_beginning()
     assert probed == [50, 110]
     for prompt, num_new, length in (([1] * 10, 1000, 141), ([1] * 300, 9, 300)):
         probed.clear()
-        Exactness(model, probe).holds(prompt, num_new)
+        Exactness(build_model("gpt_neo", window_size=100), "lockstep", probe).holds(prompt, num_new)
         assert probed == [length]
 
 
+def test_result_is_remembered_for_a_base_model_with_any_adapters_of_one_type() -> None:
+    base = build_model("llama")
+    probed: list[str] = []
+
+    def holds(model: PreTrainedModel, way: str = "lockstep") -> bool:
+        return Exactness(model, way, lambda text: probed.append(way) is None).holds([1] * 10, 5)
+
+    assert holds(base)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        assert holds(model)
+        base = model.unload()
+    assert holds(base)
+    assert len(probed) == 2
+    assert holds(base, "padding")
+    assert holds(build_model("llama"))
+    assert holds(base.to(torch.bfloat16))
+    assert probed[2:] == ["padding", "lockstep", "lockstep"]
+
+
 def test_windows_are_found_in_nested_configs() -> None:
-    lengths = [Exactness(build_model(name), bool)._lengths for name in ("gemma3", "mistral", "llama4_text", "llama")]
+    lengths = [
+        Exactness(build_model(name), "", bool)._lengths for name in ("gemma3", "mistral", "llama4_text", "llama")
+    ]
     assert [16 in found for found in lengths] == [True, True, True, False]
 
 
