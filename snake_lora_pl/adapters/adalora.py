@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.targets import check_targets, resolve_target_modules
+from snake_lora_pl.adapters.targets import add_adapter, resolve_target_modules
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     """Add AdaLoRA to a base model at its initial rank; E is zero, so logits are unchanged at first."""
-    from peft import AdaLoraConfig, get_peft_model
+    from peft import AdaLoraConfig
 
     adalora = config.adalora
     targets = resolve_target_modules(base_model, config.target_modules, config.layers)
@@ -52,9 +52,7 @@ def build_adalora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
         # PEFT requires a value; `start` sets the length of the run.
         total_step=1,
     )
-    model = get_peft_model(base_model, peft_config)
-    check_targets(model, targets)
-    return model
+    return add_adapter(base_model, peft_config)
 
 
 class AdaLoRA(AdapterType):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from snake_lora_pl.adapters.adapter_type import AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.initialization import start_from_base
-from snake_lora_pl.adapters.targets import check_layer_patterns, check_targets, resolve_target_modules
-from snake_lora_pl.errors import UserError, one_line
+from snake_lora_pl.adapters.targets import add_adapter, check_layer_patterns, resolve_target_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,7 +21,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     Raises:
         UserError: If a setting names a layer that does not exist, or does not fit the base.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     peft_config = LoraConfig(
@@ -39,15 +38,7 @@ def build_lora(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*_pattern keys did not match.*")  # check_layer_patterns raises instead
-        try:
-            model = get_peft_model(base_model, peft_config)
-        except ValueError as error:  # for expert weights, PEFT supports few of the options
-            raise UserError(
-                f"model.lora: PEFT cannot adapt the selected layers of {type(base_model).__name__} with these settings "
-                f"({one_line(error, 160)}). Set model.lora.dropout=0 and model.lora.use_dora=false, or select layers "
-                "without experts, such as the attention projections, with model.lora.target_modules."
-            ) from error
-    check_targets(model, targets)
+        model = add_adapter(base_model, peft_config)
     check_layer_patterns(model, "rank_pattern", config.rank_pattern)
     check_layer_patterns(model, "alpha_pattern", config.alpha_pattern)
     if config.starts_from_base:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from snake_lora_pl.adapters.adapter_type import LORA_ONLY_SETTINGS, AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.targets import check_are_linear, resolve_target_modules, selected_layers
+from snake_lora_pl.adapters.targets import add_adapter, check_are_linear, resolve_target_modules, selected_layers
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def build_miss(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     Raises:
         UserError: If a selected layer is not linear, or has fewer input features than the rank.
     """
-    from peft import MissConfig, get_peft_model
+    from peft import MissConfig
 
     targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     layers = selected_layers(base_model, targets)
@@ -37,7 +37,7 @@ def build_miss(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
                 "or select other layers with model.lora.target_modules."
             )
     peft_config = MissConfig(r=config.rank, miss_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(base_model, peft_config)
+    return add_adapter(base_model, peft_config)
 
 
 class MiSS(AdapterType):

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from snake_lora_pl.adapters.adapter_type import LORA_ONLY_SETTINGS, AdapterType
 from snake_lora_pl.adapters.config import LoRAConfig
-from snake_lora_pl.adapters.targets import check_are_linear, resolve_target_modules, selected_layers
+from snake_lora_pl.adapters.targets import add_adapter, check_are_linear, resolve_target_modules, selected_layers
 from snake_lora_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def build_shira(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
     Raises:
         UserError: If a selected layer is not linear, or has fewer weights than the adapter would train.
     """
-    from peft import ShiraConfig, get_peft_model
+    from peft import ShiraConfig
 
     targets = resolve_target_modules(base_model, config.target_modules, config.layers)
     layers = selected_layers(base_model, targets)
@@ -47,7 +47,7 @@ def build_shira(base_model: PreTrainedModel, config: LoRAConfig) -> PeftModel:
             )
     peft_config = ShiraConfig(r=config.rank, random_seed=_SEED, target_modules=targets, task_type="CAUSAL_LM")
     peft_config.mask_fn = random_mask
-    return get_peft_model(base_model, peft_config)
+    return add_adapter(base_model, peft_config)
 
 
 def random_mask(base_layer: nn.Linear, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from snake_lora_pl.adapters.config import ALL_LINEAR, ATTENTION_PROJECTIONS, UPPER_HALF
 from snake_lora_pl.adapters.patterns import problem_with_pattern
 from snake_lora_pl.adapters.peft_internals import default_target_modules, is_adapter_layer, matches_layer_pattern
-from snake_lora_pl.errors import UserError, did_you_mean
+from snake_lora_pl.errors import UserError, did_you_mean, one_line
 from snake_lora_pl.models.text_decoder import text_config, text_decoder
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -119,16 +119,36 @@ def _resolve_in_all_layers(base_model: PreTrainedModel, target_modules: list[str
     return targets
 
 
-def check_targets(model: PeftModel, target_modules: list[str] | str) -> None:
-    """Compare the layers that PEFT adapted with those that were selected.
+def add_adapter(base_model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """Add a fresh adapter to a base model, and log a warning if PEFT adapts other layers than those selected.
 
     For some mixtures of experts, PEFT reads the name of a linear layer as the name of stacked expert weights
     (https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py).
 
     Args:
-        model: A PEFT model with a fresh adapter.
-        target_modules: The result of ``resolve_target_modules``.
+        base_model: The model to adapt.
+        peft_config: Settings with the result of ``resolve_target_modules``.
+
+    Raises:
+        UserError: If PEFT does not support the settings for the selected layers.
     """
+    from peft import get_peft_model
+
+    targets = peft_config.target_modules
+    targets = targets if isinstance(targets, str) else list(targets)  # a copy: PEFT may replace names in it
+    try:
+        model = get_peft_model(base_model, peft_config)
+    except (TypeError, ValueError) as error:  # for expert weights, PEFT supports few types and options
+        raise UserError(
+            f"model.lora: PEFT cannot adapt the selected layers of {type(base_model).__name__} with these settings "
+            f"({one_line(error, 160)}). Set model.lora.dropout=0 and model.lora.use_dora=false, or select layers "
+            "without experts, such as the attention projections, with model.lora.target_modules."
+        ) from error
+    _warn_of_skipped_layers(model, targets)
+    return model
+
+
+def _warn_of_skipped_layers(model: PeftModel, target_modules: list[str] | str) -> None:
     base = model.get_base_model()
     adapted = {name for name, module in base.named_modules() if is_adapter_layer(module)}
     skipped = []

@@ -11,6 +11,7 @@ from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.adapters.factory import AdapterFactory
 from snake_lora_pl.adapters.temporary_merge import temporarily_merged
 from snake_lora_pl.errors import UserError
+from tests.architectures import build_model
 
 IDS = torch.tensor([[5, 9, 30, 7]])
 
@@ -46,3 +47,14 @@ def test_layers_that_are_not_linear_are_rejected(adapter_type: str) -> None:
     base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(UserError, match=rf"'{adapter_type}'.*c_attn.*Conv1D"):
         AdapterFactory.create(adapter_type, base, LoRAConfig(rank=2))
+
+
+@pytest.mark.parametrize("adapter_type", ["miss", "shira"])
+@pytest.mark.parametrize(
+    ("model_type", "target"), [("llama", "c_attn"), ("mamba", "dt_proj"), ("bamba", "out_proj"), ("mllama", "fc1")]
+)
+def test_targets_that_are_missing_or_cannot_be_trained_are_rejected(
+    adapter_type: str, model_type: str, target: str
+) -> None:
+    with pytest.raises(UserError, match=rf"model\.lora\.target_modules: '{target}'"):
+        AdapterFactory.create(adapter_type, build_model(model_type), LoRAConfig(rank=2, target_modules=[target]))

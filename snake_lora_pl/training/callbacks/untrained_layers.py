@@ -15,7 +15,7 @@ from typing_extensions import override
 logger = logging.getLogger(__name__)
 
 # From the name of an adapter's parameter to the name of its layer.
-_ADAPTER_PART = re.compile(r"\.lora_.*")
+_ADAPTER_PART = re.compile(r"\.(lora|miss|shira)_.*")
 
 
 class UntrainedLayers(Callback):
