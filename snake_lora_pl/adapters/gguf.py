@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -83,6 +84,7 @@ def export_gguf(
     prompt_template: str,
     *,
     stop: str | None = None,
+    adds_bos: bool | None = None,
     converter: str | None = None,
     outtype: str = "auto",
     base_model: BaseModelSpec | str | None = None,
@@ -94,6 +96,8 @@ def export_gguf(
         out: A path ending in ``.gguf``, or a directory for ``model.gguf``; the Modelfile is written next to it.
         prompt_template: Text of a prompt in training, with ``PROMPT`` as the placeholder.
         stop: Text that ends a completion, in addition to the EOS token in the GGUF file; None for none.
+        adds_bos: Whether llama.cpp puts BOS before a prompt; None for what the tokenizer does. They differ for a chat
+            template without BOS, because a chat template replaces what the tokenizer adds.
         converter: As in ``find_converter``.
         outtype: One of ``GGUF_TYPES``; ``auto`` keeps 16-bit dtypes.
         base_model: Spec or name of the base; None takes the name from the metadata.
@@ -116,6 +120,8 @@ def export_gguf(
         ):
             merged_dir, new_path = Path(work) / "merged", Path(work) / path.name
             merge(adapter_dir, merged_dir, base_model=base_model)
+            if adds_bos is not None:
+                _set_adds_bos(merged_dir, adds_bos)
             _convert(command, merged_dir, new_path, outtype)
             num_tensors = _count_tensors(new_path)
             move_durably(new_path, path)
@@ -173,6 +179,13 @@ def _new_directory(directory: Path) -> Iterator[None]:
             for parent in created:
                 parent.rmdir()
         raise
+
+
+def _set_adds_bos(model_dir: Path, adds_bos: bool) -> None:
+    """Write the setting of the tokenizer that the converter copies, in preference to what it reads in other files."""
+    path = model_dir / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"add_bos_token": adds_bos}), encoding="utf-8")
 
 
 def _convert(converter: list[str], model_dir: Path, path: Path, outtype: str) -> None:

@@ -185,6 +185,14 @@ class Encoder:
         adds_bos = bos is not None and self.tokenizer.bos_token_id in _prefix_ids(self.tokenizer)
         return text.removeprefix(bos) if adds_bos and self.template == "chat" else text
 
+    @property
+    def adds_bos(self) -> bool:
+        """True if BOS precedes the text of ``render_prompt_without_bos`` in training."""
+        bos = self.tokenizer.bos_token
+        if bos is None or self.render_prompt_without_bos("p").startswith(bos):
+            return False
+        return bool(self.encode_prompts(["p"])[0][0] == self.tokenizer.bos_token_id)
+
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the ids of a row."""
         import tokenizers

@@ -17,7 +17,7 @@ from snake_lora_pl.adapters.gguf import PROMPT, export_gguf, find_converter, mod
 from snake_lora_pl.errors import UserError
 
 CONVERTER = """
-import argparse, pathlib
+import argparse, json, pathlib
 import numpy, gguf
 parser = argparse.ArgumentParser()
 parser.add_argument("model"); parser.add_argument("--outfile"); parser.add_argument("--outtype")
@@ -25,6 +25,8 @@ given = parser.parse_args()
 assert (pathlib.Path(given.model) / "model.safetensors").is_file()
 writer = gguf.GGUFWriter(given.outfile, "llama")
 writer.add_string("test.outtype", given.outtype)
+config = json.loads((pathlib.Path(given.model) / "tokenizer_config.json").read_text())
+writer.add_string("test.add_bos", str(config.get("add_bos_token")))
 writer.add_tensor("token_embd.weight", numpy.zeros((4, 4), dtype=numpy.float32))
 writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
 """
@@ -63,6 +65,15 @@ def test_gguf_file_and_modelfile_are_written(adapter_dir: Path, converter: Path,
         'PARAMETER stop "<|im_end|>"',
     ]
     assert {path.name for path in out.parent.iterdir()} == {"snake.gguf", "Modelfile"}
+
+
+@pytest.mark.parametrize("adds_bos", [True, False, None])
+def test_file_states_whether_bos_is_added(
+    adapter_dir: Path, converter: Path, tmp_path: Path, adds_bos: bool | None
+) -> None:
+    exported = export_gguf(adapter_dir, tmp_path, PROMPT, adds_bos=adds_bos, converter=str(converter))
+    field = GGUFReader(exported.path).fields["test.add_bos"]
+    assert bytes(field.parts[field.data[0]]).decode() == str(adds_bos)
 
 
 def test_file_in_a_directory_is_named_model_gguf(adapter_dir: Path, converter: Path, tmp_path: Path) -> None:

@@ -182,6 +182,20 @@ def test_prompt_without_bos_lacks_the_one_that_the_tokenizer_adds_itself(tiny_to
     assert ids == encoder.encode_prompt("p")
 
 
+@pytest.mark.parametrize("template_has_bos", [False, True])
+@pytest.mark.parametrize("tokenizer_adds_bos", [False, True])
+@pytest.mark.parametrize("template", ["instruction", "chat", "raw"])
+def test_prompt_of_a_server_has_the_ids_of_the_training(tiny_tokenizer, template, tokenizer_adds_bos, template_has_bos):
+    tokenizer = with_bos(tiny_tokenizer) if tokenizer_adds_bos else copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" * template_has_bos + "User: {{ messages[0]['content'] }}\n"
+    encoder = Encoder(tokenizer, template)
+    ids = tokenizer(encoder.render_prompt_without_bos("p"), add_special_tokens=False)["input_ids"]
+    assert [tokenizer.bos_token_id] * encoder.adds_bos + ids == encoder.encode_prompt("p")
+    assert encoder.encode_prompt("p").count(tokenizer.bos_token_id) == (
+        template_has_bos if template == "chat" else tokenizer_adds_bos
+    )
+
+
 @pytest.mark.parametrize("template", ["instruction", "chat", "raw"])
 def test_prompt_without_bos_is_the_prompt_if_the_tokenizer_adds_none(tiny_tokenizer, template):
     encoder = Encoder(tiny_tokenizer, template)

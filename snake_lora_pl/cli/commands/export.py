@@ -50,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         options.out,
         encoder.render_prompt_without_bos(PROMPT),
         stop=tokenizer.eos_token,
+        adds_bos=encoder.adds_bos,
         converter=options.converter,
         outtype=options.outtype,
         base_model=base_model,
