@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-from benchmarks import play
+from benchmarks import adapter_types, play
 from benchmarks.interleaved import Turn, TurnTimer, run_interleaved, speed_ratio
 from benchmarks.play import GameSlots, PlainModel, common_prefix_length
 from benchmarks.train_step import make_step, min_duration_s, product_share
@@ -96,3 +97,28 @@ def test_batched_generate_completes_as_one_game_at_a_time_with_and_without_a_cac
     assert len(set(expected)) > 1
     assert model.complete_batch(boards) == expected
     assert model.complete_batch(boards, cache_prefix=True) == expected
+
+
+def test_the_table_of_adapter_types_has_means_and_ranges_of_the_seeds() -> None:
+    values = {key: [1.0, 1.0] for key in adapter_types.COLUMNS}
+    table = adapter_types.table({"lora": values | {"val_loss": [0.5, 0.7]}, "miss": values})
+    lora, miss = (line.split(" | ") for line in table.splitlines()[2:])
+    column = [*adapter_types.COLUMNS].index("val_loss") + 1
+    assert (lora[column], miss[column]) == ("0.600 (0.500 to 0.700)", "1.000")
+
+
+@pytest.mark.e2e
+def test_adapter_types_are_compared_with_lora_on_the_same_rows(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as the benchmark sets it
+    path = tmp_path / "results.json"
+    options = ["--base_model", str(tiny_llama_dir), "--steps", "3", "--games", "2", "--val_batches", "1"]
+    adapter_types.main([*options, "--rank", "4", "--variants", "miss", "--json", str(path)])
+    results = json.loads(path.read_text())["variants"]
+    assert results.keys() == {"lora", "miss"}
+    assert all(result.keys() == adapter_types.COLUMNS.keys() for result in results.values())
+    assert results["lora"]["step_time_ratio"] == [1]
+    assert results["miss"]["trained_parameters"] < results["lora"]["trained_parameters"]
+    assert results["miss"]["val_loss"] != results["lora"]["val_loss"]
+    assert all(0 <= result["val_move_accuracy"][0] <= 1 for result in results.values())
