@@ -629,6 +629,29 @@ def _shrink_vocabulary(sandbox: Sandbox, model: Path) -> None:
     sandbox.edit_json(model / "config.json", vocab_size=100)
 
 
+def _add_bos(sandbox: Sandbox, model: Path) -> None:
+    """Add a token to the tokenizer that it puts before every text."""
+    path = model / "tokenizer.json"
+    token = {"content": "<bos>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    added = json.loads(path.read_text())["added_tokens"] + [{"id": 384, "normalized": False, **token}]
+    first, text = {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    special_tokens = {"<bos>": {"id": "<bos>", "ids": [384], "tokens": ["<bos>"]}}
+    processor = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text]}
+    sandbox.edit_json(path, added_tokens=added, post_processor=processor | {"special_tokens": special_tokens})
+    sandbox.edit_json(model / "tokenizer_config.json", bos_token="<bos>")
+
+
+def _short_positions(sandbox: Sandbox) -> list[str]:
+    """Return a run whose rows fit into the positions of its model, but not a prompt and its completion."""
+    model = sandbox.model()
+    sandbox.edit_json(model / "config.json", max_position_embeddings=64)
+    rows, val = (
+        sandbox.file("rows.jsonl", f"{GOOD}\n"),
+        sandbox.file("val.jsonl", '{"prompt": "c", "completion": "d"}\n'),
+    )
+    return _fit(sandbox, f"--model.base_model={model}", f"--data.train_path={rows}", f"--data.val_path={val}")
+
+
 def _write_nan_weights(sandbox: Sandbox, model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(_times_nan(path.read_bytes()))
@@ -659,6 +682,11 @@ MODELS = [
     _model("a hidden size of a million", lambda s, m: s.edit_json(m / "config.json", hidden_size=2**20),
            "config.json", "hidden_size=1048576"),
     _model("fewer embeddings than tokens", _shrink_vocabulary, "model.base_model", "384", "100"),
+    _model("a token without an embedding", _add_bos, ".jsonl:", "'<bos>'", "384", "data.template"),
+    _model("fewer positions than a row has tokens",
+           lambda s, m: s.edit_json(m / "config.json", max_position_embeddings=64), ".jsonl:", "data.max_length=64"),
+    Case("base model: fewer positions than a prompt and its completion have tokens", _short_positions,
+         ("val.jsonl:1", "model.max_new_tokens", "64")),
     _model("weights NaN", _write_nan_weights, "model.base_model", "finite"),
     _model("tokenizer a named pipe", lambda s, m: _replace_by_pipe(m / "tokenizer.json"), "tokenizer.json"),
     _model("weights a named pipe", lambda s, m: _replace_by_pipe(m / "model.safetensors"), "model.safetensors"),
