@@ -37,7 +37,7 @@ _MIB = 2**20
 # Resident set of a trainer process with a Llama model, without the weights, and the buffers of oneDNN.
 _CPU_PROCESS_BYTES = 655 * _MIB
 # Unused gaps in the heap, as a fraction of the activations, if freed memory is kept (`allocator.keep_freed_memory`).
-_CPU_FRAGMENTATION = 0.1
+_CPU_FRAGMENTATION = 0.25
 _ADAM_MOMENTS = 2
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 # Operators that internally allocate a temporary of the size of their input.
