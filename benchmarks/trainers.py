@@ -109,7 +109,7 @@ def run_ours(timer: TurnTimer, settings: TrainSettings, num_turns: int) -> None:
     from snake_lora_pl import LoRAConfig, LoRALightningModule
     from snake_lora_pl.data.batching import collate
     from snake_lora_pl.models import load_tokenizer
-    from snake_lora_pl.training.callbacks.token_throughput import count_tokens, peak_memory_gib
+    from snake_lora_pl.training.callbacks.token_throughput import peak_memory_gib
 
     tokenizer = load_tokenizer(settings.base_model)
     examples = encode_rows(settings.read_rows(num_turns), tokenizer, settings.rows_path)
@@ -124,7 +124,7 @@ def run_ours(timer: TurnTimer, settings: TrainSettings, num_turns: int) -> None:
                 timer.start()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.num_tokens += count_tokens(batch["labels"])[0]
+            self.num_tokens += batch["targets"].num_tokens
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             if batch_idx % settings.steps_per_turn == settings.steps_per_turn - 1:
                 timer.stop(self.num_tokens, statistics.mean(self.losses), peak_memory_gib(module.device))

@@ -24,7 +24,8 @@ from snake_lora_pl.data.datamodule import DEFAULT_BATCH_SIZE, SnakeJSONLDataModu
 from snake_lora_pl.data.encoding import Example
 from snake_lora_pl.data.jsonl import count_lines
 from snake_lora_pl.paths import RunPaths, cache_dir, display_path, temporary_row_cache
-from snake_lora_pl.training.callbacks.token_throughput import count_tokens, peak_memory_gib
+from snake_lora_pl.training.callbacks.token_throughput import peak_memory_gib
+from snake_lora_pl.training.loss import select_targets
 from snake_lora_pl.training.memory.estimate import MemoryEstimate, estimate_memory
 from snake_lora_pl.training.module import LoRALightningModule
 
@@ -122,13 +123,14 @@ def _take_step(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
         trainer.fit(module, loader)
-    tokens, targets = count_tokens(batch["labels"])
+    targets = select_targets(batch["labels"])
     loss, norm = (float(trainer.callback_metrics[f"train/{name}"]) for name in ("loss", "gradient_norm"))
+    speed = f"{targets.num_tokens / timer.duration_s:,.0f} tokens/s"
     trained, total = module.peft_model.get_nb_trainable_parameters()
     lines = [
         f"  {trained:,} of {total:,} parameters trained ({trained / total:.2%})",
-        f"  loss {loss:.4f} on {targets:,} target tokens, gradient norm {norm:.3g}",
-        f"  {timer.duration_s:.1f} s, {tokens / timer.duration_s:,.0f} tokens/s; the first step is the slowest",
+        f"  loss {loss:.4f} on {len(targets.token_ids):,} target tokens, gradient norm {norm:.3g}",
+        f"  {timer.duration_s:.1f} s, {speed}; the first step is the slowest",
         f"  peak memory of this process so far {peak_memory_gib(module.device):.2f} GiB",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from signal import SIGKILL
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -51,6 +51,30 @@ def validates_by_time(trainer: pl.Trainer) -> bool:
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/setup.py
     """
     return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def decide_time_limit(timer: Timer, is_reached: Callable[[], bool]) -> None:
+    """Let a timer check its time limit only where ``is_reached``, which all ranks agree on, returns True.
+
+    Lightning's timer broadcasts rank 0's decision after every micro-batch.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/callbacks/timer.py
+    """
+    check = timer._check_time_remaining
+
+    def check_if_reached(trainer: pl.Trainer) -> None:
+        if is_reached():
+            check(trainer)
+
+    timer._check_time_remaining = check_if_reached  # type: ignore[method-assign]
+
+
+def disable_sigterm_broadcast(trainer: pl.Trainer) -> None:
+    """Keep a trainer from asking rank 0 before every micro-batch whether Lightning's handler received SIGTERM.
+
+    It is a broadcast for which the host waits. Where that handler is replaced, it never has.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def wrap_restoring(trainer: pl.Trainer, wrapper: Callable[[Callable[..., None]], Callable[..., None]]) -> None:

@@ -29,12 +29,18 @@ _CPU_ROWS = 32
 
 
 class Targets(NamedTuple):
-    """Positions of a batch that carry loss."""
+    """Positions of a batch that carry loss. Their number depends on the labels, so a GPU would have to wait for it."""
 
-    mask: Tensor
-    """Positions whose hidden state predicts a target; bool of shape (B, T - 1)."""
+    rows: Tensor
+    """Row of each target; int64 of shape (num_targets,)."""
+    positions: Tensor
+    """Position whose hidden state predicts each target; int64 of shape (num_targets,)."""
     token_ids: Tensor
     """Targets in row order; int64 of shape (num_targets,)."""
+    row_sizes: list[int]
+    """Number of targets of each row."""
+    num_tokens: int
+    """Tokens of the batch without padding: the last label of a row is its last token."""
 
 
 def select_targets(labels: Tensor) -> Targets:
@@ -45,7 +51,9 @@ def select_targets(labels: Tensor) -> Targets:
     """
     shifted = labels[:, 1:]
     mask = shifted != IGNORE_INDEX
-    return Targets(mask, shifted[mask])
+    rows, positions = mask.nonzero().unbind(1)
+    ends = torch.arange(1, labels.shape[1] + 1, device=labels.device) * (labels != IGNORE_INDEX)  # (B, T)
+    return Targets(rows, positions, shifted[mask], mask.sum(dim=1).tolist(), int(ends.amax(dim=1).sum()))
 
 
 def completion_loss(

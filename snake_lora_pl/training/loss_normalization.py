@@ -25,19 +25,19 @@ class MicroBatch(NamedTuple):
 
     loss_sum: Tensor
     """Loss summed over the target tokens; a scalar without a graph."""
-    num_targets: Tensor
-    """Number of target tokens; an int64 scalar."""
+    num_targets: int
+    """Number of target tokens."""
     sources: list[str]
     """``path:line`` of each row."""
 
 
 class StepLoss:
-    """Losses of the micro-batches of the current optimizer step."""
+    """Losses of the micro-batches of the current optimizer step, on this rank."""
 
     def __init__(self) -> None:
         self.micro_batches: list[MicroBatch] = []
 
-    def add(self, loss_sum: Tensor, num_targets: Tensor, sources: list[str]) -> None:
+    def add(self, loss_sum: Tensor, num_targets: int, sources: list[str]) -> None:
         """Add a micro-batch; see ``MicroBatch``."""
         self.micro_batches.append(MicroBatch(loss_sum.detach(), num_targets, sources))
 
@@ -45,17 +45,15 @@ class StepLoss:
         """Remove all micro-batches."""
         self.micro_batches.clear()
 
-    def reduce(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        """Sum the step over its micro-batches and all ranks; all ranks must call it.
+    @property
+    def loss_sum(self) -> Tensor:
+        """Loss summed over all micro-batches; a float64 scalar on the device."""
+        return torch.stack([batch.loss_sum for batch in self.micro_batches]).sum().double()
 
-        Returns:
-            The mean loss per target token and the number of target tokens, float32 scalars.
-        """
-        loss_sums = torch.stack([batch.loss_sum for batch in self.micro_batches])
-        num_targets = torch.stack([batch.num_targets for batch in self.micro_batches])
-        sums = torch.stack([loss_sums.sum().double(), num_targets.sum().double()])
-        loss_sum, total_targets = trainer.strategy.reduce(sums, reduce_op="sum")
-        return (loss_sum / total_targets).float(), total_targets.float()
+    @property
+    def num_targets(self) -> int:
+        """Target tokens of all micro-batches."""
+        return sum(batch.num_targets for batch in self.micro_batches)
 
 
 def normalize_gradients(gradients: Sequence[Tensor], num_targets: Tensor, trainer: pl.Trainer) -> None:
@@ -66,9 +64,25 @@ def normalize_gradients(gradients: Sequence[Tensor], num_targets: Tensor, traine
 
     Args:
         gradients: Gradients of the summed loss, whole or sharded.
-        num_targets: Target tokens of the step over all ranks, from ``StepLoss.reduce``.
+        num_targets: Target tokens of the step over all ranks; a float32 scalar on their device.
         trainer: The trainer of the run.
     """
-    scale = trainer.accumulate_grad_batches * trainer.world_size / num_targets
-    for gradient in local_parts(gradients):
-        gradient.mul_(scale)
+    _multiply(gradients, trainer.accumulate_grad_batches * trainer.world_size / num_targets)
+
+
+def clip_gradients(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients down to a norm of ``max_norm`` if theirs is larger, in place.
+
+    Like ``torch.nn.utils.clip_grad_norm_``, but with a norm that is known already.
+
+    Args:
+        gradients: Gradients, whole or sharded.
+        norm: Their Euclidean norm; a scalar on their device.
+        max_norm: Largest norm to keep.
+    """
+    _multiply(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+
+def _multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    if parts := local_parts(gradients):
+        torch._foreach_mul_(parts, factor)

@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
@@ -39,14 +41,16 @@ from snake_lora_pl.training.allocator import give_back_freed_memory, keep_freed_
 from snake_lora_pl.training.base_compute import MIN_SPEEDUP, BaseCompute, int8_obstacle, measure_speedup
 from snake_lora_pl.training.float16 import is_scaled, scale_gradients
 from snake_lora_pl.training.fused import FusedDecoder, fusion_obstacle
+from snake_lora_pl.training.lightning_internals import decide_time_limit
 from snake_lora_pl.training.logit_transform import IDENTITY, candidate_transforms
 from snake_lora_pl.training.loss import Targets, completion_loss, completion_predictions, select_targets
-from snake_lora_pl.training.loss_normalization import StepLoss, normalize_gradients
+from snake_lora_pl.training.loss_normalization import StepLoss, clip_gradients, normalize_gradients
 from snake_lora_pl.training.nonfinite import NonfiniteGuard, OnNonfinite
 from snake_lora_pl.training.optimizer import (
     apply_changed_hyperparameters,
     build_optimizer,
     build_schedule,
+    find_timer,
     plan_steps,
 )
 from snake_lora_pl.training.packing import pack
@@ -60,6 +64,7 @@ from snake_lora_pl.training.sharding import (
     shard,
     total_norm,
 )
+from snake_lora_pl.training.step_exchange import StepExchange
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -184,6 +189,8 @@ class LoRALightningModule(pl.LightningModule):
         self.strict_loading = False
         self._adapter_state: dict[str, Any] | None = None
         self.step_loss = StepLoss()
+        self.step_exchange = StepExchange()
+        self._gradient_norm: Tensor | None = None
         self._nonfinite = NonfiniteGuard(on_nonfinite)
         self._nonfinite_val_rows: list[str] = []
 
@@ -409,8 +416,8 @@ class LoRALightningModule(pl.LightningModule):
         """Return the hidden state that predicts each target; shape (num_targets, hidden_size)."""
         if self._fused is None:
             # Padding to a multiple can exceed the number of positions; rows do not.
-            hidden = self._hidden(batch["input_ids"][:, : context_length(self.peft_model.config)])[:, :-1]
-            return hidden[targets.mask[:, : hidden.shape[1]]]
+            hidden = self._hidden(batch["input_ids"][:, : context_length(self.peft_model.config)])
+            return hidden[targets.rows, targets.positions]
         packed = batch["packed"] if "packed" in batch else pack(batch["input_ids"], batch["labels"])
         if packed is None:  # no target on this rank; the exchange of gradients still needs a graph
             zero = sum(
@@ -421,9 +428,14 @@ class LoRALightningModule(pl.LightningModule):
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self._fused is not None and "labels" in batch:
-            # On the CPU: packing computes sizes from the data, which would synchronize with a GPU.
+        if "labels" not in batch:
+            return batch
+        # On the CPU: both compute sizes from the data, for which the host would wait if the data were on a GPU.
+        batch["targets"] = select_targets(batch["labels"])
+        if self._fused is not None:
             batch["packed"] = pack(batch["input_ids"], batch["labels"])
+        if self.device.type == "cuda":
+            batch = apply_to_collection(batch, Tensor, Tensor.pin_memory)
         return batch
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
@@ -460,13 +472,13 @@ class LoRALightningModule(pl.LightningModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss summed over target tokens; ``on_before_optimizer_step`` divides the gradient."""
-        targets = select_targets(batch["labels"])
+        targets = _targets(batch)
         with self.compute_context():
             hidden = self._target_states(batch, targets)  # (num_targets, hidden_size)
             loss = completion_loss(
                 hidden, targets.token_ids, self._lm_head, self.loss_chunk_tokens, self._logit_transform
             )
-        self.step_loss.add(loss, targets.mask.sum(), batch["sources"])
+        self.step_loss.add(loss, len(targets.token_ids), batch["sources"])
         return loss
 
     @override
@@ -482,22 +494,39 @@ class LoRALightningModule(pl.LightningModule):
         Raises:
             UserError: If the loss or a gradient is not finite; the message names the rows.
         """
-        loss, num_targets = self.step_loss.reduce(self.trainer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        normalize_gradients(gradients, num_targets, self.trainer)
+        totals = self.step_exchange.sum_over_ranks(self.trainer, self.step_loss.loss_sum, self.step_loss.num_targets)
+        gradients = _gradients(optimizer)
+        normalize_gradients(gradients, totals[1].float(), self.trainer)
         self._add_regularizer(optimizer)
-        gradient_norm = total_norm(gradients)
+        self._gradient_norm = total_norm(gradients)
+        # Here the host waits for the device, once per step. All that follows are numbers of the host.
+        gradient_norm, loss_sum, num_targets, *shared = torch.cat([self._gradient_norm.reshape(1), totals]).tolist()
+        self.step_exchange.read(shared)
+        loss = loss_sum / num_targets if num_targets else math.nan
         scaled = is_scaled(self.trainer)
         if not self._nonfinite.accepts_step(
             self.trainer, self.step_loss.micro_batches, loss, gradient_norm, is_scaled=scaled
         ):
             optimizer.zero_grad(set_to_none=True)  # an optimizer does not touch parameters without a gradient
         self.step_loss.clear()
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        self.log("train/gradient_norm", gradient_norm, batch_size=1)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+        self.log("train/loss", torch.tensor(loss), prog_bar=True, batch_size=1)
+        self.log("train/gradient_norm", torch.tensor(gradient_norm), batch_size=1)
+        self.log("train/learning_rate", torch.tensor(optimizer.param_groups[0]["lr"]), batch_size=1)
         if scaled or self.on_nonfinite == "skip":
-            self.log("train/skipped_steps", float(self._nonfinite.num_skipped), batch_size=1)
+            self.log("train/skipped_steps", torch.tensor(float(self._nonfinite.num_skipped)), batch_size=1)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip with the gradient norm that ``on_before_optimizer_step`` has computed."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value" or self._gradient_norm is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        clip_gradients(_gradients(optimizer), self._gradient_norm, gradient_clip_val)
 
     def _add_regularizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradient of the adapter type's regularizer, which is the same on all ranks."""
@@ -518,7 +547,7 @@ class LoRALightningModule(pl.LightningModule):
                 parameter.grad = torch.zeros_like(parameter)
         # Here, because gradients still exist and nothing has been saved yet. The trainer counts the step afterwards.
         metrics = self._adapter_hooks.after_step(self.peft_model, self.trainer.global_step + 1)
-        self.log_dict(metrics, batch_size=1)
+        self.log_dict({name: torch.tensor(value) for name, value in metrics.items()}, batch_size=1)
 
     @override
     def on_fit_start(self) -> None:
@@ -529,6 +558,9 @@ class LoRALightningModule(pl.LightningModule):
     @override
     def on_train_start(self) -> None:
         self.step_loss.clear()
+        timer = find_timer(self.trainer)
+        if timer is not None and self.trainer.world_size > 1:
+            decide_time_limit(timer, lambda: self.step_exchange.elapsed_fraction == 1.0)
         if self._adapter_state is not None:
             with explain_damaged_checkpoint(self.trainer.ckpt_path):
                 self._adapter_hooks.load_state(self.peft_model, self._adapter_state)
@@ -555,6 +587,7 @@ class LoRALightningModule(pl.LightningModule):
             self.trainer,
             warmup_steps=self.warmup_steps,
             final_fraction=self.final_learning_rate_fraction,
+            shared_elapsed_fraction=lambda: self.step_exchange.elapsed_fraction,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -571,7 +604,7 @@ class LoRALightningModule(pl.LightningModule):
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update the metrics with the prediction of each target token, given the true tokens before it."""
-        targets = select_targets(batch["labels"])
+        targets = _targets(batch)
         with self.compute_context():
             # Also without a target on this rank: ranks that share a sharded model run its forward pass together.
             hidden = self._target_states(batch, targets)  # (num_targets, hidden_size)
@@ -580,26 +613,22 @@ class LoRALightningModule(pl.LightningModule):
             losses, predicted = completion_predictions(
                 hidden, targets.token_ids, self._lm_head, self.loss_chunk_tokens, self._logit_transform
             )
-        row_sizes = targets.mask.sum(dim=1).tolist()
         is_correct = predicted == targets.token_ids  # (num_targets,)
         is_finite = losses.isfinite()
         if not is_finite.all():
             self._nonfinite_val_rows += batch["sources"]
         self.val_loss.update(losses[is_finite])
         self.val_token_accuracy.update(is_correct.float())
-        self.val_exact_match.update(torch.stack([row.all() for row in is_correct.split(row_sizes)]).float())
+        self.val_exact_match.update(torch.stack([row.all() for row in is_correct.split(targets.row_sizes)]).float())
         if self.text_metrics is not None:
-            prompts = [
-                self._decode(token_ids[: int(mask.nonzero()[0, 0]) + 1])
-                for token_ids, mask in zip(batch["input_ids"], targets.mask, strict=True)
-                if mask.any()
-            ]
-            sizes = [size for size in row_sizes if size]
-            self.text_metrics.update(
-                prompts,
-                [self._decode(token_ids) for token_ids in targets.token_ids.split(sizes)],
-                [self._decode(token_ids) for token_ids in predicted.split(sizes)],
+            sizes = [size for size in targets.row_sizes if size]
+            rows, positions, token_ids, predicted = (
+                tensor.cpu().split(sizes) for tensor in (targets.rows, targets.positions, targets.token_ids, predicted)
             )
+            input_ids = batch["input_ids"].cpu()
+            # A prompt ends where the first target is predicted.
+            prompts = [input_ids[row[0], : position[0] + 1] for row, position in zip(rows, positions, strict=True)]
+            self.text_metrics.update(*([self._decode(ids) for ids in part] for part in (prompts, token_ids, predicted)))
 
     def _decode(self, token_ids: Tensor | Sequence[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -626,7 +655,8 @@ class LoRALightningModule(pl.LightningModule):
             read = self.text_metrics.compute()
             values |= {f"val/{name}": value for name, value in read.items() if not torch.isnan(value)}
             metrics.append(self.text_metrics)
-        self.log_dict(values, batch_size=1)
+        # On the CPU, because the progress bar reads them at each step.
+        self.log_dict({name: value.float().cpu() for name, value in values.items()}, batch_size=1)
         for metric in metrics:
             metric.reset()
 
@@ -752,3 +782,11 @@ class LoRALightningModule(pl.LightningModule):
             "model.lora.quantization": metadata.quantization,
             **{f"model.lora.{field}": getattr(peft_config, name, None) for field, name in _SCALE_FIELDS.items()},
         }
+
+
+def _targets(batch: dict[str, Any]) -> Targets:
+    return batch["targets"] if "targets" in batch else select_targets(batch["labels"])
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

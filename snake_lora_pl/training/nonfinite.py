@@ -12,9 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
 from snake_lora_pl.collectives import gather_objects
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.training.loss_normalization import MicroBatch
@@ -59,8 +56,8 @@ class NonfiniteGuard:
         self,
         trainer: pl.Trainer,
         micro_batches: Sequence[MicroBatch],
-        loss: Tensor,
-        gradient_norm: Tensor,
+        loss: float,
+        gradient_norm: float,
         *,
         is_scaled: bool,
     ) -> bool:
@@ -77,11 +74,10 @@ class NonfiniteGuard:
         Raises:
             UserError: If a value is not finite and the step must not be skipped; the message names the rows.
         """
-        loss_value, norm_value = torch.stack([loss.float(), gradient_norm.float()]).tolist()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.num_skipped_in_a_row = 0
             return True
-        quantity = "gradient" if math.isfinite(loss_value) else "loss"
+        quantity = "gradient" if math.isfinite(loss) else "loss"
         is_overflow = is_scaled and quantity == "gradient"
         rows = ", ".join(_find_rows(trainer, micro_batches))
         found = f"step {trainer.global_step}: the {quantity} is not finite in a batch of rows {rows}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Timer
@@ -70,16 +71,33 @@ def plan_steps(trainer: pl.Trainer) -> int | None:
     return _DRY_RUN_STEPS if trainer.fast_dev_run else int(num_steps)  # type: ignore[attr-defined]
 
 
-def build_schedule(optimizer: Optimizer, trainer: pl.Trainer, *, warmup_steps: int, final_fraction: float) -> LambdaLR:
-    """Build the schedule of ``learning_rate_factor`` over the steps and the time limit of a run."""
+def build_schedule(
+    optimizer: Optimizer,
+    trainer: pl.Trainer,
+    *,
+    warmup_steps: int,
+    final_fraction: float,
+    shared_elapsed_fraction: Callable[[], float | None] = lambda: None,
+) -> LambdaLR:
+    """Build the schedule of ``learning_rate_factor`` over the steps and the time limit of a run.
+
+    Args:
+        optimizer: Optimizer whose learning rate is set.
+        trainer: The trainer of the run.
+        warmup_steps: Steps of the warmup.
+        final_fraction: Fraction of the peak at the end of the run.
+        shared_elapsed_fraction: Returns the elapsed fraction of the time limit that all ranks agree on, or None if they
+            have not exchanged it yet.
+    """
     num_steps = _estimate_steps(trainer)
     timer = find_timer(trainer)
 
     def factor(step: int) -> float:
         elapsed = elapsed_fraction(timer)
-        if timer is not None:
+        if timer is not None and trainer.world_size > 1:
             # Clocks differ between ranks; different learning rates would let their adapters diverge.
-            elapsed = trainer.strategy.broadcast(elapsed)
+            shared = shared_elapsed_fraction()
+            elapsed = trainer.strategy.broadcast(elapsed) if shared is None else shared
         return learning_rate_factor(
             step,
             num_steps=num_steps,

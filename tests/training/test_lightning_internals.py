@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver, _launch_process_observer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -109,6 +110,32 @@ def test_validates_by_time_is_true_for_time_intervals_only(tmp_path: Path, inter
     assert internals.validates_by_time(trainer) == expected
     # The public name holds what the user gave only after the data is attached, and never the parsed time.
     assert getattr(trainer, "val_check_interval", None) != 600
+
+
+def test_time_limit_is_checked_only_where_the_ranks_agree_that_it_is_reached(tmp_path: Path) -> None:
+    timer = Timer(timedelta(seconds=0))
+    timer.time_elapsed = lambda stage=None: 1.0  # type: ignore[method-assign]
+    trainer = make_trainer(tmp_path, callbacks=[timer])
+    is_reached = False
+    internals.decide_time_limit(timer, lambda: is_reached)
+    timer.on_train_batch_end(trainer)
+    assert not trainer.should_stop
+    is_reached = True
+    timer.on_train_batch_end(trainer)
+    assert trainer.should_stop
+
+
+def test_sigterm_is_broadcast_before_every_batch_unless_disabled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+    broadcasts: list[int] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *args, **kwargs: broadcasts.append(1))
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert len(broadcasts) == 1
+    internals.disable_sigterm_broadcast(trainer)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert len(broadcasts) == 1
 
 
 def test_wrap_restoring_surrounds_everything_that_a_checkpoint_restores(tmp_path: Path) -> None:

@@ -94,7 +94,14 @@ def test_targets_are_the_labels_shifted_by_one() -> None:
     labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]])
     targets = select_targets(labels)
     assert targets.token_ids.tolist() == [5, 6, 7]
-    assert targets.mask.tolist() == [[False, True, True], [True, False, False]]
+    assert list(zip(targets.rows.tolist(), targets.positions.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0)]
+    assert targets.row_sizes == [2, 1]
+
+
+def test_tokens_are_counted_without_padding() -> None:
+    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, 7], [-100, -100, -100, -100]])
+    targets = select_targets(labels)
+    assert (targets.num_tokens, targets.row_sizes) == (3 + 4, [2, 1, 0])
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])

@@ -4,28 +4,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from snake_lora_pl.training.loss_normalization import StepLoss, normalize_gradients
-
-
-def fake_trainer(other_loss_sum: float, other_num_targets: float) -> Any:
-    """A trainer of two ranks that accumulates two micro-batches; the other rank contributes the given sums."""
-
-    def reduce(sums: Tensor, reduce_op: str) -> Tensor:
-        assert reduce_op == "sum"
-        return sums + torch.tensor([other_loss_sum, other_num_targets], dtype=sums.dtype)
-
-    return SimpleNamespace(world_size=2, accumulate_grad_batches=2, strategy=SimpleNamespace(reduce=reduce))
+from snake_lora_pl.training.loss_normalization import StepLoss, clip_gradients, normalize_gradients
 
 
-def test_loss_is_the_mean_over_target_tokens_of_all_micro_batches_and_ranks() -> None:
+def test_losses_and_targets_are_summed_over_micro_batches() -> None:
     step_loss = StepLoss()
-    step_loss.add(torch.tensor(6.0, requires_grad=True), torch.tensor(2), ["f:1"])
-    step_loss.add(torch.tensor(1.0), torch.tensor(1), ["f:2"])
-    loss, num_targets = step_loss.reduce(fake_trainer(3.0, 2.0))
-    assert (float(loss), float(num_targets)) == (2.0, 5.0)
-    assert not loss.requires_grad
+    step_loss.add(torch.tensor(6.0, requires_grad=True), 2, ["f:1"])
+    step_loss.add(torch.tensor(1.0), 1, ["f:2"])
+    assert (float(step_loss.loss_sum), step_loss.num_targets) == (7.0, 3)
+    assert not step_loss.loss_sum.requires_grad
     step_loss.clear()
     assert not step_loss.micro_batches
 
@@ -34,5 +22,17 @@ def test_gradients_are_divided_by_target_tokens_alone() -> None:
     gradients = [torch.tensor([10.0, 20.0]), torch.tensor(5.0)]
     # Lightning has divided by two micro-batches, the strategy by two ranks.
     divided = [gradient / 4 for gradient in gradients]
-    normalize_gradients(divided, torch.tensor(5.0), fake_trainer(0.0, 0.0))
+    trainer: Any = SimpleNamespace(world_size=2, accumulate_grad_batches=2)
+    normalize_gradients(divided, torch.tensor(5.0), trainer)
     assert [gradient.tolist() for gradient in divided] == [[2.0, 4.0], 1.0]
+
+
+def test_clipping_equals_that_of_torch() -> None:
+    for scale in (0.1, 10.0):
+        parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+        for parameter in parameters:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        gradients = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        clip_gradients(gradients, norm, 1.0)
+        assert all(torch.equal(own, p.grad) for own, p in zip(gradients, parameters, strict=True))

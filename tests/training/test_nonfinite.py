@@ -116,8 +116,8 @@ def test_rows_of_another_rank_are_named(
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
     trainer: Any = SimpleNamespace(world_size=2, is_global_zero=True, global_step=5)
     guard = NonfiniteGuard(on_nonfinite)
-    micro_batches = [MicroBatch(torch.tensor(1.0), torch.tensor(3), ["own:1"])]
-    loss = torch.tensor(math.nan)  # reduced over both ranks
+    micro_batches = [MicroBatch(torch.tensor(1.0), 3, ["own:1"])]
+    loss = math.nan  # of both ranks
     if on_nonfinite == "error":
         with pytest.raises(UserError, match=r"step 5: the loss .* rows other:2\. "):
             guard.accepts_step(trainer, micro_batches, loss, loss, is_scaled=False)

@@ -50,7 +50,7 @@ def test_each_target_is_predicted_from_exactly_the_tokens_before_it_in_its_row(r
         context = [*range(min(batch.prefix_length, packed + 1)), *own_row]
         assert batch.position_ids[context].tolist() == list(range(len(context)))
         seen.append(batch.token_ids[context].tolist())
-    expected = [input_ids[i, : j + 1].tolist() for i, j in targets.mask.nonzero().tolist()]
+    expected = [input_ids[i, : j + 1].tolist() for i, j in zip(targets.rows, targets.positions, strict=True)]
     assert seen == expected
 
 

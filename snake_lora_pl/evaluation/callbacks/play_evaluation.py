@@ -106,7 +106,9 @@ class PlayEvaluation(pl.Callback):
         is_due = num_periods > self._num_periods or _is_last(trainer)
         self._num_periods = num_periods
         if self._style is not None and is_due:
-            pl_module.log_dict(self._play(trainer, pl_module, self._style), batch_size=1)
+            values = self._play(trainer, pl_module, self._style)
+            # As CPU tensors: the progress bar reads them at each step.
+            pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, batch_size=1)
             return
         for name in [name for name in trainer.callback_metrics if name.startswith(_PREFIX)]:
             del trainer.callback_metrics[name]

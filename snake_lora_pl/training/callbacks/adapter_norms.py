@@ -62,7 +62,7 @@ class AdapterNorms(Callback):
                 norms[f"adapter/update_norm/{name}"] = total_norm(self._before[name])
         self._before = {}
         # `self.log` would repeat the values at every step until the next measurement.
-        metrics = {name: float(value) for name, value in norms.items()}
+        metrics = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
         for run_logger in trainer.loggers:
             run_logger.log_metrics(metrics, step=trainer.global_step - 1)
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -17,11 +17,18 @@ from typing_extensions import override
 
 from snake_lora_pl.training.callbacks.adapter_checkpoint import find_adapter_checkpoint
 from snake_lora_pl.training.callbacks.progress_bar import RunProgressBar
-from snake_lora_pl.training.lightning_internals import cluster_environment, kill_launched_ranks
+from snake_lora_pl.training.launcher_watch import LauncherWatch
+from snake_lora_pl.training.lightning_internals import (
+    cluster_environment,
+    disable_sigterm_broadcast,
+    kill_launched_ranks,
+)
 from snake_lora_pl.training.resume.checkpoint_state import is_between_steps
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+    from snake_lora_pl.training.module import LoRALightningModule
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Set by torchrun, which forwards signals that the terminal has already sent to every process.
@@ -65,9 +72,10 @@ def _restore_default_ctrl_c(signum: int) -> None:
 class Interruption(Callback):
     """Ends a run on SIGTERM or Ctrl-C: finishes the step, writes a checkpoint, and raises ``Interrupted``.
 
-    All ranks stop after the same step, whichever rank received the signal. A validation is cut short if there is a
-    checkpoint of the step before it and only one rank. A second Ctrl-C ends the process immediately. The signal that
-    announces the requeueing of a SLURM job has the same effect as SIGTERM, and requeues the job.
+    All ranks stop after the same step, whichever rank received the signal: the ranks exchange it with the loss of a
+    step. A validation is cut short if there is a checkpoint of the step before it and only one rank. A second Ctrl-C
+    ends the process immediately. The signal that announces the requeueing of a SLURM job has the same effect as
+    SIGTERM, and requeues the job.
 
     Lightning installs signal handlers at the start of each stage and removes them at its end. Its SIGTERM handler would
     end an epoch within an accumulated step, and starts a collective inside the handler if there are several ranks. The
@@ -82,6 +90,16 @@ class Interruption(Callback):
         self._pid = 0
         self._can_stop_immediately = False
         self._requeue: tuple[int, Callable[..., Any]] | None = None
+        self._launcher_watch = LauncherWatch()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            self._launcher_watch.start()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._launcher_watch.stop()
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,6 +108,7 @@ class Interruption(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         environment = cluster_environment(trainer)
+        disable_sigterm_broadcast(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             lightning_handler = signal.getsignal(environment.requeue_signal)
             if callable(lightning_handler):
@@ -139,12 +158,26 @@ class Interruption(Callback):
                 os.write(2, f"\n{text}\n".encode())  # not `print`, which the signal may have interrupted
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Tell the other ranks of a signal; the module exchanges it with the sums of the step."""
+        cast("LoRALightningModule", pl_module).step_exchange.own_signum = self._signum
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Write a checkpoint and stop, if any rank received a signal and no step is in progress."""
-        if not is_between_steps(trainer) or not self._any_rank_interrupted(trainer):
+        if not is_between_steps(trainer):
             return
+        if trainer.world_size > 1:
+            signum = cast("LoRALightningModule", pl_module).step_exchange.signum
+        else:
+            signum = self._signum
+        if not signum:
+            return
+        self._signum = signum
         checkpoint = find_adapter_checkpoint(trainer)
         if checkpoint is not None:
             with checkpoint.between_steps():

@@ -11,10 +11,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from typing_extensions import override
-
-from snake_lora_pl.constants import IGNORE_INDEX
 
 _WINDOW_STEPS = 20
 
@@ -64,9 +61,9 @@ class TokenThroughput(Callback):
         now = time.perf_counter()
         self._duration_s += now - self._last_time
         self._last_time = now
-        num_tokens, num_targets = count_tokens(batch["labels"])
-        self._num_tokens += num_tokens
-        self._num_targets += num_targets
+        # Counted on the CPU; the labels may be on a GPU by now.
+        self._num_tokens += batch["targets"].num_tokens
+        self._num_targets += sum(batch["targets"].row_sizes)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -82,27 +79,14 @@ class TokenThroughput(Callback):
         }
         if not math.isnan(wait_s):
             metrics["perf/data_wait_share"] = total.wait_s / total.duration_s
-        pl_module.log_dict(metrics, batch_size=1)
+        # As CPU tensors: numbers would be copied to a GPU, and each back again to be logged.
+        pl_module.log_dict({name: torch.tensor(value) for name, value in metrics.items()}, batch_size=1)
 
 
 def _wait_seconds(trainer: pl.Trainer) -> float:
     """Return the total time spent waiting for batches; NaN if the dataloader does not measure it."""
     seconds: float = getattr(trainer.train_dataloader, "wait_seconds", math.nan)
     return seconds
-
-
-def count_tokens(labels: Tensor) -> tuple[int, int]:
-    """Count the tokens of a right-padded batch.
-
-    Args:
-        labels: int64 of shape (batch, length). The last label of a row is its last token; padding follows.
-
-    Returns:
-        Number of tokens without padding, and number of target tokens.
-    """
-    is_target = labels != IGNORE_INDEX
-    ends = torch.arange(1, labels.shape[1] + 1, device=labels.device) * is_target  # (batch, length)
-    return int(ends.amax(dim=1).sum()), int(is_target.sum())
 
 
 def peak_memory_gib(device: torch.device) -> float:

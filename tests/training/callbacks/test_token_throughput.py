@@ -7,11 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from torch.utils.data import DataLoader
 
 from snake_lora_pl.training.callbacks import token_throughput
-from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput, count_tokens
+from snake_lora_pl.training.callbacks.token_throughput import TokenThroughput
 from tests.training.conftest import collate, make_loader, make_rows, make_trainer
 
 WAIT_S = 0.25
@@ -90,8 +89,3 @@ def test_loader_without_wait_seconds_logs_no_wait_share(make_module, tmp_path: P
         "perf/target_tokens_per_second",
         "perf/peak_memory_gib",
     }
-
-
-def test_padding_is_not_counted() -> None:
-    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, 7], [-100, -100, -100, -100]])
-    assert count_tokens(labels) == (3 + 4, 3)
