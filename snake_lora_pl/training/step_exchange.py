@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,14 @@ class StepExchange:
         signum: Largest signal of any rank at the last exchange, or 0.
         elapsed_fraction: Fraction of ``trainer.max_time`` that has elapsed on the clock of rank 0 at the last exchange;
             None before the first.
+        clock_s: Clock of rank 0 at the last exchange, in seconds of ``time.monotonic``; None before the first.
     """
 
     def __init__(self) -> None:
         self.own_signum = 0
         self.signum = 0
         self.elapsed_fraction: float | None = None
+        self.clock_s: float | None = None
 
     def sum_over_ranks(self, trainer: pl.Trainer, loss_sum: Tensor, num_targets: int) -> Tensor:
         """Add up the values of all ranks, which must all call it.
@@ -45,8 +48,8 @@ class StepExchange:
         """
         rank, num_ranks = trainer.global_rank, trainer.world_size
         signals = [self.own_signum if index == rank else 0 for index in range(num_ranks)]
-        elapsed = elapsed_fraction(find_timer(trainer)) if rank == 0 else 0.0
-        own = torch.tensor([num_targets, elapsed, *signals], dtype=torch.float64)
+        clocks = [elapsed_fraction(find_timer(trainer)), time.monotonic()] if rank == 0 else [0.0, 0.0]
+        own = torch.tensor([num_targets, *clocks, *signals], dtype=torch.float64)
         totals = torch.cat([loss_sum.reshape(1), own.to(loss_sum.device, non_blocking=True)])
         if num_ranks > 1:
             # Not Lightning's reduce, which runs a barrier first.
@@ -55,5 +58,5 @@ class StepExchange:
 
     def read(self, values: Sequence[float]) -> None:
         """Store the values after the first two of ``sum_over_ranks``."""
-        self.elapsed_fraction, *signals = values
+        self.elapsed_fraction, self.clock_s, *signals = values
         self.signum = int(max(signals))

@@ -237,7 +237,7 @@ def test_two_ranks_run_one_collective_a_step_besides_that_of_the_gradients(
     }
 
 
-def exchange(own: StepExchange, rank: int, others: list[float], elapsed_s: float) -> list[float]:
+def exchange(own: StepExchange, rank: int, others: list[Any], elapsed_s: float) -> list[float]:
     timer = Timer(timedelta(seconds=60))
     timer.time_elapsed = lambda stage=None: elapsed_s  # type: ignore[method-assign]
     trainer: Any = SimpleNamespace(world_size=2, global_rank=rank, callbacks=[timer])
@@ -251,7 +251,7 @@ def exchange(own: StepExchange, rank: int, others: list[float], elapsed_s: float
 def test_ranks_share_loss_targets_signal_and_the_clock_of_rank_0() -> None:
     first, second = StepExchange(), StepExchange()
     second.own_signum = signal.SIGTERM
-    assert exchange(first, 0, [3.0, 5.0, 0.0, 0.0, signal.SIGTERM], elapsed_s=15.0) == [9.0, 7.0]
-    assert exchange(second, 1, [3.0, 5.0, 0.25, 0.0, 0.0], elapsed_s=20.0) == [9.0, 7.0]
+    assert exchange(first, 0, [3.0, 5.0, 0.0, 0.0, 0.0, signal.SIGTERM], elapsed_s=15.0) == [9.0, 7.0]
+    assert exchange(second, 1, [3.0, 5.0, 0.25, first.clock_s, 0.0, 0.0], elapsed_s=20.0) == [9.0, 7.0]
     for own in (first, second):
-        assert (own.signum, own.elapsed_fraction) == (signal.SIGTERM, 0.25)
+        assert (own.signum, own.elapsed_fraction, own.clock_s) == (signal.SIGTERM, 0.25, first.clock_s)

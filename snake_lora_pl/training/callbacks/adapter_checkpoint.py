@@ -53,10 +53,10 @@ class AdapterCheckpoint(ModelCheckpointInternals):
     """Writes resumable checkpoints without base weights to ``dirpath``, and the best adapter to ``adapter_dir``.
 
     Lightning's ``ModelCheckpoint`` manages the best-k and last files; this class decides when to write, and writes the
-    adapter directory. ``last.ckpt`` is written every ``save_every_n_steps`` optimizer steps and before and after each
-    validation; the best-k files after each validation. Every file is written atomically and between two optimizer
-    steps, so that a run resumed from any of them processes the same batches, with the same random numbers, weights and
-    metrics, as an uninterrupted run.
+    adapter directory. ``last.ckpt`` is written every ``save_every_s`` seconds or ``save_every_n_steps`` optimizer
+    steps, and before and after each validation; the best-k files after each validation. Every file is written
+    atomically and between two optimizer steps, so that a run resumed from any of them processes the same batches, with
+    the same random numbers, weights and metrics, as an uninterrupted run.
 
     A metric that only some validations log, such as ``play/apples_mean``, is compared among those. The callback that
     logs it must have a method ``waits_for(metric) -> bool``.
@@ -67,7 +67,9 @@ class AdapterCheckpoint(ModelCheckpointInternals):
         monitor: Metric that selects the best adapter; None keeps the newest.
         mode: ``min`` or ``max``: the direction in which the metric improves.
         save_top_k: Number of best checkpoints to keep.
-        save_every_n_steps: Optimizer steps between two writes of ``last.ckpt``; 0 writes it at validations only.
+        save_every_n_steps: Optimizer steps between two writes of ``last.ckpt``; 0 does not count steps.
+        save_every_s: Seconds after which a step writes ``last.ckpt``; 0 does not count seconds. With both 0 it is
+            written at validations only.
 
     Raises:
         UserError: If no validation logged ``monitor``.
@@ -84,12 +86,15 @@ class AdapterCheckpoint(ModelCheckpointInternals):
         monitor: str | None = "val/loss",
         mode: str = "min",
         save_top_k: int = 2,
-        save_every_n_steps: int = 50,
+        save_every_n_steps: int = 0,
+        save_every_s: float = 60.0,
     ) -> None:
         if mode not in ("min", "max"):
             raise UserError(f"checkpoint.mode={mode}: must be min or max.")
         if save_every_n_steps < 0:
             raise UserError(f"checkpoint.save_every_n_steps={save_every_n_steps}: must be at least 0.")
+        if not 0 <= save_every_s < math.inf:
+            raise UserError(f"checkpoint.save_every_s={save_every_s}: must be a number of seconds, at least 0.")
         if save_top_k < 1:
             raise UserError(f"checkpoint.save_top_k={save_top_k}: must be at least 1.")
         super().__init__(
@@ -104,6 +109,8 @@ class AdapterCheckpoint(ModelCheckpointInternals):
         )
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
         self.save_every_n_steps = save_every_n_steps
+        self.save_every_s = save_every_s
+        self._last_write_s: float | None = None
         self._is_dry_run = False
         self._has_exported = False
         self._is_between_steps = False
@@ -157,7 +164,7 @@ class AdapterCheckpoint(ModelCheckpointInternals):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write ``last.ckpt`` every ``save_every_n_steps`` optimizer steps.
+        """Write ``last.ckpt`` if enough steps or seconds have passed since it was written.
 
         Only at this hook is the previous step completely logged and validated. A resumed run loads ``batch`` again.
         """
@@ -165,8 +172,17 @@ class AdapterCheckpoint(ModelCheckpointInternals):
         # A validation may have stored the count of the step before in the checkpoint that this run resumed from.
         set_logged_steps(trainer, step)
         is_due = self.save_every_n_steps and step and step % self.save_every_n_steps == 0
-        if is_due and not self.has_saved(trainer) and is_between_steps(trainer):
+        if (is_due or self._time_is_due(trainer)) and not self.has_saved(trainer) and is_between_steps(trainer):
             self.write_last(trainer)
+
+    def _time_is_due(self, trainer: pl.Trainer) -> bool:
+        """Return whether ``save_every_s`` seconds have passed, on the clock of rank 0."""
+        clock_s = _shared_clock_s(trainer)
+        if clock_s is None or not self.save_every_s:
+            return False
+        if self._last_write_s is None:  # the first step of this process
+            self._last_write_s = clock_s
+        return clock_s - self._last_write_s >= self.save_every_s
 
     @override
     def on_train_batch_end(
@@ -291,6 +307,7 @@ class AdapterCheckpoint(ModelCheckpointInternals):
         """Write ``last.ckpt``. Every rank must call it, between two optimizer steps."""
         if not self._is_dry_run:
             self.save_last_checkpoint(trainer)
+            self._last_write_s = _shared_clock_s(trainer)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapter directory from the weights in memory. Every rank must call it."""
@@ -314,6 +331,12 @@ def find_adapter_checkpoint(trainer: pl.Trainer) -> AdapterCheckpoint | None:
     """Return the ``AdapterCheckpoint`` of a trainer, which may have other checkpoint callbacks before it; or None."""
     callbacks = trainer.checkpoint_callbacks
     return next((callback for callback in callbacks if isinstance(callback, AdapterCheckpoint)), None)
+
+
+def _shared_clock_s(trainer: pl.Trainer) -> float | None:
+    """Return the clock of rank 0 at the last optimizer step; None before the first, and for foreign modules."""
+    clock_s: float | None = getattr(getattr(trainer.lightning_module, "step_exchange", None), "clock_s", None)
+    return clock_s
 
 
 def _separate_checkpoints(trainer: pl.Trainer, checkpoints_dir: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from snake_lora_pl.adapters import store
 from snake_lora_pl.adapters.config import LoRAConfig
 from snake_lora_pl.errors import UserError
+from snake_lora_pl.training import step_exchange
 from snake_lora_pl.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from tests.training.conftest import make_loader, make_rows, make_trainer
 
@@ -65,6 +68,25 @@ def test_last_is_written_every_n_steps_and_best_k_are_kept(make_module, tmp_path
     # Lightning calls checkpoint callbacks last, so each step sees the file of the previous one.
     assert seen == [0, 0, 2, 3, 4, 4, 6, 6, 8]
     assert len(list((tmp_path / "run" / "checkpoints").glob("epoch=*.ckpt"))) == 1
+
+
+def test_last_is_written_after_a_number_of_seconds(
+    make_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count(100.0, 20.0)  # a step takes 20 seconds
+    monkeypatch.setattr(step_exchange, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    seen: list[int] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            seen.append(checkpoint.last_saved_step)
+
+    checkpoint = make_checkpoint(tmp_path, save_every_n_steps=0, save_every_s=60.0)
+    callbacks = [Watch(), checkpoint]
+    trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=callbacks, max_steps=9, max_epochs=-1)
+    trainer.fit(make_module(), make_loader(make_rows(36), 4))
+    # The first step starts the clock, and each write is before the batch that follows.
+    assert seen == [0, 0, 0, 0, 4, 4, 4, 7, 7]
 
 
 def test_adapter_directory_holds_the_best_adapter_by_the_monitored_metric(make_module, tmp_path: Path) -> None:
@@ -232,3 +254,6 @@ def test_invalid_settings_are_rejected() -> None:
         AdapterCheckpoint(save_top_k=0)
     with pytest.raises(UserError, match=r"checkpoint\.save_every_n_steps=-1"):
         AdapterCheckpoint(save_every_n_steps=-1)
+    for seconds in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=rf"checkpoint\.save_every_s={seconds}"):
+            AdapterCheckpoint(save_every_s=seconds)
