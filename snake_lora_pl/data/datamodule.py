@@ -77,8 +77,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         balance: Draw training rows evenly over the snake's length, over whether the prompt offers both a trap and a
             safe move (decisive), or over both (length+decisive): evenly over lengths and, within each, over decisive or
             not. Default: as often as they occur.
-        group_by_length: Whether training batches have rows of similar length, so that little is padded. auto groups
-            unless the module packs rows, which needs no padding.
+        group_by_length: Whether training batches have rows of similar length, so that little is padded. Packed rows
+            need no padding.
         seed: Seed of the split, the order of the rows and the generated games.
         pad_to_multiple_of: Pad batches to a multiple of this many tokens; 8 suits the tensor cores of GPUs.
         trust_remote_code: Whether to run code from the base model's repository.
@@ -111,7 +111,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         generated_noise_moves: NoiseMoves = "legal",
         generated_augment: Augmentation = "none",
         balance: Balance | None = None,
-        group_by_length: bool | Literal["auto"] = "auto",
+        group_by_length: bool = False,
         seed: int = 0,
         pad_to_multiple_of: int = 8,
         trust_remote_code: bool = False,
@@ -231,7 +231,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
     @override
     def train_dataloader(self) -> LazyDataLoader:
         sampler = self._sampler(
-            self._train_subset, probabilities=self._draw_probabilities(), group_by_length=self._groups_by_length()
+            self._train_subset, probabilities=self._draw_probabilities(), group_by_length=self.group_by_length
         )
         loader = self._loader(self._train_subset, sampler)
         if self.trainer is not None:
@@ -283,7 +283,7 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         sampling = {
             "balance": self.balance,
             "file_weights": weights if len(set(weights)) > 1 else None,
-            "group_by_length": None if self._groups_by_length() else False,
+            "group_by_length": None if self.group_by_length else False,
         }
         return state | {name: value for name, value in sampling.items() if value is not None}
 
@@ -434,11 +434,6 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         levels = [] if self.balance is None else balanced_levels(train.strata(), self.balance)
         return draw_probabilities(train.weights(), levels)
 
-    def _groups_by_length(self) -> bool:
-        if self.group_by_length != "auto":
-            return self.group_by_length
-        return self.trainer is None or not getattr(self.trainer.lightning_module, "packs_rows", False)
-
     def _read_prompts(self) -> list[Row]:
         if self.predict_path is None:
             raise UserError("data.predict_path is not set. Set it to a JSONL file with a 'prompt' in each row.")
@@ -494,8 +489,8 @@ class SnakeJSONLDataModule(lightning.LightningDataModule):
         check_choice("data.generated_augment", self.generated_augment, Augmentation)
         if self.balance is not None:
             check_choice("data.balance", self.balance, Balance)
-        if self.group_by_length not in (True, False, "auto"):
-            raise UserError(f"data.group_by_length must be true, false or auto (found: {self.group_by_length!r}).")
+        if not isinstance(self.group_by_length, bool):
+            raise UserError(f"data.group_by_length must be true or false (found: {self.group_by_length!r}).")
         limits: dict[str, tuple[int, float]] = {
             "batch_size": (1, math.inf),
             "generated_games": (1, math.inf),

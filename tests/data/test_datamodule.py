@@ -418,21 +418,16 @@ def test_balance_needs_prompts_of_a_known_style(make, write_rows, caplog):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"balance": "size"}, r"data\.balance.*length"), ({"group_by_length": "no"}, r"data\.group_by_length.*auto")],
+    [({"balance": "size"}, r"data\.balance.*length"), ({"group_by_length": "no"}, r"data\.group_by_length.*'no'")],
 )
 def test_invalid_sampling_setting_is_an_error(make, rows_path, settings, message):
     with pytest.raises(UserError, match=message):
         make(rows_path, **settings).prepare_data()
 
 
-@pytest.mark.parametrize(("packs_rows", "is_grouped"), [(True, False), (False, True)])
-def test_auto_groups_by_length_unless_the_module_packs_rows(make, rows_path, packs_rows, is_grouped):
-    datamodule = set_up(make(rows_path, group_by_length="auto"))
-    assert datamodule.train_dataloader().sampler.group_by_length
-    module = SimpleNamespace(packs_rows=packs_rows)
-    trainer = quiet_trainer()
-    trainer.strategy._lightning_module = module
-    datamodule.trainer = trainer
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_rows_are_grouped_by_length_on_request(make, rows_path, is_grouped):
+    datamodule = set_up(make(rows_path, group_by_length=is_grouped))
     assert datamodule.train_dataloader().sampler.group_by_length is is_grouped
     assert ("group_by_length" in datamodule.state_dict()) is not is_grouped
 
