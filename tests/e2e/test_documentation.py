@@ -245,7 +245,7 @@ def test_lightning_classes_work_with_a_plain_trainer() -> None:
     execute(source(**OWN_TRAINER))
     metadata = store.verify("my_run/adapter")
     assert metadata.step in (25, 50)
-    assert metadata.data["prompt_format"] == "compact"
+    assert metadata.data["prompt_format"] == "cycle"
     assert metadata.metrics["val/loss"] > 0
     assert any(p.abs().max() > 0 for n, p in store.load("my_run/adapter").named_parameters() if "lora_B" in n)
     assert torch.load("my_run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 50
