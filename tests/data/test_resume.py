@@ -79,7 +79,7 @@ def test_state_in_a_checkpoint_is_plain_data(make, rows_path, tmp_path):
     save = SaveIn(tmp_path, "on_train_batch_end")
     fit(make(rows_path, **SETTINGS), max_epochs=1, callbacks=[save])
     state = torch.load(save.paths[2], weights_only=True)["SnakeJSONLDataModule"]
-    assert set(state) == {"split_hash", "seed", "template_date", "global_batch_size", "batch_size"}
+    assert set(state) == {"split_hash", "seed", "template_date", "global_batch_size", "batch_size", "group_by_length"}
 
 
 @pytest.mark.parametrize("settings", [{"balance": "length"}, {"weights": True}, {"group_by_length": False}])
