@@ -7,3 +7,6 @@ IGNORE_INDEX = -100
 
 DEFAULT_BASE_MODEL = "smollm2-135m"
 """Short name of the embedded default base model."""
+
+DEFAULT_GRID_SIZE = 10
+"""Cells along one side of the grid where neither a setting nor a file states it."""

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.browser import CHROMIUM, Tab, chromium_tab
+
 # Workers of pytest-xdist share the cores, and so do the programs that tests start; set before torch is imported.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -125,3 +127,12 @@ def tiny_smollm2(tiny_llama_dir: Path, _isolated_cache: None) -> str:
     shutil.copytree(tiny_llama_dir, directory)
     wheel._write_manifest(directory, wheel.SMOLLM2_135M)
     return wheel.SMOLLM2_135M.short_name
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Tab]:
+    """Return a tab of a headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (apt install chromium)")
+    with chromium_tab() as tab:
+        yield tab

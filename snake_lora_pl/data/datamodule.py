@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from snake_lora_pl.constants import DEFAULT_BASE_MODEL
+from snake_lora_pl.constants import DEFAULT_BASE_MODEL, DEFAULT_GRID_SIZE
 from snake_lora_pl.data.batching import Batch, PromptBatch, collate
 from snake_lora_pl.data.data_files import expand_paths, expand_weighted_paths
 from snake_lora_pl.data.draw_weights import UNKNOWN, Balance, balanced_levels, draw_probabilities
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GRID_SIZE = 10
 DEFAULT_BATCH_SIZE = 8
 _MAX_GAMES_OF_LIMITED_ROWS = 50
 

@@ -108,7 +108,7 @@ class PlayerChoices:
         """Load a player.
 
         Raises:
-            UserError: If there is no such player, or its adapter cannot be loaded.
+            UserError: If the player is unknown, or its adapter cannot be loaded.
         """
         if player_id not in self.ids:
             raise UserError(f"unknown player '{player_id}'.{did_you_mean(player_id, self.ids)}")

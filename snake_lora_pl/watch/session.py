@@ -73,7 +73,7 @@ class WatchSession:
         """Replace the player, the teacher or both in the current position, and return the state.
 
         Raises:
-            UserError: If there is no such player or teacher, or the player cannot be loaded. Nothing changes then.
+            UserError: If the player or teacher is unknown, or the player cannot be loaded. Nothing changes then.
         """
         with self._lock:
             judge = self._judge if teacher is None else _teacher(teacher)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snake_lora_pl.__main__ import main
-from tests.browser import CHROMIUM, Tab, chromium_tab
+from tests.browser import CHROMIUM, Tab
 from tests.documented import ROOT
 from tests.test_player import save_adapter
 
@@ -43,14 +43,6 @@ def server(adapter_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Tab]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (apt install chromium)")
-    with chromium_tab() as tab:
-        yield tab
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from snake_lora_pl.__main__ import main
 from snake_lora_pl.paths import RunPaths
 from snake_lora_pl.reporting.html_report import render_report
-from tests.browser import CHROMIUM, Tab, chromium_tab
+from tests.browser import Tab
 from tests.reporting.conftest import HTML_INJECTION
 
 
@@ -97,14 +96,6 @@ def test_damaged_run_file_is_a_one_line_error(tmp_path: Path, capsys: pytest.Cap
     RunPaths(tmp_path).metrics_path.write_text("epoch,step,train/loss\n0,zero,1.5\n")
     assert main(["report", str(tmp_path)]) == 2
     assert re.fullmatch(rf"error: .*{tmp_path.name}.*ValueError.*zero.*\n", capsys.readouterr().err)
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Tab]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (apt install chromium)")
-    with chromium_tab() as tab:
-        yield tab
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

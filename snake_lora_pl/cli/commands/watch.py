@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snake_lora_pl.cli.commands.light_parser import CommandParser
+from snake_lora_pl.constants import DEFAULT_GRID_SIZE
 from snake_lora_pl.errors import UserError
 from snake_lora_pl.paths import RunPaths
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from snake_lora_pl.player import Player
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_GRID_SIZE = 10
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     with open_socket(options.host, options.port) as listening:
         grid_size = options.grid_size
         if grid_size is None:
-            grid_size = _trained_grid_size(given[0]) if given else _DEFAULT_GRID_SIZE
+            grid_size = _trained_grid_size(given[0]) if given else DEFAULT_GRID_SIZE
         first = choices.ids[0] if given else f"teacher:{options.teacher}"
         session = WatchSession(choices, first, teacher=options.teacher, grid_size=grid_size, seed=options.seed)
         print(f"Watch at {url_of(listening, options.host)} (Ctrl-C ends)", flush=True)
@@ -101,7 +100,7 @@ def _load_adapter(base_model: str | None, trust_remote_code: bool, adapter_dir: 
 def _trained_grid_size(adapter_dir: Path) -> int:
     from snake_lora_pl.adapters.store import read_metadata
 
-    return read_metadata(adapter_dir).grid_size or _DEFAULT_GRID_SIZE
+    return read_metadata(adapter_dir).grid_size or DEFAULT_GRID_SIZE
 
 
 def _is_loopback(address: str) -> bool:
